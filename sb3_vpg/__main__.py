@@ -1,0 +1,48 @@
+"""
+``python -m sb3_vpg train --env CartPole-v1``: rl_zoo3's commands with VPG registered explicitly, and as the default algorithm.
+"""
+
+import importlib.util
+import runpy
+import sys
+
+COMMANDS = {
+    "train": "rl_zoo3.train",
+    "enjoy": "rl_zoo3.enjoy",
+    "record_video": "rl_zoo3.record_video",
+    "record_training": "rl_zoo3.record_training",
+    "plot_train": "rl_zoo3.plots.plot_train",
+    "plot_from_file": "rl_zoo3.plots.plot_from_file",
+    "all_plots": "rl_zoo3.plots.all_plots",
+}
+USAGE = f"""usage: python -m sb3_vpg COMMAND [ARGUMENTS]
+
+Runs a command of RL Baselines3 Zoo with VPG as one of its algorithms, and as the default one.
+COMMAND is one of {", ".join(COMMANDS)}; `python -m sb3_vpg COMMAND --help` lists its arguments."""
+# Commands whose --algo would else be ppo
+WITH_ALGO = ("train", "enjoy", "record_video", "record_training")
+
+
+def main() -> None:
+    """Run the command line."""
+    command = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return
+    if command not in COMMANDS:
+        sys.exit(f"{USAGE}\n\nerror: unknown command {command!r}")
+    if importlib.util.find_spec("rl_zoo3") is None:
+        sys.exit("This command needs RL Baselines3 Zoo: pip install 'sb3_vpg[zoo]'")
+
+    from sb3_vpg.zoo import register
+
+    register()
+    arguments = sys.argv[2:]
+    if command in WITH_ALGO and not any(argument.split("=")[0] == "--algo" for argument in arguments):
+        arguments = ["--algo", "vpg", *arguments]
+    sys.argv = [f"sb3_vpg {command}", *arguments]
+    runpy.run_module(COMMANDS[command], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

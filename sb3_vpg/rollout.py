@@ -1,0 +1,259 @@
+"""
+Collecting rollouts: fixed length or whole episodes, in one loop.
+
+SB3's ``OnPolicyAlgorithm.collect_rollouts`` adds ``gamma V(terminal observation)`` to the stored reward at a time limit and
+bootstraps the last piece with ``V(s_T)``, even where nothing trains the value function; it evaluates the value network and
+the log probabilities at every step; and it can collect pieces of fixed length only. Hence a loop of our own. It keeps SB3's
+contract with callbacks, environments, policies and buffers.
+"""
+
+from typing import Any, NoReturn
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_vpg.buffers import NumpyObs, VPGBufferMixin
+from sb3_vpg.policies import action_sampler, has_sb3_passes
+
+class RolloutCollector(OnPolicyAlgorithm):
+    """
+    An on-policy algorithm with VPG's rollouts. Set by the subclass before ``learn``:
+
+    - ``uses_value_function``: whether values are needed at all
+    - ``partial_episodes_mode``: "bootstrap", "finish" or "truncate"
+    - ``n_episodes``: None, or the number of whole episodes of each environment
+    """
+
+    uses_value_function: bool
+    partial_episodes_mode: str
+    n_episodes: int | None
+
+    #: A longer episode is taken for one that never ends, where whole episodes are asked for.
+    max_episode_steps = 100_000
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        # Index within its episode of the next step of each environment; kept when training is continued
+        if np.shape(getattr(self, "_episode_steps", None)) != (self.n_envs,):
+            self._episode_steps = np.zeros(self.n_envs, dtype=np.int64)
+
+    def collect_rollouts(
+        self,
+        env: VecEnv,
+        callback: BaseCallback,
+        rollout_buffer: RolloutBuffer,
+        n_rollout_steps: int,
+    ) -> bool:
+        """
+        Collect a rollout with the current policy. What it is made of depends on ``partial_episodes`` and ``n_episodes``:
+
+        - "bootstrap", "truncate": ``n_rollout_steps`` steps of each environment
+        - "finish": every environment starts fresh and goes on until it has ``n_rollout_steps`` steps and its current episode
+          has ended
+        - ``n_episodes``: every environment starts fresh and goes on until it has that many whole episodes
+
+        What an environment does while it waits for the others is not recorded, but counts as timesteps.
+
+        Callbacks see the same local variables as with SB3. ``values`` and ``log_probs`` are None at each step, unless the
+        policy has its own ``forward()`` or the buffer is not one of VPG's.
+
+        :param env: The training environment
+        :param callback: Callback called at each step and at the beginning and end of the rollout
+        :param rollout_buffer: Buffer to fill
+        :param n_rollout_steps: Number of steps to collect per environment, see above
+        :return: False if the callback ended the training
+        :raises ValueError: if an observation, action, reward or value is not finite
+        :raises RuntimeError: if an episode does not end within ``max_episode_steps``, where whole episodes are asked for
+        """
+        if self.policy.training:
+            self.policy.set_training_mode(False)
+        own_buffer = isinstance(rollout_buffer, VPGBufferMixin)
+        by_forward = not (own_buffer and has_sb3_passes(self.policy))
+        sample_actions = self.policy if by_forward else action_sampler(self.policy)
+        whole_episodes = self.n_episodes is not None or self.partial_episodes_mode == "finish"
+
+        if whole_episodes and not np.all(self._last_episode_starts):
+            self._last_obs = env.reset()  # type: ignore[assignment]
+            self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
+        self._episode_steps[self._last_episode_starts] = 0  # type: ignore[index]
+        self._check_finite("observation", self._last_obs)
+
+        rollout_buffer.reset()
+        if own_buffer:
+            rollout_buffer.first_steps = self._episode_steps.copy()
+        if self.use_sde:
+            self.policy.reset_noise(env.num_envs)
+
+        callback.on_rollout_start()
+
+        n_steps = 0
+        n_finished = np.zeros(env.num_envs, dtype=np.int64)
+        recording = np.ones(env.num_envs, dtype=bool)
+        all_recording = collecting = True
+        values = log_probs = None
+
+        while collecting:
+            if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
+                self.policy.reset_noise(env.num_envs)
+
+            obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
+            if by_forward:
+                with th.no_grad():
+                    actions, values, log_probs = self.policy(obs_tensor)
+            else:
+                actions = sample_actions(obs_tensor)  # type: ignore[assignment]
+            actions = actions.cpu().numpy().reshape(-1, *self.action_space.shape)  # type: ignore[assignment, misc]
+
+            clipped_actions = actions
+            if isinstance(self.action_space, spaces.Box):
+                self._check_finite("action", actions)  # type: ignore[arg-type]
+                if self.policy.squash_output:
+                    # Back from [-1, 1] to the bounds of the environment
+                    clipped_actions = self.policy.unscale_action(clipped_actions)  # type: ignore[arg-type, assignment]
+                else:
+                    # A Gaussian is unbounded; the gradient is that of the action before clipping
+                    clipped_actions = np.clip(actions, self.action_space.low, self.action_space.high)  # type: ignore[assignment]
+
+            new_obs, rewards, dones, infos = env.step(clipped_actions)  # type: ignore[arg-type]
+            self._check_finite("observation", new_obs)  # type: ignore[arg-type]
+
+            self.num_timesteps += env.num_envs
+
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
+
+            n_steps += 1
+            if all_recording:
+                self._update_info_buffer(infos, dones)
+            else:
+                # Episodes that end while others are waited for are the short ones: keep them out of the statistics
+                recorded = recording.nonzero()[0]
+                self._update_info_buffer([infos[i] for i in recorded], dones[recorded])
+
+            if self.uses_value_function and dones.any():
+                for env_index in dones.nonzero()[0]:
+                    info = infos[env_index]
+                    # See https://github.com/DLR-RM/stable-baselines3/issues/633
+                    if info.get("TimeLimit.truncated", False) and info.get("terminal_observation") is not None:
+                        if own_buffer:
+                            rollout_buffer.add_time_limit(env_index, info["terminal_observation"])
+                        else:
+                            rewards[env_index] += self.gamma * self._value_of(info["terminal_observation"])
+
+            if own_buffer:
+                rollout_buffer.add(
+                    self._last_obs,  # type: ignore[arg-type]
+                    actions,  # type: ignore[arg-type]
+                    rewards,
+                    self._last_episode_starts,  # type: ignore[arg-type]
+                    values if self.uses_value_function else None,
+                    log_probs,
+                    recorded=recording,
+                )
+            else:
+                if isinstance(self.action_space, spaces.Discrete):
+                    actions = actions.reshape(-1, 1)
+                rollout_buffer.add(self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)  # type: ignore[arg-type]
+            self._last_obs = new_obs  # type: ignore[assignment]
+            self._last_episode_starts = dones
+            self._episode_steps += 1
+            any_done = dones.any()
+            if any_done:
+                self._episode_steps[dones] = 0
+
+            if not whole_episodes:
+                collecting = n_steps < n_rollout_steps
+            elif any_done:
+                n_finished += dones
+                complete = n_steps >= n_rollout_steps if self.n_episodes is None else n_finished >= self.n_episodes
+                recording = recording & ~(dones & complete)
+                all_recording, collecting = recording.all(), recording.any()
+            elif (self._episode_steps[recording] > self.max_episode_steps).any():
+                self._raise_endless(recording)
+
+        if own_buffer:
+            rollout_buffer.finish()
+        self._check_finite_rows("reward", rollout_buffer.rewards)
+        if own_buffer:
+            if self.uses_value_function and not by_forward:
+                self._fill_in_values(rollout_buffer)
+
+        bootstrap = self.partial_episodes_mode == "bootstrap"
+        with th.no_grad():
+            # Value of the observation after the last step
+            last_values = (
+                self.policy.predict_values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
+                if bootstrap and self.uses_value_function
+                else th.zeros(env.num_envs)
+            )
+        if own_buffer:
+            rollout_buffer.compute_returns_and_advantage(last_values, dones, self._terminal_values(rollout_buffer))
+        else:
+            rollout_buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
+
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def _fill_in_values(self, rollout_buffer: VPGBufferMixin) -> None:
+        """Compute V(s_t) of all recorded steps, in batches."""
+        flat_values = rollout_buffer.values.reshape(-1)
+        for indices in rollout_buffer.batch_indices(rollout_buffer.chunk_size):
+            with th.no_grad():
+                values = self.policy.predict_values(rollout_buffer.flat_observations(indices))  # type: ignore[arg-type]
+            flat_values[indices] = values.cpu().numpy().reshape(-1)
+        self._check_finite_rows("value", rollout_buffer.values)
+
+    def _terminal_values(self, rollout_buffer: VPGBufferMixin) -> np.ndarray | None:
+        """V(terminal observation) at each time limit of the rollout."""
+        terminal_obs = rollout_buffer.terminal_observations()
+        if terminal_obs is None:
+            return None
+        with th.no_grad():
+            values = self.policy.predict_values(obs_as_tensor(terminal_obs, self.device))  # type: ignore[arg-type]
+        return values.cpu().numpy().reshape(-1)
+
+    def _value_of(self, obs: NumpyObs) -> float:
+        """V(s) of a single observation."""
+        with th.no_grad():
+            return self.policy.predict_values(self.policy.obs_to_tensor(obs)[0]).item()  # type: ignore[arg-type]
+
+    def _check_finite(self, quantity: str, array: NumpyObs | None) -> None:
+        """:raises ValueError: if ``array`` of shape (N, ...), or an entry of it, is not finite"""
+        for part in array.values() if isinstance(array, dict) else (array,):
+            if part.dtype.kind == "f" and not np.isfinite(part).all():  # type: ignore[union-attr]
+                env_index = int(np.argwhere(~np.isfinite(part))[0][0])  # type: ignore[arg-type]
+                self._raise_non_finite(
+                    quantity, part[env_index], env_index, f"step {self._episode_steps[env_index]} of its episode"  # type: ignore[index]
+                )
+
+    def _check_finite_rows(self, quantity: str, rows: np.ndarray) -> None:
+        """:raises ValueError: if one of the numbers in ``rows`` of shape (T, N) is not finite"""
+        if not np.isfinite(rows).all():
+            step, env_index = np.argwhere(~np.isfinite(rows))[0]
+            self._raise_non_finite(quantity, rows[step, env_index], env_index, f"step {step} of the rollout")
+
+    def _raise_non_finite(self, quantity: str, value: Any, env_index: int, step: str) -> NoReturn:
+        # Continuing to train must begin with a reset
+        self._last_obs = None
+        raise ValueError(
+            f"Non-finite {quantity} in environment {env_index} at {step} (timestep {self.num_timesteps}): {value}. "
+            "No weight has been changed by it, the model can be saved. Look for the cause in the environment, its wrappers or "
+            "a too large learning rate; stable_baselines3.common.vec_env.VecCheckNan helps to find it."
+        )
+
+    def _raise_endless(self, recording: np.ndarray) -> NoReturn:
+        env_index = int(np.argmax(self._episode_steps * recording))
+        raise RuntimeError(
+            f"The episode in environment {env_index} has not ended after {self.max_episode_steps} steps, but the rollout is to "
+            "be made of whole episodes. Give the environment a time limit (gymnasium.wrappers.TimeLimit), or use "
+            "partial_episodes='truncate', or partial_episodes='bootstrap' with a value function; if episodes really are that "
+            "long, raise the model's `max_episode_steps`."
+        )

@@ -1,0 +1,564 @@
+"""Vanilla policy gradient for Stable-Baselines3."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from numbers import Integral, Real
+from typing import Any, ClassVar, NoReturn, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from gymnasium.vector.utils import create_empty_array
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.distributions import kl_divergence
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.type_aliases import (
+    DictRolloutBufferSamples,
+    GymEnv,
+    MaybeCallback,
+    RolloutBufferSamples,
+    Schedule,
+)
+from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
+
+from sb3_vpg.buffers import VPGBufferMixin, VPGDictRolloutBuffer, VPGRolloutBuffer
+from sb3_vpg.estimators import Formulation, check_choice
+from sb3_vpg.policies import CnnPolicy, LogisticPolicy, MlpPolicy, MultiInputPolicy, has_sb3_passes
+from sb3_vpg.rollout import RolloutCollector
+
+SelfVPG = TypeVar("SelfVPG", bound="VPG")
+Samples = RolloutBufferSamples | DictRolloutBufferSamples
+
+PARTIAL_EPISODES = (None, "bootstrap", "finish", "truncate")
+LOSS_REDUCTIONS = ("mean", "trajectory")
+# The KL divergence of an update is averaged over at most this many steps, evenly spaced in the rollout
+MAX_KL_STEPS = 1024
+
+
+class VPG(RolloutCollector):
+    """
+    Vanilla Policy Gradient: REINFORCE and its relatives, with the reward formulation as a switch.
+
+    Each rollout is used for one gradient step on ``-mean(psi_t log pi(a_t | s_t))``, plus entropy bonus and value loss.
+    ``estimator`` and ``baseline`` choose psi_t, see :mod:`sb3_vpg.estimators` for their equations.
+
+    Papers: REINFORCE, Williams (1992), https://doi.org/10.1007/BF00992696; policy gradient theorem, Sutton et al. (1999);
+    GAE and the list of formulations, Schulman et al. (2016), https://arxiv.org/abs/1506.02438
+
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy, LogisticPolicy or a class)
+    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0)
+    :param n_steps: The number of steps to run for each environment per update
+        (i.e. batch size is n_steps * n_env where n_env is number of environment copies running in parallel);
+        a lower bound where episodes are finished; not used with ``n_episodes``
+    :param gamma: Discount factor, in [0, 1]
+    :param gae_lambda: Factor for trade-off of bias vs variance for Generalized Advantage Estimator, in [0, 1];
+        used by estimator="gae" only
+    :param ent_coef: Entropy coefficient for the loss calculation
+    :param vf_coef: Value function coefficient for the loss calculation, >= 0
+    :param max_grad_norm: The maximum norm of the gradient, applied to the actor and to the critic separately;
+        None for no clipping
+    :param use_sde: Whether to use generalized State Dependent Exploration (gSDE) instead of action noise exploration
+    :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE
+        Default: -1 (only sample at the beginning of the rollout)
+    :param rollout_buffer_class: Rollout buffer class to use. If ``None``, it will be automatically selected. A class that is
+        not derived from VPG's own computes its advantages itself, as with A2C, and goes with estimator="gae" only.
+    :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation.
+    :param normalize_advantage: Whether to standardise the advantages: False, True or "batch" (over the whole batch), "episode"
+        (within each episode)
+    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
+        the reported success rate, mean episode length, and mean reward over
+    :param tensorboard_log: the log location for tensorboard (if None, no logging)
+    :param policy_kwargs: additional arguments to be passed to the policy on creation
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
+        debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device (cpu, cuda, ...) on which the code should be run.
+        Setting it to auto, the code will be run on the GPU if possible.
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :param estimator: What multiplies grad log pi: "total_return", "reward_to_go", "td_residual" or "gae"
+    :param baseline: What is subtracted from it: None, "mean", "time", "leave_one_out" or "value";
+        "td_residual" and "gae" use the value function by definition
+    :param n_episodes: If given, each update uses exactly this many whole episodes of each environment instead of ``n_steps``
+    :param partial_episodes: What becomes of episodes that are still running when ``n_steps`` are up: "bootstrap" (cut, the value
+        of the last observation added), "finish" (run on until they end), "truncate" (cut, nothing added: biased). Default:
+        "bootstrap" where a value function is used and whole episodes are not needed, else "finish".
+    :param discount_state_distribution: Weight step t of an episode by gamma^t: the unbiased gradient of the discounted return.
+        estimator="total_return" counts from the start of the episode already and is not weighted again.
+    :param loss_reduction: "mean" over the steps of the batch, or "trajectory": sum over the steps, divided by the number of
+        episodes (whole or in part). The value loss is always a mean over steps.
+    :param n_critic_updates: Passes of the value regression per rollout, >= 1. The first is part of the joint loss; the others
+        move only parameters that the actor does not use.
+    :param critic_batch_size: Minibatch size of the further passes of the value regression; None for the full batch
+    :param critic_learning_rate: Learning rate of the parameters that only the critic uses, a float or a function of the
+        progress remaining; None for ``learning_rate``
+    :raises ValueError: if a keyword has a value that is not allowed, alone or together with others
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+        "LogisticPolicy": LogisticPolicy,
+    }
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 7e-4,
+        n_steps: int = 128,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        ent_coef: float = 0.0,
+        vf_coef: float = 0.5,
+        max_grad_norm: float | None = 0.5,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        normalize_advantage: bool | str = True,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        estimator: str = "gae",
+        baseline: str | None = None,
+        n_episodes: int | None = None,
+        partial_episodes: str | None = None,
+        discount_state_distribution: bool = False,
+        loss_reduction: str = "mean",
+        n_critic_updates: int = 1,
+        critic_batch_size: int | None = None,
+        critic_learning_rate: float | Schedule | None = None,
+    ):
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            ent_coef=ent_coef,
+            vf_coef=vf_coef,
+            max_grad_norm=max_grad_norm,  # type: ignore[arg-type]
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            device=device,
+            seed=seed,
+            _init_setup_model=False,
+            supported_action_spaces=(
+                spaces.Box,
+                spaces.Discrete,
+                spaces.MultiDiscrete,
+                spaces.MultiBinary,
+            ),
+        )
+
+        self.normalize_advantage = normalize_advantage
+        self.estimator = estimator
+        self.baseline = baseline
+        self.n_episodes = n_episodes
+        self.partial_episodes = partial_episodes
+        self.discount_state_distribution = discount_state_distribution
+        self.loss_reduction = loss_reduction
+        self.n_critic_updates = n_critic_updates
+        self.critic_batch_size = critic_batch_size
+        self.critic_learning_rate = critic_learning_rate
+
+        if _init_setup_model:
+            self._setup_model()
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Setup
+    # ------------------------------------------------------------------------------------------------------------
+
+    def _setup_model(self) -> None:
+        self._resolve_keywords()
+        if self.rollout_buffer_class is None:
+            is_dict = isinstance(self.observation_space, spaces.Dict)
+            self.rollout_buffer_class = VPGDictRolloutBuffer if is_dict else VPGRolloutBuffer
+        super()._setup_model()
+        if isinstance(self.rollout_buffer, VPGBufferMixin):
+            self.rollout_buffer.formulation = self._formulation
+        self._actor_parameters, self._critic_parameters = self._separate_parameters()
+        self._split_parameter_groups()
+        # Batch normalisation mixes the steps of a batch: such a network must see all of them at once
+        self._in_chunks = not any(isinstance(m, th.nn.modules.batchnorm._BatchNorm) for m in self.policy.modules())
+
+    def _setup_lr_schedule(self) -> None:
+        super()._setup_lr_schedule()
+        own = self.critic_learning_rate is not None
+        self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate) if own else self.lr_schedule  # type: ignore[arg-type]
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_formulation", "_actor_parameters", "_critic_parameters"]
+
+    def _resolve_keywords(self) -> None:
+        """
+        Check the keywords, alone and together, and resolve names and defaults.
+
+        :raises ValueError: naming the keyword, what was given and what is allowed
+        """
+        check_number("n_steps", self.n_steps, low=1, integer=True)
+        check_number("gamma", self.gamma, low=0, high=1)
+        check_number("gae_lambda", self.gae_lambda, low=0, high=1)
+        check_number("ent_coef", self.ent_coef)
+        check_number("vf_coef", self.vf_coef, low=0)
+        check_number("max_grad_norm", self.max_grad_norm, low=0, low_included=False, infinite=True, none=True)
+        check_number("n_episodes", self.n_episodes, low=1, integer=True, none=True)
+        check_number("n_critic_updates", self.n_critic_updates, low=1, integer=True)
+        check_number("critic_batch_size", self.critic_batch_size, low=1, integer=True, none=True)
+        if not callable(self.learning_rate):
+            check_number("learning_rate", self.learning_rate, low=0)
+        if not callable(self.critic_learning_rate):
+            check_number("critic_learning_rate", self.critic_learning_rate, low=0, none=True)
+        check_choice("partial_episodes", self.partial_episodes, PARTIAL_EPISODES)
+        check_choice("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
+        check_choice("discount_state_distribution", self.discount_state_distribution, (False, True))
+
+        formulation = Formulation(
+            self.estimator,
+            self.baseline,
+            self.normalize_advantage,
+            self.discount_state_distribution,
+            float(self.gamma),
+            float(self.gae_lambda),
+        )
+        self._formulation = formulation
+        self.uses_value_function = formulation.uses_value_function
+
+        if self.n_episodes is not None and self.partial_episodes is not None:
+            raise ValueError(
+                f"partial_episodes={self.partial_episodes!r} has no meaning with n_episodes={self.n_episodes}, which has no "
+                "partial episodes; allowed: None"
+            )
+        default = "bootstrap" if self.uses_value_function and not formulation.needs_whole_episodes else "finish"
+        self.partial_episodes_mode = "finish" if self.n_episodes is not None else self.partial_episodes or default
+        given = f"estimator={self.estimator!r} with baseline={self.baseline!r}"
+        if self.partial_episodes_mode != "finish" and formulation.needs_whole_episodes:
+            raise ValueError(
+                f"partial_episodes={self.partial_episodes!r} cuts episodes, but {given} speaks of whole episodes; "
+                "allowed: None, 'finish'"
+            )
+        if self.partial_episodes_mode == "bootstrap" and not self.uses_value_function:
+            raise ValueError(
+                f"partial_episodes='bootstrap' needs a value function, but {given} has none; allowed: None, 'finish', 'truncate'"
+            )
+        self._check_single_episode(given)
+        self._check_rollout_buffer_class()
+
+    def _check_single_episode(self, given: str) -> None:
+        """With one episode per update, some formulations are zero at every step, or have nobody else to look at."""
+        if self.n_episodes is None or self.n_episodes * self.n_envs > 1:
+            return
+        one = "n_episodes=1 with one environment gives one episode per update"
+        if self.baseline in ("time", "leave_one_out"):
+            raise ValueError(
+                f"baseline={self.baseline!r} compares episodes, but {one}; allowed: a larger n_episodes, more environments, or "
+                "baseline=None, 'mean', 'value'"
+            )
+        centred = self.baseline == "mean" or self.normalize_advantage is not False
+        if self.estimator == "total_return" and self.baseline in (None, "mean") and centred:
+            raise ValueError(
+                f"{given} and normalize_advantage={self.normalize_advantage!r} is zero at every step, since {one} and the total "
+                "return is one number per episode; allowed: a larger n_episodes, more environments, or baseline=None with "
+                "normalize_advantage=False"
+            )
+
+    def _check_rollout_buffer_class(self) -> None:
+        """A buffer class that is not ours knows fixed lengths and computes SB3's GAE advantages, or its own."""
+        buffer_class = self.rollout_buffer_class
+        if buffer_class is None or issubclass(buffer_class, VPGBufferMixin):
+            return
+        required: dict[str, tuple] = {
+            "estimator": ("gae",),
+            "normalize_advantage": (False, True, "batch"),
+            "n_episodes": (None,),
+            "partial_episodes": (None, "bootstrap"),
+            "discount_state_distribution": (False,),
+            "loss_reduction": ("mean",),
+        }
+        for keyword, allowed in required.items():
+            if getattr(self, keyword) not in allowed:
+                raise ValueError(
+                    f"{keyword}={getattr(self, keyword)!r} cannot be had with rollout_buffer_class={buffer_class.__name__}, which "
+                    "computes its own advantages; choose one of "
+                    f"{', '.join(map(repr, allowed))}, or derive the class from {VPGRolloutBuffer.__name__}"
+                )
+
+    def _separate_parameters(self) -> tuple[list[th.nn.Parameter], list[th.nn.Parameter]]:
+        """
+        :return: parameters of the actor, including those it shares with the critic, and parameters that only the critic uses:
+            those on which the value depends and neither the log probability nor the entropy
+        """
+        self.policy.set_training_mode(False)
+        parameters = [p for p in self.policy.parameters() if p.requires_grad]
+        zeros = create_empty_array(self.policy.observation_space, n=1, fn=np.zeros)
+        obs = obs_as_tensor(zeros, self.device)  # type: ignore[arg-type]
+        with th.no_grad():
+            action = self.policy._predict(obs, deterministic=True)
+        with th.enable_grad():
+            values, log_prob, entropy = self.policy.evaluate_actions(obs, action)
+            actor_output = log_prob.sum() + (0.0 if entropy is None else entropy.sum())
+
+        def depends(output: th.Tensor) -> list[bool]:
+            if not output.requires_grad:
+                return [False] * len(parameters)
+            gradients = th.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)
+            return [gradient is not None for gradient in gradients]
+
+        critic_only = [in_value and not in_actor for in_value, in_actor in zip(depends(values.sum()), depends(actor_output))]
+        return (
+            [p for p, is_critic in zip(parameters, critic_only) if not is_critic],
+            [p for p, is_critic in zip(parameters, critic_only) if is_critic],
+        )
+
+    def _split_parameter_groups(self) -> None:
+        """Split each parameter group of the optimizer into one of the actor and one of the critic."""
+        critic = {id(p) for p in self._critic_parameters}
+        groups = []
+        for group in self.policy.optimizer.param_groups:
+            for role in ("actor", "critic"):
+                params = [p for p in group["params"] if (id(p) in critic) == (role == "critic")]
+                if params:
+                    groups.append({**group, "params": params, "role": role})
+        self.policy.optimizer.param_groups = groups
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Update
+    # ------------------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """
+        Update policy using the currently gathered rollout buffer: one gradient step over the whole data, then
+        ``n_critic_updates - 1`` further passes of the value regression.
+
+        :raises ValueError: if a loss or gradient is not finite; no weight has been changed by it then
+        """
+        kl_divergence_since = self._remember_policy()
+
+        # Switch to train mode (this affects batch norm / dropout)
+        self.policy.set_training_mode(True)
+        self._update_learning_rates()
+
+        self.policy.optimizer.zero_grad()
+        losses = self._accumulate_gradients()
+        for name, loss in losses.items():
+            if not math.isfinite(loss):
+                self._raise_non_finite_update(name, loss)
+        policy_grad_norm = self._clip_gradients("policy gradient", self._actor_parameters)
+        value_grad_norm = self._clip_gradients("value gradient", self._critic_parameters)
+        self.policy.optimizer.step()
+
+        if self.uses_value_function and self._critic_parameters:
+            for _ in range(self.n_critic_updates - 1):
+                self._fit_critic()
+
+        self._n_updates += 1
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        for name, loss in losses.items():
+            self.logger.record(f"train/{name}", loss)
+        self.logger.record("train/kl_divergence", kl_divergence_since())
+        self.logger.record("train/policy_grad_norm", policy_grad_norm)
+        buffer = self.rollout_buffer
+        if self.uses_value_function:
+            recorded = buffer.mask if isinstance(buffer, VPGBufferMixin) else ...
+            explained_var = explained_variance(buffer.values[recorded].flatten(), buffer.returns[recorded].flatten())
+            self.logger.record("train/explained_variance", explained_var)
+            self.logger.record("train/value_grad_norm", value_grad_norm)
+        if isinstance(buffer, VPGBufferMixin):
+            self.logger.record("train/episodes_per_update", buffer.n_episodes)
+        if hasattr(self.policy, "log_std"):
+            self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
+
+    def _update_learning_rates(self) -> None:
+        self._update_learning_rate(self.policy.optimizer)
+        if self.critic_learning_rate is not None:
+            critic_learning_rate = self.critic_lr_schedule(self._current_progress_remaining)
+            self.logger.record("train/critic_learning_rate", critic_learning_rate)
+            for group in self.policy.optimizer.param_groups:
+                if group["role"] == "critic":
+                    group["lr"] = critic_learning_rate
+
+    def _chunks(self) -> Iterator[Samples]:
+        """The whole batch, in pieces that fit the cache."""
+        buffer = self.rollout_buffer
+        if isinstance(buffer, VPGBufferMixin):
+            return buffer.get(buffer.chunk_size if self._in_chunks else None, shuffle=False)
+        return buffer.get(batch_size=None)
+
+    def _accumulate_gradients(self) -> dict[str, float]:
+        """
+        Add the gradient of policy loss, entropy bonus and value loss over the whole batch to the parameters' gradients.
+
+        :return: the losses, by the names under which A2C logs them
+        """
+        n_steps, n_pieces = self._count()
+        weight = 1 / n_pieces if self.loss_reduction == "trajectory" else 1 / n_steps
+
+        total: dict[str, Any] = {"entropy_loss": 0.0, "policy_loss": 0.0}
+        if self.uses_value_function:
+            total["value_loss"] = 0.0
+        for batch in self._chunks():
+            values, log_prob, entropy = self._evaluate_actions(batch)
+            # -mean(psi_t log pi(a_t | s_t))
+            policy_loss = -(batch.advantages * log_prob).sum() * weight
+            # Approximate entropy when no analytical form
+            entropy_sum = (-log_prob if entropy is None else entropy).sum()
+            loss = policy_loss - self.ent_coef * weight * entropy_sum
+            if values is not None:
+                value_loss = ((batch.returns - values.flatten()) ** 2).sum() / n_steps
+                loss = loss + self.vf_coef * value_loss
+                total["value_loss"] += value_loss.detach()
+            loss.backward()
+            total["policy_loss"] += policy_loss.detach()
+            total["entropy_loss"] -= entropy_sum.detach() / n_steps
+        return {name: float(loss) for name, loss in total.items()}
+
+    def _evaluate_actions(self, batch: Samples) -> tuple[th.Tensor | None, th.Tensor, th.Tensor | None]:
+        """
+        :return: values (None if the formulation has no value function), log probabilities, entropies
+        """
+        actions = batch.actions
+        if isinstance(self.action_space, spaces.Discrete):
+            # Convert discrete action from float to long
+            actions = actions.long().flatten()
+        if not self.uses_value_function and has_sb3_passes(self.policy):
+            distribution = self.policy.get_distribution(batch.observations)
+            return None, distribution.log_prob(actions), distribution.entropy()
+        values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, actions)
+        return values if self.uses_value_function else None, log_prob, entropy
+
+    def _fit_critic(self) -> None:
+        """One pass of the value regression, moving only parameters that the actor does not use."""
+        batches: Iterable[tuple[Iterable[Samples], int]]
+        if self.critic_batch_size is None:
+            batches = [(self._chunks(), self._count()[0])]
+        else:
+            batches = (([batch], len(batch.returns)) for batch in self.rollout_buffer.get(self.critic_batch_size))
+        for chunks, n_steps in batches:
+            self.policy.optimizer.zero_grad()
+            for chunk in chunks:
+                values = self.policy.predict_values(chunk.observations).flatten()  # type: ignore[arg-type]
+                value_loss = ((chunk.returns - values) ** 2).sum() / n_steps
+                (self.vf_coef * value_loss).backward(inputs=self._critic_parameters)
+            self._clip_gradients("value gradient", self._critic_parameters)
+            self.policy.optimizer.step()
+
+    def _count(self) -> tuple[int, int]:
+        """:return: number of steps and of episodes (whole or in part) in the batch"""
+        buffer = self.rollout_buffer
+        if isinstance(buffer, VPGBufferMixin):
+            return buffer.n_recorded, buffer.n_pieces
+        # Only reduced by "mean"
+        return buffer.buffer_size * buffer.n_envs, 1
+
+    def _clip_gradients(self, name: str, parameters: list[th.nn.Parameter]) -> float:
+        """
+        :return: norm of the gradient before clipping
+        :raises ValueError: if it is not finite
+        """
+        max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        norm = th.nn.utils.clip_grad_norm_(parameters, max_norm).item()
+        if not math.isfinite(norm):
+            self._raise_non_finite_update(name, norm)
+        return norm
+
+    def _raise_non_finite_update(self, name: str, value: float) -> NoReturn:
+        self.policy.optimizer.zero_grad()
+        raise ValueError(
+            f"Non-finite {name.replace('_', ' ')} ({value}) in update {self._n_updates + 1} (timestep {self.num_timesteps}). The "
+            "step was not taken: weights and optimizer are as before and the model can be saved. Very large rewards or "
+            "observations are the usual cause: scale them, e.g. with VecNormalize, or lower the learning rate."
+        )
+
+    def _remember_policy(self) -> Callable[[], float]:
+        """
+        Remember the policy at some steps of the rollout.
+
+        :return: a function that gives KL(remembered policy || policy as it is then), the mean over these steps
+        """
+        policy, buffer = self.policy, self.rollout_buffer
+        if isinstance(buffer, VPGBufferMixin):
+            recorded = np.flatnonzero(buffer.mask)
+            batch = buffer._get_samples(recorded[:: math.ceil(len(recorded) / MAX_KL_STEPS)])
+        else:
+            batch = next(buffer.get(batch_size=MAX_KL_STEPS))
+
+        policy.set_training_mode(False)
+        with th.no_grad():
+            if has_sb3_passes(policy):
+                before: Any = copy.copy(policy.get_distribution(batch.observations))  # type: ignore[arg-type]
+            else:
+                before = self._evaluate_actions(batch)[1]
+
+        @th.no_grad()
+        def kl_divergence_since() -> float:
+            policy.set_training_mode(False)
+            if has_sb3_passes(policy):
+                kl = kl_divergence(before, policy.get_distribution(batch.observations))  # type: ignore[arg-type]
+                return kl.reshape(len(batch.returns), -1).sum(dim=1).mean().item()
+            # Estimated from the actions taken, http://joschu.net/blog/kl-approx.html
+            log_ratio = self._evaluate_actions(batch)[1] - before
+            return (th.exp(log_ratio) - 1 - log_ratio).mean().item()
+
+        return kl_divergence_since
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Learning
+    # ------------------------------------------------------------------------------------------------------------
+
+    def learn(
+        self: SelfVPG,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 10,
+        tb_log_name: str = "VPG",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfVPG:
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+
+
+def check_number(
+    keyword: str,
+    value: object,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    integer: bool = False,
+    low_included: bool = True,
+    infinite: bool = False,
+    none: bool = False,
+) -> None:
+    """
+    :raises ValueError: if ``value`` is not a number of the kind and range asked for, naming the keyword and both
+    """
+    if none and value is None:
+        return
+    ok = isinstance(value, Integral if integer else Real) and not isinstance(value, bool)
+    ok = ok and (math.isfinite(value) or (infinite and value == math.inf))  # type: ignore[arg-type]
+    if not (ok and (low <= value if low_included else low < value) and value <= high):  # type: ignore[operator]
+        kind = "an integer" if integer else "a number"
+        bounds = [] if low == -math.inf else [f"{'>=' if low_included else '>'} {low}"]
+        bounds += [] if high == math.inf else [f"<= {high}"]
+        allowed = " ".join([kind, " and ".join(bounds)]).strip() + (" or None" if none else "")
+        raise ValueError(f"{keyword}={value!r} is not allowed; it must be {allowed}")

@@ -1,0 +1,140 @@
+"""
+VPG in RL Baselines3 Zoo: the algorithm, its default hyperparameter file, its Optuna search space.
+
+Nothing here runs unless rl_zoo3 is used: either the import hook (``zoo_hook.py``) calls :func:`patch` on rl_zoo3's modules as
+they are imported, or :func:`register` does so explicitly, as ``python -m sb3_vpg`` does.
+"""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from sb3_vpg.vpg import VPG
+
+if TYPE_CHECKING:
+    import optuna
+
+_PACKAGE = Path(__file__).parent
+#: Folder of the hyperparameter files: in the package where it is installed, beside it in a checkout
+HYPERPARAMS = next(path for path in (_PACKAGE / "hyperparams", _PACKAGE.parent / "hyperparams") if path.is_dir())
+
+# Formulations that Optuna chooses from; all go with partial_episodes=None and with normalize_advantage=False or True
+FORMULATIONS: dict[str, tuple[str, str | None]] = {
+    f"{estimator}-{baseline}" if baseline else estimator: (estimator, baseline)
+    for estimator, baselines in {
+        "total_return": (None, "mean", "time", "leave_one_out", "value"),
+        "reward_to_go": (None, "mean", "time", "leave_one_out", "value"),
+        "td_residual": (None,),
+        "gae": (None,),
+    }.items()
+    for baseline in baselines
+}
+
+
+def register() -> None:
+    """
+    Add VPG to RL Baselines3 Zoo. Calling it again, or with the import hook at work, changes nothing.
+
+    :raises ImportError: if rl_zoo3 is not installed
+    """
+    for name in PATCHES:
+        patch(importlib.import_module(name))
+
+
+def patch(module: ModuleType) -> None:
+    """
+    Add VPG to one of rl_zoo3's modules, in place.
+
+    :param module: rl_zoo3.utils, rl_zoo3.hyperparams_opt or rl_zoo3.exp_manager
+    """
+    PATCHES[module.__name__](module)
+
+
+def _add_algorithm(utils: ModuleType) -> None:
+    utils.ALGOS["vpg"] = VPG
+
+
+def _add_search_space(hyperparams_opt: ModuleType) -> None:
+    convert = functools.partial(convert_vpg_params, convert_onpolicy_params=hyperparams_opt.convert_onpolicy_params)
+    hyperparams_opt.HYPERPARAMS_CONVERTER["vpg"] = convert
+    hyperparams_opt.HYPERPARAMS_SAMPLER["vpg"] = lambda trial, *_: convert(sample_vpg_params(trial))
+
+
+def _add_default_config(exp_manager: ModuleType) -> None:
+    manager = exp_manager.ExperimentManager
+    if hasattr(manager.__init__, "__wrapped__"):
+        return
+    original_init, original_schedules = manager.__init__, manager._preprocess_schedules
+    signature = inspect.signature(original_init)
+
+    @functools.wraps(original_init)
+    def init_with_own_config(*args: Any, **kwargs: Any) -> None:
+        arguments = signature.bind(*args, **kwargs).arguments
+        if arguments["algo"] == "vpg" and not arguments.get("config"):
+            kwargs["config"] = str(HYPERPARAMS / "vpg.yml")
+        original_init(*args, **kwargs)
+
+    def with_critic_schedule(hyperparams: dict[str, Any]) -> dict[str, Any]:
+        """The zoo turns ``learning_rate: lin_0.001`` into a schedule; the critic's learning rate may be written so, too."""
+        hyperparams = original_schedules(hyperparams)
+        if hyperparams.get("critic_learning_rate") is not None:
+            schedule = original_schedules({"learning_rate": hyperparams["critic_learning_rate"]})
+            hyperparams["critic_learning_rate"] = schedule["learning_rate"]
+        return hyperparams
+
+    manager.__init__ = init_with_own_config
+    manager._preprocess_schedules = staticmethod(with_critic_schedule)
+
+
+PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    "rl_zoo3.utils": _add_algorithm,
+    "rl_zoo3.hyperparams_opt": _add_search_space,
+    "rl_zoo3.exp_manager": _add_default_config,
+}
+
+
+def sample_vpg_params(trial: "optuna.Trial") -> dict[str, Any]:
+    """
+    Draw hyperparameters of VPG. Estimator and baseline are drawn together, so that every draw is a valid combination.
+
+    :param trial: the trial to draw for
+    :return: the drawn values under the names of Optuna's study, to be converted by :func:`convert_vpg_params`
+    """
+    params = {
+        "formulation": trial.suggest_categorical("formulation", list(FORMULATIONS)),
+        "normalize_advantage": trial.suggest_categorical("normalize_advantage", [False, True]),
+        "n_steps_pow": trial.suggest_int("n_steps_pow", 3, 11),
+        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.0001, 0.1, log=True),
+        "one_minus_gae_lambda": trial.suggest_float("one_minus_gae_lambda", 0.0001, 0.2, log=True),
+        "learning_rate": trial.suggest_float("learning_rate", 1e-4, 0.03, log=True),
+        "critic_learning_rate": trial.suggest_float("critic_learning_rate", 1e-4, 0.03, log=True),
+        "n_critic_updates": trial.suggest_categorical("n_critic_updates", [1, 2, 5, 10, 20]),
+        "ent_coef": trial.suggest_float("ent_coef", 1e-8, 0.1, log=True),
+        "max_grad_norm": trial.suggest_float("max_grad_norm", 0.3, 2),
+        "net_arch": trial.suggest_categorical("net_arch", ["tiny", "small", "medium"]),
+        "activation_fn": trial.suggest_categorical("activation_fn", ["tanh", "relu"]),
+    }
+    # Display true values
+    trial.set_user_attr("gamma", 1 - params["one_minus_gamma"])
+    trial.set_user_attr("gae_lambda", 1 - params["one_minus_gae_lambda"])
+    trial.set_user_attr("n_steps", 2 ** params["n_steps_pow"])
+    return params
+
+
+def convert_vpg_params(
+    sampled_params: dict[str, Any], convert_onpolicy_params: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """
+    :param sampled_params: values as :func:`sample_vpg_params` draws them and Optuna stores them
+    :param convert_onpolicy_params: the zoo's own converter for what VPG has in common with A2C and PPO
+    :return: keyword arguments of VPG
+    """
+    params = sampled_params.copy()
+    estimator, baseline = FORMULATIONS[params.pop("formulation")]
+    # Also what the hyperparameter file may have set and the formulation may not go with
+    whole = {"partial_episodes": None, "n_episodes": None}
+    return {**convert_onpolicy_params(params), "estimator": estimator, "baseline": baseline, **whole}
