@@ -222,9 +222,9 @@ class VPGBufferMixin(RolloutBuffer):
         """
         Yield the recorded steps once, and only those.
 
-        :param batch_size: number of steps in a batch; None for all in one
-        :param shuffle: whether in random order (NumPy's global generator, as in SB3), or in order of time, then of
-            environment
+        :param batch_size: number of steps in a batch, at most; None for all in one
+        :param shuffle: whether in random order (NumPy's global generator, as in SB3); if not, each batch is an evenly
+            spaced sample of the rollout, in order of time
         :return: batches as in SB3, with ``returns`` as the targets of the value function
         """
         for indices in self.batch_indices(batch_size, shuffle):
@@ -234,16 +234,21 @@ class VPGBufferMixin(RolloutBuffer):
         """
         Which steps make up each batch, see :meth:`get`, counted in order of time, then of environment.
 
-        :return: slices where all steps were recorded and the order is theirs, else arrays of indices
+        :return: arrays of indices, or slices where all steps were recorded and are not shuffled
         """
         n = self.n_recorded
-        indices: np.ndarray | None = None if n == self.mask.size else np.flatnonzero(self.mask)
+        batch_size = batch_size or n
+        recorded = None if n == self.mask.size else np.flatnonzero(self.mask)
         if shuffle:
             permutation = np.random.permutation(n)
-            indices = permutation if indices is None else indices[permutation]
-        for start in range(0, n, batch_size or n):
-            batch = slice(start, min(start + (batch_size or n), n))
-            yield batch if indices is None else indices[batch]
+            indices = permutation if recorded is None else recorded[permutation]
+            for start in range(0, n, batch_size):
+                yield indices[start : start + batch_size]
+        else:
+            n_batches = -(-n // batch_size)
+            for first in range(n_batches):
+                batch = slice(first, n, n_batches)
+                yield batch if recorded is None else recorded[batch]
 
     @property
     def chunk_size(self) -> int:

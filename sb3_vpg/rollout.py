@@ -121,12 +121,13 @@ class RolloutCollector(OnPolicyAlgorithm):
                     clipped_actions = np.clip(actions, self.action_space.low, self.action_space.high)  # type: ignore[assignment]
 
             new_obs, rewards, dones, infos = env.step(clipped_actions)  # type: ignore[arg-type]
-            self._check_finite("observation", new_obs)  # type: ignore[arg-type]
 
             self.num_timesteps += env.num_envs
 
             callback.update_locals(locals())
             if not callback.on_step():
+                # Unlike SB3, so that training can go on from here
+                self._move_on(new_obs, dones)  # type: ignore[arg-type]
                 return False
 
             n_steps += 1
@@ -142,6 +143,7 @@ class RolloutCollector(OnPolicyAlgorithm):
                     info = infos[env_index]
                     # See https://github.com/DLR-RM/stable-baselines3/issues/633
                     if info.get("TimeLimit.truncated", False) and info.get("terminal_observation") is not None:
+                        self._check_finite("terminal observation", info["terminal_observation"], int(env_index))
                         if own_buffer:
                             rollout_buffer.add_time_limit(env_index, info["terminal_observation"])
                         else:
@@ -161,29 +163,26 @@ class RolloutCollector(OnPolicyAlgorithm):
                 if isinstance(self.action_space, spaces.Discrete):
                     actions = actions.reshape(-1, 1)
                 rollout_buffer.add(self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)  # type: ignore[arg-type]
-            self._last_obs = new_obs  # type: ignore[assignment]
-            self._last_episode_starts = dones
-            self._episode_steps += 1
-            any_done = dones.any()
-            if any_done:
-                self._episode_steps[dones] = 0
+            self._move_on(new_obs, dones)  # type: ignore[arg-type]
+            self._check_finite("observation", new_obs)  # type: ignore[arg-type]
 
             if not whole_episodes:
                 collecting = n_steps < n_rollout_steps
-            elif any_done:
+            elif dones.any():
                 n_finished += dones
                 complete = n_steps >= n_rollout_steps if self.n_episodes is None else n_finished >= self.n_episodes
                 recording = recording & ~(dones & complete)
                 all_recording, collecting = recording.all(), recording.any()
-            elif (self._episode_steps[recording] > self.max_episode_steps).any():
-                self._raise_endless(recording)
+            if whole_episodes and n_steps > self.max_episode_steps:
+                self._check_endless(recording)
 
         if own_buffer:
             rollout_buffer.finish()
         self._check_finite_rows("reward", rollout_buffer.rewards)
-        if own_buffer:
-            if self.uses_value_function and not by_forward:
-                self._fill_in_values(rollout_buffer)
+        if self.uses_value_function:
+            if not by_forward:
+                self._fill_in_values(rollout_buffer)  # type: ignore[arg-type]
+            self._check_finite_rows("value", rollout_buffer.values)
 
         bootstrap = self.partial_episodes_mode == "bootstrap"
         with th.no_grad():
@@ -202,6 +201,13 @@ class RolloutCollector(OnPolicyAlgorithm):
         callback.on_rollout_end()
         return True
 
+    def _move_on(self, new_obs: NumpyObs, dones: np.ndarray) -> None:
+        """The next step begins where the last one ended."""
+        self._last_obs = new_obs  # type: ignore[assignment]
+        self._last_episode_starts = dones
+        self._episode_steps += 1
+        self._episode_steps[dones] = 0
+
     def _fill_in_values(self, rollout_buffer: VPGBufferMixin) -> None:
         """Compute V(s_t) of all recorded steps, in batches."""
         flat_values = rollout_buffer.values.reshape(-1)
@@ -209,7 +215,6 @@ class RolloutCollector(OnPolicyAlgorithm):
             with th.no_grad():
                 values = self.policy.predict_values(rollout_buffer.flat_observations(indices))  # type: ignore[arg-type]
             flat_values[indices] = values.cpu().numpy().reshape(-1)
-        self._check_finite_rows("value", rollout_buffer.values)
 
     def _terminal_values(self, rollout_buffer: VPGBufferMixin) -> np.ndarray | None:
         """V(terminal observation) at each time limit of the rollout."""
@@ -225,14 +230,18 @@ class RolloutCollector(OnPolicyAlgorithm):
         with th.no_grad():
             return self.policy.predict_values(self.policy.obs_to_tensor(obs)[0]).item()  # type: ignore[arg-type]
 
-    def _check_finite(self, quantity: str, array: NumpyObs | None) -> None:
-        """:raises ValueError: if ``array`` of shape (N, ...), or an entry of it, is not finite"""
+    def _check_finite(self, quantity: str, array: NumpyObs | None, env_index: int | None = None) -> None:
+        """
+        :param array: shape (N, ...), or without the first axis if ``env_index`` is given; Dict observations too
+        :raises ValueError: if it is not finite
+        """
         for part in array.values() if isinstance(array, dict) else (array,):
-            if part.dtype.kind == "f" and not np.isfinite(part).all():  # type: ignore[union-attr]
-                env_index = int(np.argwhere(~np.isfinite(part))[0][0])  # type: ignore[arg-type]
-                self._raise_non_finite(
-                    quantity, part[env_index], env_index, f"step {self._episode_steps[env_index]} of its episode"  # type: ignore[index]
-                )
+            part = np.asarray(part)
+            if part.dtype.kind == "f" and not np.isfinite(part).all():
+                if env_index is None:
+                    env_index = int(np.argwhere(~np.isfinite(part))[0][0])
+                    part = part[env_index]
+                self._raise_non_finite(quantity, part, env_index, f"step {self._episode_steps[env_index]} of its episode")
 
     def _check_finite_rows(self, quantity: str, rows: np.ndarray) -> None:
         """:raises ValueError: if one of the numbers in ``rows`` of shape (T, N) is not finite"""
@@ -249,8 +258,11 @@ class RolloutCollector(OnPolicyAlgorithm):
             "a too large learning rate; stable_baselines3.common.vec_env.VecCheckNan helps to find it."
         )
 
-    def _raise_endless(self, recording: np.ndarray) -> NoReturn:
+    def _check_endless(self, recording: np.ndarray) -> None:
+        """:raises RuntimeError: if the episode of an environment that is being recorded is too long"""
         env_index = int(np.argmax(self._episode_steps * recording))
+        if self._episode_steps[env_index] <= self.max_episode_steps or not recording[env_index]:
+            return
         raise RuntimeError(
             f"The episode in environment {env_index} has not ended after {self.max_episode_steps} steps, but the rollout is to "
             "be made of whole episodes. Give the environment a time limit (gymnasium.wrappers.TimeLimit), or use "

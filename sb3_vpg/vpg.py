@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from numbers import Integral, Real
 from typing import Any, ClassVar, NoReturn, TypeVar
 
@@ -11,7 +11,7 @@ import torch as th
 from gymnasium import spaces
 from gymnasium.vector.utils import create_empty_array
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.distributions import kl_divergence
+from stable_baselines3.common.distributions import Distribution, kl_divergence
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import (
     DictRolloutBufferSamples,
@@ -23,7 +23,7 @@ from stable_baselines3.common.type_aliases import (
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
 
 from sb3_vpg.buffers import VPGBufferMixin, VPGDictRolloutBuffer, VPGRolloutBuffer
-from sb3_vpg.estimators import Formulation, check_choice
+from sb3_vpg.estimators import NORMALIZATIONS, Formulation, check_choice
 from sb3_vpg.policies import CnnPolicy, LogisticPolicy, MlpPolicy, MultiInputPolicy, has_sb3_passes
 from sb3_vpg.rollout import RolloutCollector
 
@@ -32,8 +32,7 @@ Samples = RolloutBufferSamples | DictRolloutBufferSamples
 
 PARTIAL_EPISODES = (None, "bootstrap", "finish", "truncate")
 LOSS_REDUCTIONS = ("mean", "trajectory")
-# The KL divergence of an update is averaged over at most this many steps, evenly spaced in the rollout
-MAX_KL_STEPS = 1024
+BATCH_NORM, DROPOUT = th.nn.modules.batchnorm._BatchNorm, th.nn.modules.dropout._DropoutNd
 
 
 class VPG(RolloutCollector):
@@ -193,8 +192,10 @@ class VPG(RolloutCollector):
             self.rollout_buffer.formulation = self._formulation
         self._actor_parameters, self._critic_parameters = self._separate_parameters()
         self._split_parameter_groups()
+        modules = list(self.policy.modules())
         # Batch normalisation mixes the steps of a batch: such a network must see all of them at once
-        self._in_chunks = not any(isinstance(m, th.nn.modules.batchnorm._BatchNorm) for m in self.policy.modules())
+        self._in_chunks = not any(isinstance(module, BATCH_NORM) for module in modules)
+        self._depends_on_mode = any(isinstance(module, (BATCH_NORM, DROPOUT)) for module in modules)
 
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()
@@ -279,7 +280,11 @@ class VPG(RolloutCollector):
     def _check_rollout_buffer_class(self) -> None:
         """A buffer class that is not ours knows fixed lengths and computes SB3's GAE advantages, or its own."""
         buffer_class = self.rollout_buffer_class
-        if buffer_class is None or issubclass(buffer_class, VPGBufferMixin):
+        if buffer_class is None:
+            return
+        if not (isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)):
+            raise ValueError(f"rollout_buffer_class={buffer_class!r} is not allowed; it must be None or a RolloutBuffer class")
+        if issubclass(buffer_class, VPGBufferMixin):
             return
         required: dict[str, tuple] = {
             "estimator": ("gae",),
@@ -319,6 +324,9 @@ class VPG(RolloutCollector):
             return [gradient is not None for gradient in gradients]
 
         critic_only = [in_value and not in_actor for in_value, in_actor in zip(depends(values.sum()), depends(actor_output))]
+        with th.no_grad():
+            # The policy keeps its last distribution: one that holds on to a graph could not be copied
+            self.policy._predict(obs, deterministic=True)
         return (
             [p for p, is_critic in zip(parameters, critic_only) if not is_critic],
             [p for p, is_critic in zip(parameters, critic_only) if is_critic],
@@ -327,12 +335,13 @@ class VPG(RolloutCollector):
     def _split_parameter_groups(self) -> None:
         """Split each parameter group of the optimizer into one of the actor and one of the critic."""
         critic = {id(p) for p in self._critic_parameters}
+        learning_rates = {"actor": self.lr_schedule(1), "critic": self.critic_lr_schedule(1)}
         groups = []
         for group in self.policy.optimizer.param_groups:
             for role in ("actor", "critic"):
                 params = [p for p in group["params"] if (id(p) in critic) == (role == "critic")]
                 if params:
-                    groups.append({**group, "params": params, "role": role})
+                    groups.append({**group, "params": params, "role": role, "lr": learning_rates[role]})
         self.policy.optimizer.param_groups = groups
 
     # ------------------------------------------------------------------------------------------------------------
@@ -346,30 +355,36 @@ class VPG(RolloutCollector):
 
         :raises ValueError: if a loss or gradient is not finite; no weight has been changed by it then
         """
-        kl_divergence_since = self._remember_policy()
-
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
         self._update_learning_rates()
 
         self.policy.optimizer.zero_grad()
-        losses = self._accumulate_gradients()
+        losses, some_steps, policy_before = self._accumulate_gradients()
         for name, loss in losses.items():
             if not math.isfinite(loss):
                 self._raise_non_finite_update(name, loss)
         policy_grad_norm = self._clip_gradients("policy gradient", self._actor_parameters)
         value_grad_norm = self._clip_gradients("value gradient", self._critic_parameters)
+        if self._depends_on_mode:
+            # The two policies are to be compared in the mode in which they act
+            self.policy.set_training_mode(False)
+            policy_before = self._policy_at(some_steps)
+            self.policy.set_training_mode(True)
         self.policy.optimizer.step()
 
         if self.uses_value_function and self._critic_parameters:
             for _ in range(self.n_critic_updates - 1):
                 self._fit_critic()
 
+        self.policy.set_training_mode(False)
+        kl = mean_kl_divergence(policy_before, self._policy_at(some_steps))
+
         self._n_updates += 1
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, loss in losses.items():
             self.logger.record(f"train/{name}", loss)
-        self.logger.record("train/kl_divergence", kl_divergence_since())
+        self.logger.record("train/kl_divergence", kl)
         self.logger.record("train/policy_grad_norm", policy_grad_norm)
         buffer = self.rollout_buffer
         if self.uses_value_function:
@@ -396,13 +411,21 @@ class VPG(RolloutCollector):
         buffer = self.rollout_buffer
         if isinstance(buffer, VPGBufferMixin):
             return buffer.get(buffer.chunk_size if self._in_chunks else None, shuffle=False)
-        return buffer.get(batch_size=None)
+        return map(self._normalize_advantages, buffer.get(batch_size=None))
 
-    def _accumulate_gradients(self) -> dict[str, float]:
+    def _normalize_advantages(self, batch: Samples) -> Samples:
+        """For a buffer that computes its advantages itself: they are normalised here, as with A2C."""
+        advantages = batch.advantages.numpy(force=True).reshape(-1, 1)
+        everywhere = np.ones(advantages.shape, dtype=bool)
+        normalized = NORMALIZATIONS[self.normalize_advantage](advantages, everywhere, everywhere)
+        return batch._replace(advantages=th.as_tensor(normalized.flatten()).to(batch.advantages))
+
+    def _accumulate_gradients(self) -> tuple[dict[str, float], Samples, Distribution | th.Tensor]:
         """
         Add the gradient of policy loss, entropy bonus and value loss over the whole batch to the parameters' gradients.
 
-        :return: the losses, by the names under which A2C logs them
+        :return: the losses, by the names under which A2C logs them; some steps of the batch, evenly spaced; and the policy at
+            these steps, see :func:`mean_kl_divergence`
         """
         n_steps, n_pieces = self._count()
         weight = 1 / n_pieces if self.loss_reduction == "trajectory" else 1 / n_steps
@@ -424,7 +447,7 @@ class VPG(RolloutCollector):
             loss.backward()
             total["policy_loss"] += policy_loss.detach()
             total["entropy_loss"] -= entropy_sum.detach() / n_steps
-        return {name: float(loss) for name, loss in total.items()}
+        return {name: float(loss) for name, loss in total.items()}, batch, self._latest_policy(log_prob)
 
     def _evaluate_actions(self, batch: Samples) -> tuple[th.Tensor | None, th.Tensor, th.Tensor | None]:
         """
@@ -483,37 +506,17 @@ class VPG(RolloutCollector):
             "observations are the usual cause: scale them, e.g. with VecNormalize, or lower the learning rate."
         )
 
-    def _remember_policy(self) -> Callable[[], float]:
-        """
-        Remember the policy at some steps of the rollout.
+    @th.no_grad()
+    def _policy_at(self, batch: Samples) -> Distribution | th.Tensor:
+        """:return: the distribution of actions, or their log probability where the policy's passes are its own"""
+        if has_sb3_passes(self.policy):
+            return copy.copy(self.policy.get_distribution(batch.observations))  # type: ignore[arg-type]
+        return self._evaluate_actions(batch)[1]
 
-        :return: a function that gives KL(remembered policy || policy as it is then), the mean over these steps
-        """
-        policy, buffer = self.policy, self.rollout_buffer
-        if isinstance(buffer, VPGBufferMixin):
-            recorded = np.flatnonzero(buffer.mask)
-            batch = buffer._get_samples(recorded[:: math.ceil(len(recorded) / MAX_KL_STEPS)])
-        else:
-            batch = next(buffer.get(batch_size=MAX_KL_STEPS))
-
-        policy.set_training_mode(False)
-        with th.no_grad():
-            if has_sb3_passes(policy):
-                before: Any = copy.copy(policy.get_distribution(batch.observations))  # type: ignore[arg-type]
-            else:
-                before = self._evaluate_actions(batch)[1]
-
-        @th.no_grad()
-        def kl_divergence_since() -> float:
-            policy.set_training_mode(False)
-            if has_sb3_passes(policy):
-                kl = kl_divergence(before, policy.get_distribution(batch.observations))  # type: ignore[arg-type]
-                return kl.reshape(len(batch.returns), -1).sum(dim=1).mean().item()
-            # Estimated from the actions taken, http://joschu.net/blog/kl-approx.html
-            log_ratio = self._evaluate_actions(batch)[1] - before
-            return (th.exp(log_ratio) - 1 - log_ratio).mean().item()
-
-        return kl_divergence_since
+    def _latest_policy(self, log_prob: th.Tensor) -> Distribution | th.Tensor:
+        """The same for the steps at which the policy has just computed ``log_prob``."""
+        # An SB3 policy has one object of a distribution, which each of its passes changes
+        return copy.copy(self.policy.action_dist) if has_sb3_passes(self.policy) else log_prob.detach()
 
     # ------------------------------------------------------------------------------------------------------------
     # Learning
@@ -536,6 +539,21 @@ class VPG(RolloutCollector):
             reset_num_timesteps=reset_num_timesteps,
             progress_bar=progress_bar,
         )
+
+
+def mean_kl_divergence(before: Distribution | th.Tensor, after: Distribution | th.Tensor) -> float:
+    """
+    :param before: distributions of the actions at some steps, or log probabilities of the actions taken
+    :param after: the same, later
+    :return: KL(before || after), averaged over the steps; estimated without bias from log probabilities, as in
+        http://joschu.net/blog/kl-approx.html
+    """
+    if isinstance(before, th.Tensor):
+        log_ratio = after - before  # type: ignore[operator]
+        return (th.exp(log_ratio) - 1 - log_ratio).mean().item()
+    kl = kl_divergence(before, after)  # type: ignore[arg-type]
+    # One number per step: the dimensions of an action are independent
+    return kl.reshape(len(kl), -1).sum(dim=1).mean().item()
 
 
 def check_number(

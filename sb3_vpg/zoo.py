@@ -66,17 +66,17 @@ def _add_search_space(hyperparams_opt: ModuleType) -> None:
 
 def _add_default_config(exp_manager: ModuleType) -> None:
     manager = exp_manager.ExperimentManager
-    if hasattr(manager.__init__, "__wrapped__"):
+    if getattr(manager.__init__, "knows_vpg", False):
         return
     original_init, original_schedules = manager.__init__, manager._preprocess_schedules
     signature = inspect.signature(original_init)
 
     @functools.wraps(original_init)
     def init_with_own_config(*args: Any, **kwargs: Any) -> None:
-        arguments = signature.bind(*args, **kwargs).arguments
-        if arguments["algo"] == "vpg" and not arguments.get("config"):
-            kwargs["config"] = str(HYPERPARAMS / "vpg.yml")
-        original_init(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        if bound.arguments["algo"] == "vpg" and not bound.arguments.get("config"):
+            bound.arguments["config"] = str(HYPERPARAMS / "vpg.yml")
+        original_init(*bound.args, **bound.kwargs)
 
     def with_critic_schedule(hyperparams: dict[str, Any]) -> dict[str, Any]:
         """The zoo turns ``learning_rate: lin_0.001`` into a schedule; the critic's learning rate may be written so, too."""
@@ -86,6 +86,7 @@ def _add_default_config(exp_manager: ModuleType) -> None:
             hyperparams["critic_learning_rate"] = schedule["learning_rate"]
         return hyperparams
 
+    init_with_own_config.knows_vpg = True  # type: ignore[attr-defined]
     manager.__init__ = init_with_own_config
     manager._preprocess_schedules = staticmethod(with_critic_schedule)
 

@@ -21,8 +21,9 @@ class ZooFinder:
     def find_spec(cls, name, path=None, target=None):  # type: ignore[no-untyped-def]
         if name not in MODULES:
             return None
-        for finder in sys.meta_path:
-            spec = None if finder is cls else finder.find_spec(name, path, target)
+        # Only those behind this one: two of its kind would ask each other for ever
+        for finder in sys.meta_path[sys.meta_path.index(cls) + 1 :]:
+            spec = finder.find_spec(name, path, target)
             if spec is not None:
                 if spec.loader is not None:
                     cls.patch_after(spec.loader)
