@@ -22,7 +22,7 @@ Out = TypeVar("Out")
 PER_STEP = {"rewards": np.float32, "episode_starts": np.float32, "mask": bool, "values": np.float32, "log_probs": np.float32}
 
 # Observations in a chunk of steps take about this many bytes in single precision, within the limits below
-CHUNK_BYTES = 2**25
+CHUNK_BYTES = 2**23
 MIN_CHUNK, MAX_CHUNK = 64, 8192
 
 
@@ -89,7 +89,7 @@ class VPGBufferMixin(RolloutBuffer):
         self.log_probs[self.pos :] = np.nan
         self.buffer_size = n_rows
 
-    def add(  # type: ignore[override]
+    def add(
         self,
         obs: NumpyObs,
         action: np.ndarray,
@@ -115,7 +115,7 @@ class VPGBufferMixin(RolloutBuffer):
         row = self.pos
         if isinstance(self.observations, dict):
             for key, stored in self.observations.items():
-                stored[row] = np.reshape(obs[key], stored.shape[1:])  # type: ignore[call-overload]
+                stored[row] = np.reshape(obs[key], stored.shape[1:])
         else:
             self.observations[row] = np.reshape(obs, self.observations.shape[1:])  # type: ignore[arg-type]
         self.actions[row] = np.reshape(action, (self.n_envs, self.action_dim))
@@ -177,10 +177,10 @@ class VPGBufferMixin(RolloutBuffer):
         if not self._terminal_obs:
             return None
         if isinstance(self._terminal_obs[0], dict):
-            return {key: np.stack([obs[key] for obs in self._terminal_obs]) for key in self._terminal_obs[0]}  # type: ignore[call-overload]
+            return {key: np.stack([obs[key] for obs in self._terminal_obs]) for key in self._terminal_obs[0]}
         return np.stack(self._terminal_obs)  # type: ignore[arg-type]
 
-    def compute_returns_and_advantage(  # type: ignore[override]
+    def compute_returns_and_advantage(
         self,
         last_values: th.Tensor,
         dones: np.ndarray,
@@ -240,7 +240,8 @@ class VPGBufferMixin(RolloutBuffer):
         batch_size = batch_size or n
         recorded = None if n == self.mask.size else np.flatnonzero(self.mask)
         if shuffle:
-            permutation = np.random.permutation(n)
+            # SB3 seeds the global generator
+            permutation = np.random.permutation(n)  # noqa: NPY002
             indices = permutation if recorded is None else recorded[permutation]
             for start in range(0, n, batch_size):
                 yield indices[start : start + batch_size]
@@ -262,7 +263,7 @@ class VPGBufferMixin(RolloutBuffer):
         :param indices: which steps, counted in order of time, then of environment
         :return: their observations on the buffer's device, along one axis
         """
-        return map_obs(lambda array: self._flat(array, indices), self.observations)  # type: ignore[return-value,arg-type]
+        return map_obs(lambda array: self._flat(array, indices), self.observations)
 
     def _flat(self, array: np.ndarray, indices: np.ndarray | slice) -> th.Tensor:
         return self.to_torch(array.reshape(-1, *array.shape[2:])[indices], copy=False)
@@ -286,5 +287,5 @@ class VPGRolloutBuffer(VPGBufferMixin, RolloutBuffer):
     """VPG's buffer for array observations, see :class:`VPGBufferMixin`."""
 
 
-class VPGDictRolloutBuffer(VPGBufferMixin, DictRolloutBuffer):
+class VPGDictRolloutBuffer(VPGBufferMixin, DictRolloutBuffer):  # type: ignore[misc]
     """VPG's buffer for Dict observations, see :class:`VPGBufferMixin`."""

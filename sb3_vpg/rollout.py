@@ -17,9 +17,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
 
 from sb3_vpg.buffers import NumpyObs, VPGBufferMixin
 from sb3_vpg.policies import action_sampler, has_sb3_passes
+
 
 class RolloutCollector(OnPolicyAlgorithm):
     """
@@ -40,7 +42,7 @@ class RolloutCollector(OnPolicyAlgorithm):
     def _setup_model(self) -> None:
         super()._setup_model()
         # Index within its episode of the next step of each environment; kept when training is continued
-        if np.shape(getattr(self, "_episode_steps", None)) != (self.n_envs,):
+        if np.shape(getattr(self, "_episode_steps", ())) != (self.n_envs,):
             self._episode_steps = np.zeros(self.n_envs, dtype=np.int64)
 
     def collect_rollouts(
@@ -73,29 +75,17 @@ class RolloutCollector(OnPolicyAlgorithm):
         """
         if self.policy.training:
             self.policy.set_training_mode(False)
-        own_buffer = isinstance(rollout_buffer, VPGBufferMixin)
-        by_forward = not (own_buffer and has_sb3_passes(self.policy))
-        sample_actions = self.policy if by_forward else action_sampler(self.policy)
+        batched = isinstance(rollout_buffer, VPGBufferMixin) and has_sb3_passes(self.policy)
+        sample_actions = action_sampler(self.policy) if batched else None
         whole_episodes = self.n_episodes is not None or self.partial_episodes_mode == "finish"
 
-        if whole_episodes and not np.all(self._last_episode_starts):
-            self._last_obs = env.reset()  # type: ignore[assignment]
-            self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
-        self._episode_steps[self._last_episode_starts] = 0  # type: ignore[index]
-        self._check_finite("observation", self._last_obs)
-
-        rollout_buffer.reset()
-        if own_buffer:
-            rollout_buffer.first_steps = self._episode_steps.copy()
-        if self.use_sde:
-            self.policy.reset_noise(env.num_envs)
-
+        self._start_rollout(env, rollout_buffer, fresh=whole_episodes)
         callback.on_rollout_start()
 
         n_steps = 0
         n_finished = np.zeros(env.num_envs, dtype=np.int64)
         recording = np.ones(env.num_envs, dtype=bool)
-        all_recording = collecting = True
+        collecting = True
         values = log_probs = None
 
         while collecting:
@@ -103,68 +93,29 @@ class RolloutCollector(OnPolicyAlgorithm):
                 self.policy.reset_noise(env.num_envs)
 
             obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
-            if by_forward:
-                with th.no_grad():
-                    actions, values, log_probs = self.policy(obs_tensor)
+            if sample_actions is not None:
+                actions = sample_actions(obs_tensor).cpu().numpy()
             else:
-                actions = sample_actions(obs_tensor)  # type: ignore[assignment]
-            actions = actions.cpu().numpy().reshape(-1, *self.action_space.shape)  # type: ignore[assignment, misc]
+                with th.no_grad():
+                    action_tensor, values, log_probs = self.policy(obs_tensor)
+                actions = action_tensor.cpu().numpy()
+            actions = actions.reshape(-1, *self.action_space.shape)  # type: ignore[misc]
+            clipped_actions = self._clip_actions(actions)
 
-            clipped_actions = actions
-            if isinstance(self.action_space, spaces.Box):
-                self._check_finite("action", actions)  # type: ignore[arg-type]
-                if self.policy.squash_output:
-                    # Back from [-1, 1] to the bounds of the environment
-                    clipped_actions = self.policy.unscale_action(clipped_actions)  # type: ignore[arg-type, assignment]
-                else:
-                    # A Gaussian is unbounded; the gradient is that of the action before clipping
-                    clipped_actions = np.clip(actions, self.action_space.low, self.action_space.high)  # type: ignore[assignment]
-
-            new_obs, rewards, dones, infos = env.step(clipped_actions)  # type: ignore[arg-type]
+            new_obs, rewards, dones, infos = env.step(clipped_actions)
 
             self.num_timesteps += env.num_envs
 
             callback.update_locals(locals())
             if not callback.on_step():
                 # Unlike SB3, so that training can go on from here
-                self._move_on(new_obs, dones)  # type: ignore[arg-type]
+                self._move_on(new_obs, dones)
                 return False
 
             n_steps += 1
-            if all_recording:
-                self._update_info_buffer(infos, dones)
-            else:
-                # Episodes that end while others are waited for are the short ones: keep them out of the statistics
-                recorded = recording.nonzero()[0]
-                self._update_info_buffer([infos[i] for i in recorded], dones[recorded])
-
-            if self.uses_value_function and dones.any():
-                for env_index in dones.nonzero()[0]:
-                    info = infos[env_index]
-                    # See https://github.com/DLR-RM/stable-baselines3/issues/633
-                    if info.get("TimeLimit.truncated", False) and info.get("terminal_observation") is not None:
-                        self._check_finite("terminal observation", info["terminal_observation"], int(env_index))
-                        if own_buffer:
-                            rollout_buffer.add_time_limit(env_index, info["terminal_observation"])
-                        else:
-                            rewards[env_index] += self.gamma * self._value_of(info["terminal_observation"])
-
-            if own_buffer:
-                rollout_buffer.add(
-                    self._last_obs,  # type: ignore[arg-type]
-                    actions,  # type: ignore[arg-type]
-                    rewards,
-                    self._last_episode_starts,  # type: ignore[arg-type]
-                    values if self.uses_value_function else None,
-                    log_probs,
-                    recorded=recording,
-                )
-            else:
-                if isinstance(self.action_space, spaces.Discrete):
-                    actions = actions.reshape(-1, 1)
-                rollout_buffer.add(self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)  # type: ignore[arg-type]
-            self._move_on(new_obs, dones)  # type: ignore[arg-type]
-            self._check_finite("observation", new_obs)  # type: ignore[arg-type]
+            self._record(rollout_buffer, actions, rewards, values, log_probs, dones, infos, recording)
+            self._move_on(new_obs, dones)
+            self._check_finite("observation", new_obs)
 
             if not whole_episodes:
                 collecting = n_steps < n_rollout_steps
@@ -172,36 +123,100 @@ class RolloutCollector(OnPolicyAlgorithm):
                 n_finished += dones
                 complete = n_steps >= n_rollout_steps if self.n_episodes is None else n_finished >= self.n_episodes
                 recording = recording & ~(dones & complete)
-                all_recording, collecting = recording.all(), recording.any()
+                collecting = bool(recording.any())
             if whole_episodes and n_steps > self.max_episode_steps:
                 self._check_endless(recording)
 
-        if own_buffer:
-            rollout_buffer.finish()
-        self._check_finite_rows("reward", rollout_buffer.rewards)
-        if self.uses_value_function:
-            if not by_forward:
-                self._fill_in_values(rollout_buffer)  # type: ignore[arg-type]
-            self._check_finite_rows("value", rollout_buffer.values)
-
-        bootstrap = self.partial_episodes_mode == "bootstrap"
-        with th.no_grad():
-            # Value of the observation after the last step
-            last_values = (
-                self.policy.predict_values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
-                if bootstrap and self.uses_value_function
-                else th.zeros(env.num_envs)
-            )
-        if own_buffer:
-            rollout_buffer.compute_returns_and_advantage(last_values, dones, self._terminal_values(rollout_buffer))
-        else:
-            rollout_buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
-
+        self._finish_rollout(rollout_buffer, new_obs, dones, batched)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
 
-    def _move_on(self, new_obs: NumpyObs, dones: np.ndarray) -> None:
+    def _start_rollout(self, env: VecEnv, rollout_buffer: RolloutBuffer, fresh: bool) -> None:
+        """Empty the buffer and, if all episodes must be ``fresh``, reset the environments that are in the middle of one."""
+        if fresh and not np.all(self._last_episode_starts):
+            self._last_obs = env.reset()  # type: ignore[assignment]
+            self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
+        self._episode_steps[self._last_episode_starts] = 0
+        self._check_finite("observation", self._last_obs)
+
+        rollout_buffer.reset()
+        if isinstance(rollout_buffer, VPGBufferMixin):
+            rollout_buffer.first_steps = self._episode_steps.copy()
+        if self.use_sde:
+            self.policy.reset_noise(env.num_envs)
+
+    def _clip_actions(self, actions: np.ndarray) -> np.ndarray:
+        """From what the policy sampled to what the environment takes."""
+        if not isinstance(self.action_space, spaces.Box):
+            return actions
+        self._check_finite("action", actions)
+        if self.policy.squash_output:
+            # Back from [-1, 1] to the bounds of the environment
+            return self.policy.unscale_action(actions)
+        # A Gaussian is unbounded; the gradient is that of the action before clipping
+        return np.clip(actions, self.action_space.low, self.action_space.high)
+
+    def _record(
+        self,
+        rollout_buffer: RolloutBuffer,
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        values: th.Tensor | None,
+        log_probs: th.Tensor | None,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+        recording: np.ndarray,
+    ) -> None:
+        """Add one step of all environments to the episode statistics and to the buffer."""
+        if recording.all():
+            self._update_info_buffer(infos, dones)
+        else:
+            # Episodes that end while others are waited for are the short ones: keep them out of the statistics
+            recorded = recording.nonzero()[0]
+            self._update_info_buffer([infos[i] for i in recorded], dones[recorded])
+
+        own_buffer = rollout_buffer if isinstance(rollout_buffer, VPGBufferMixin) else None
+        if self.uses_value_function and dones.any():
+            for env_index in dones.nonzero()[0].tolist():
+                # See https://github.com/DLR-RM/stable-baselines3/issues/633
+                terminal_obs = infos[env_index].get("terminal_observation")
+                if terminal_obs is None or not infos[env_index].get("TimeLimit.truncated", False):
+                    continue
+                self._check_finite("terminal observation", terminal_obs, env_index)
+                if own_buffer is not None:
+                    own_buffer.add_time_limit(env_index, terminal_obs)
+                else:
+                    rewards[env_index] += self.gamma * self._value_of(terminal_obs)
+
+        step = (self._last_obs, actions.reshape(len(dones), -1), rewards, self._last_episode_starts)
+        if own_buffer is not None:
+            own_buffer.add(*step, values if self.uses_value_function else None, log_probs, recording)  # type: ignore[arg-type]
+        else:
+            rollout_buffer.add(*step, values, log_probs)  # type: ignore[arg-type]
+
+    def _finish_rollout(self, rollout_buffer: RolloutBuffer, new_obs: Any, dones: np.ndarray, batched: bool) -> None:
+        """Fill in values, where the formulation has a value function and they are not there yet, and compute advantages."""
+        own_buffer = rollout_buffer if isinstance(rollout_buffer, VPGBufferMixin) else None
+        if own_buffer is not None:
+            own_buffer.finish()
+        self._check_finite_rows("reward", rollout_buffer.rewards)
+        if self.uses_value_function:
+            if own_buffer is not None and batched:
+                self._fill_in_values(own_buffer)
+            self._check_finite_rows("value", rollout_buffer.values)
+
+        # Value of the observation after the last step
+        last_values = th.zeros(len(dones))
+        if self.uses_value_function and self.partial_episodes_mode == "bootstrap":
+            with th.no_grad():
+                last_values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))
+        if own_buffer is not None:
+            own_buffer.compute_returns_and_advantage(last_values, dones, self._terminal_values(own_buffer))
+        else:
+            rollout_buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
+
+    def _move_on(self, new_obs: VecEnvObs, dones: np.ndarray) -> None:
         """The next step begins where the last one ended."""
         self._last_obs = new_obs  # type: ignore[assignment]
         self._last_episode_starts = dones
@@ -213,7 +228,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         flat_values = rollout_buffer.values.reshape(-1)
         for indices in rollout_buffer.batch_indices(rollout_buffer.chunk_size):
             with th.no_grad():
-                values = self.policy.predict_values(rollout_buffer.flat_observations(indices))  # type: ignore[arg-type]
+                values = self.policy.predict_values(rollout_buffer.flat_observations(indices))
             flat_values[indices] = values.cpu().numpy().reshape(-1)
 
     def _terminal_values(self, rollout_buffer: VPGBufferMixin) -> np.ndarray | None:
@@ -222,15 +237,15 @@ class RolloutCollector(OnPolicyAlgorithm):
         if terminal_obs is None:
             return None
         with th.no_grad():
-            values = self.policy.predict_values(obs_as_tensor(terminal_obs, self.device))  # type: ignore[arg-type]
+            values = self.policy.predict_values(obs_as_tensor(terminal_obs, self.device))
         return values.cpu().numpy().reshape(-1)
 
     def _value_of(self, obs: NumpyObs) -> float:
         """V(s) of a single observation."""
         with th.no_grad():
-            return self.policy.predict_values(self.policy.obs_to_tensor(obs)[0]).item()  # type: ignore[arg-type]
+            return self.policy.predict_values(self.policy.obs_to_tensor(obs)[0]).item()
 
-    def _check_finite(self, quantity: str, array: NumpyObs | None, env_index: int | None = None) -> None:
+    def _check_finite(self, quantity: str, array: VecEnvObs | None, env_index: int | None = None) -> None:
         """
         :param array: shape (N, ...), or without the first axis if ``env_index`` is given; Dict observations too
         :raises ValueError: if it is not finite
@@ -264,8 +279,8 @@ class RolloutCollector(OnPolicyAlgorithm):
         if self._episode_steps[env_index] <= self.max_episode_steps or not recording[env_index]:
             return
         raise RuntimeError(
-            f"The episode in environment {env_index} has not ended after {self.max_episode_steps} steps, but the rollout is to "
-            "be made of whole episodes. Give the environment a time limit (gymnasium.wrappers.TimeLimit), or use "
+            f"The episode in environment {env_index} has not ended after {self.max_episode_steps} steps, but the rollout is "
+            "to be made of whole episodes. Give the environment a time limit (gymnasium.wrappers.TimeLimit), or use "
             "partial_episodes='truncate', or partial_episodes='bootstrap' with a value function; if episodes really are that "
             "long, raise the model's `max_episode_steps`."
         )

@@ -80,9 +80,9 @@ class VPG(RolloutCollector):
     :param baseline: What is subtracted from it: None, "mean", "time", "leave_one_out" or "value";
         "td_residual" and "gae" use the value function by definition
     :param n_episodes: If given, each update uses exactly this many whole episodes of each environment instead of ``n_steps``
-    :param partial_episodes: What becomes of episodes that are still running when ``n_steps`` are up: "bootstrap" (cut, the value
-        of the last observation added), "finish" (run on until they end), "truncate" (cut, nothing added: biased). Default:
-        "bootstrap" where a value function is used and whole episodes are not needed, else "finish".
+    :param partial_episodes: What becomes of episodes that are still running when ``n_steps`` are up: "bootstrap" (cut, the
+        value of the last observation added), "finish" (run on until they end), "truncate" (cut, nothing added: biased).
+        Default: "bootstrap" where a value function is used and whole episodes are not needed, else "finish".
     :param discount_state_distribution: Weight step t of an episode by gamma^t: the unbiased gradient of the discounted return.
         estimator="total_return" counts from the start of the episode already and is not weighted again.
     :param loss_reduction: "mean" over the steps of the batch, or "trajectory": sum over the steps, divided by the number of
@@ -254,7 +254,8 @@ class VPG(RolloutCollector):
             )
         if self.partial_episodes_mode == "bootstrap" and not self.uses_value_function:
             raise ValueError(
-                f"partial_episodes='bootstrap' needs a value function, but {given} has none; allowed: None, 'finish', 'truncate'"
+                f"partial_episodes='bootstrap' needs a value function, but {given} has none; "
+                "allowed: None, 'finish', 'truncate'"
             )
         self._check_single_episode(given)
         self._check_rollout_buffer_class()
@@ -266,15 +267,15 @@ class VPG(RolloutCollector):
         one = "n_episodes=1 with one environment gives one episode per update"
         if self.baseline in ("time", "leave_one_out"):
             raise ValueError(
-                f"baseline={self.baseline!r} compares episodes, but {one}; allowed: a larger n_episodes, more environments, or "
-                "baseline=None, 'mean', 'value'"
+                f"baseline={self.baseline!r} compares episodes, but {one}; allowed: a larger n_episodes, more environments, "
+                "or baseline=None, 'mean', 'value'"
             )
         centred = self.baseline == "mean" or self.normalize_advantage is not False
         if self.estimator == "total_return" and self.baseline in (None, "mean") and centred:
             raise ValueError(
-                f"{given} and normalize_advantage={self.normalize_advantage!r} is zero at every step, since {one} and the total "
-                "return is one number per episode; allowed: a larger n_episodes, more environments, or baseline=None with "
-                "normalize_advantage=False"
+                f"{given} and normalize_advantage={self.normalize_advantage!r} is zero at every step, since {one} and the "
+                "total return is one number per episode; allowed: a larger n_episodes, more environments, or baseline=None "
+                "with normalize_advantage=False"
             )
 
     def _check_rollout_buffer_class(self) -> None:
@@ -297,8 +298,8 @@ class VPG(RolloutCollector):
         for keyword, allowed in required.items():
             if getattr(self, keyword) not in allowed:
                 raise ValueError(
-                    f"{keyword}={getattr(self, keyword)!r} cannot be had with rollout_buffer_class={buffer_class.__name__}, which "
-                    "computes its own advantages; choose one of "
+                    f"{keyword}={getattr(self, keyword)!r} cannot be had with rollout_buffer_class={buffer_class.__name__}, "
+                    "which computes its own advantages; choose one of "
                     f"{', '.join(map(repr, allowed))}, or derive the class from {VPGRolloutBuffer.__name__}"
                 )
 
@@ -473,7 +474,7 @@ class VPG(RolloutCollector):
         for chunks, n_steps in batches:
             self.policy.optimizer.zero_grad()
             for chunk in chunks:
-                values = self.policy.predict_values(chunk.observations).flatten()  # type: ignore[arg-type]
+                values = self.policy.predict_values(chunk.observations).flatten()
                 value_loss = ((chunk.returns - values) ** 2).sum() / n_steps
                 (self.vf_coef * value_loss).backward(inputs=self._critic_parameters)
             self._clip_gradients("value gradient", self._critic_parameters)
@@ -501,8 +502,8 @@ class VPG(RolloutCollector):
     def _raise_non_finite_update(self, name: str, value: float) -> NoReturn:
         self.policy.optimizer.zero_grad()
         raise ValueError(
-            f"Non-finite {name.replace('_', ' ')} ({value}) in update {self._n_updates + 1} (timestep {self.num_timesteps}). The "
-            "step was not taken: weights and optimizer are as before and the model can be saved. Very large rewards or "
+            f"Non-finite {name.replace('_', ' ')} ({value}) in update {self._n_updates + 1} (timestep {self.num_timesteps}). "
+            "The step was not taken: weights and optimizer are as before and the model can be saved. Very large rewards or "
             "observations are the usual cause: scale them, e.g. with VecNormalize, or lower the learning rate."
         )
 
@@ -510,7 +511,7 @@ class VPG(RolloutCollector):
     def _policy_at(self, batch: Samples) -> Distribution | th.Tensor:
         """:return: the distribution of actions, or their log probability where the policy's passes are its own"""
         if has_sb3_passes(self.policy):
-            return copy.copy(self.policy.get_distribution(batch.observations))  # type: ignore[arg-type]
+            return copy.copy(self.policy.get_distribution(batch.observations))
         return self._evaluate_actions(batch)[1]
 
     def _latest_policy(self, log_prob: th.Tensor) -> Distribution | th.Tensor:

@@ -105,7 +105,7 @@ def sample_vpg_params(trial: "optuna.Trial") -> dict[str, Any]:
     :param trial: the trial to draw for
     :return: the drawn values under the names of Optuna's study, to be converted by :func:`convert_vpg_params`
     """
-    params = {
+    params: dict[str, Any] = {
         "formulation": trial.suggest_categorical("formulation", list(FORMULATIONS)),
         "normalize_advantage": trial.suggest_categorical("normalize_advantage", [False, True]),
         "n_steps_pow": trial.suggest_int("n_steps_pow", 3, 11),

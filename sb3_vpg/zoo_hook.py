@@ -49,4 +49,4 @@ class ZooFinder:
 
 
 if not os.environ.get("SB3_VPG_NO_ZOO_HOOK"):
-    sys.meta_path.insert(0, ZooFinder)  # type: ignore[arg-type]
+    sys.meta_path.insert(0, ZooFinder)

@@ -1,10 +1,25 @@
 """Shared by all tests."""
 
+from pathlib import Path
+
 import pytest
 import torch as th
+from installed import CHECKOUT, Environment, build_wheel
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """The networks are small: more threads only wait for each other."""
     th.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from the checkout."""
+    return build_wheel(CHECKOUT, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
+    """An environment in which the wheel is installed."""
+    return Environment(tmp_path_factory.mktemp("installed"), wheel)

@@ -1,0 +1,348 @@
+"""
+RL Baselines3 Zoo must know VPG after ``pip install``. Its commands run as users run them: from a folder that is not the
+checkout, with the package imported from an installed wheel.
+"""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import gymnasium as gym
+import optuna
+import pytest
+import yaml
+from installed import CHECKOUT, HOOK_OFF, Environment, output_of
+
+from sb3_vpg import VPG, zoo
+from sb3_vpg.estimators import BASELINES, ESTIMATORS
+
+CARTPOLE_ENTRY = yaml.safe_load((CHECKOUT / "hyperparams" / "vpg.yml").read_text())["CartPole-v1"]
+TRAIN_CARTPOLE = ("train", "--algo", "vpg", "--env", "CartPole-v1", "--seed", "1")
+
+
+def zoo_command(command: str, *arguments: str) -> tuple[str, ...]:
+    return ("-m", f"rl_zoo3.{command}", *arguments)
+
+
+def saved_config(installed: Environment, logs: str) -> dict[str, Any]:
+    """What the zoo says it trained with, as it reads it itself, in the first run under the log folder."""
+    file = installed.cwd / logs / "vpg" / "CartPole-v1_1" / "CartPole-v1" / "config.yml"
+    return dict(yaml.load(file.read_text(), Loader=yaml.UnsafeLoader))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(installed: Environment) -> str:
+    """Output of training on CartPole-v1 with the default hyperparameters, logs in the folder "trained"."""
+    return output_of(installed.run(*zoo_command(*TRAIN_CARTPOLE, "-n", "500", "-f", "trained")))
+
+
+def test_train_uses_the_hyperparameters_of_the_package(installed: Environment, trained: str):
+    assert f"Loading hyperparameters from: {installed.site_packages / 'sb3_vpg' / 'hyperparams' / 'vpg.yml'}" in trained
+    assert saved_config(installed, "trained") == CARTPOLE_ENTRY
+    assert (installed.cwd / "trained/vpg/CartPole-v1_1/CartPole-v1.zip").is_file()
+
+
+def test_schedules_in_the_hyperparameter_file_become_schedules(installed: Environment, trained: str):
+    assert CARTPOLE_ENTRY["learning_rate"] == "lin_0.005"
+    assert CARTPOLE_ENTRY["critic_learning_rate"] == "lin_0.01"
+    script = """
+import json, sys
+from sb3_vpg import VPG
+model = VPG.load(sys.argv[1])
+schedules = (model.lr_schedule, model.critic_lr_schedule)
+rates = [[schedule(progress_remaining) for progress_remaining in (1, 0.5, 0)] for schedule in schedules]
+print(json.dumps([rates, model.num_timesteps, {group["role"]: group["lr"] for group in model.policy.optimizer.param_groups}]))
+"""
+    process = installed.run("-c", script, "trained/vpg/CartPole-v1_1/CartPole-v1.zip")
+    output_of(process)
+    rates, num_timesteps, last_rates = json.loads(process.stdout)
+    assert rates == [[0.005, 0.0025, 0.0], [0.01, 0.005, 0.0]]
+    # n_steps * n_envs = 256 steps per update: the last update begins after the 500 steps asked for are over
+    assert num_timesteps == 512
+    assert last_rates["critic"] == 2 * last_rates["actor"]
+
+
+def test_enjoy_plays_the_trained_agent(installed: Environment, trained: str):
+    output = output_of(installed.run(*zoo_command("enjoy", "--algo", "vpg", "--no-render", "-f", "trained", "-n", "1000")))
+    assert "Loading trained/vpg/CartPole-v1_1/CartPole-v1.zip" in output
+    assert re.search(r"Mean reward: \d+", output)
+
+
+def test_training_goes_on_from_a_trained_agent(installed: Environment, trained: str):
+    agent = "trained/vpg/CartPole-v1_1/CartPole-v1.zip"
+    output = output_of(installed.run(*zoo_command(*TRAIN_CARTPOLE, "-n", "300", "-f", "continued", "-i", agent)))
+    assert "Loading pretrained agent" in output
+    assert (installed.cwd / "continued/vpg/CartPole-v1_1/CartPole-v1.zip").is_file()
+
+
+@pytest.mark.parametrize("command", ["train", "enjoy", "record_video", "record_training"])
+def test_every_command_offers_vpg(installed: Environment, command: str):
+    (choices,) = set(re.findall(r"--algo \{(.*?)\}", output_of(installed.run(*zoo_command(command, "--help")))))
+    assert {"vpg", "ppo", "a2c"} <= set(choices.split(","))
+
+
+def test_the_console_command_knows_vpg(installed: Environment):
+    # What the script rl_zoo3 calls
+    script = "import sys; from rl_zoo3.cli import main; sys.argv[0] = 'rl_zoo3'; sys.exit(main())"
+    output_of(installed.run("-c", script, *TRAIN_CARTPOLE, "-n", "300", "-f", "console"))
+    assert saved_config(installed, "console") == CARTPOLE_ENTRY
+
+
+def test_params_override_single_hyperparameters(installed: Environment):
+    given = ("-params", "learning_rate:0.01", "n_steps:64", "estimator:'reward_to_go'", "baseline:'leave_one_out'")
+    output_of(installed.run(*zoo_command(*TRAIN_CARTPOLE, "-n", "300", "-f", "params", *given)))
+    expected = {"learning_rate": 0.01, "n_steps": 64, "estimator": "reward_to_go", "baseline": "leave_one_out"}
+    assert saved_config(installed, "params") == {**CARTPOLE_ENTRY, **expected}
+
+
+def test_conf_replaces_the_hyperparameters_of_the_package(installed: Environment):
+    entry = {"n_timesteps": 300, "policy": "MlpPolicy", "n_steps": 16, "gae_lambda": 0.5, "critic_learning_rate": 0.002}
+    (installed.cwd / "own.yml").write_text(yaml.safe_dump({"CartPole-v1": entry}))
+    output = output_of(installed.run(*zoo_command(*TRAIN_CARTPOLE, "-f", "conf", "-conf", "own.yml", "-params", "n_steps:32")))
+    assert "Loading hyperparameters from: own.yml" in output
+    assert saved_config(installed, "conf") == {**entry, "n_steps": 32}
+
+
+def test_other_algorithms_keep_the_hyperparameters_of_the_zoo(installed: Environment):
+    output = output_of(installed.run(*zoo_command("train", "--algo", "ppo", "-n", "300", "-f", "ppo", "--eval-freq", "-1")))
+    assert re.search(r"Loading hyperparameters from: \S*rl_zoo3/hyperparams/ppo.yml\n", output.replace("\\", "/"))
+    assert (installed.cwd / "ppo/ppo/CartPole-v1_1/CartPole-v1.zip").is_file()
+
+
+@pytest.mark.slow
+def test_optimize_stores_trials_to_train_with(installed: Environment):
+    study = ("--storage", "sqlite:///study.db", "--study-name", "vpg")
+    search = ("-n", "300", "-f", "search", "-optimize", "--n-trials", "2", "--no-optim-plots")
+    output = output_of(installed.run(*zoo_command(*TRAIN_CARTPOLE, *search, *study)))
+    assert "Number of finished trials:  2" in output
+    assert "Best trial:" in output
+
+    trials = optuna.load_study(study_name="vpg", storage=f"sqlite:///{installed.cwd / 'study.db'}").trials
+    assert [trial.state for trial in trials] == [optuna.trial.TrialState.COMPLETE] * 2
+    # The zoo takes trial 0 for none
+    output_of(installed.run(*zoo_command(*TRAIN_CARTPOLE, "-n", "300", "-f", "found", *study, "--trial-id", "1")))
+    config = saved_config(installed, "found")
+    estimator, baseline = zoo.FORMULATIONS[trials[1].params["formulation"]]
+    assert (config["estimator"], config["baseline"]) == (estimator, baseline)
+    for name in ("learning_rate", "critic_learning_rate", "ent_coef", "normalize_advantage", "n_critic_updates"):
+        assert config[name] == trials[1].params[name]
+    assert config["n_steps"] == 2 ** trials[1].params["n_steps_pow"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The import hook
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_the_hook_imports_nothing_but_os_and_sys(installed: Environment):
+    script = """
+import os, sys
+sys.path.append(sys.argv[1])
+before = set(sys.modules)
+import sb3_vpg_zoo_hook
+print(sorted(set(sys.modules) - before))
+"""
+    assert output_of(installed.run("-I", "-S", "-c", script, installed.site_packages)).strip() == "['sb3_vpg_zoo_hook']"
+
+
+def test_starting_python_loads_the_hook_and_nothing_of_the_package(installed: Environment):
+    assert installed.evaluate("'sb3_vpg_zoo_hook' in sys.modules") == "True"
+    loaded = "[name for name in ('sb3_vpg', 'numpy', 'torch', 'gymnasium', 'rl_zoo3') if name in sys.modules]"
+    assert installed.evaluate(loaded) == "[]"
+
+
+def test_without_the_hook_the_zoo_does_not_know_vpg(installed: Environment):
+    process = installed.run(*zoo_command(*TRAIN_CARTPOLE, "-n", "300"), env=HOOK_OFF)
+    assert process.returncode == 2
+    assert "argument --algo: invalid choice: 'vpg'" in process.stderr
+
+
+def test_two_hooks_at_once_do_no_harm(installed: Environment):
+    # As with a copy from a checkout and one from a wheel
+    script = """
+import importlib, sb3_vpg_zoo_hook
+importlib.reload(sb3_vpg_zoo_hook)
+from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.utils import ALGOS
+print(ALGOS["vpg"].__module__, hasattr(ExperimentManager.__init__.__wrapped__, "__wrapped__"))
+"""
+    assert output_of(installed.run("-c", script)).strip() == "sb3_vpg.vpg False"
+
+
+def test_a_broken_package_leaves_the_zoo_working(installed: Environment):
+    broken = installed.cwd / "broken" / "sb3_vpg"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise RuntimeError('broken on purpose')")
+    command = zoo_command("train", "--algo", "ppo", "-n", "300", "-f", "beside_broken", "--eval-freq", "-1")
+    output = output_of(installed.run(*command, env={"PYTHONPATH": str(broken.parent)}))
+    assert "UserWarning: sb3_vpg could not add VPG to rl_zoo3.utils: RuntimeError('broken on purpose')" in output
+    assert (installed.cwd / "beside_broken/ppo/CartPole-v1_1/CartPole-v1.zip").is_file()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# python -m sb3_vpg
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("env", [HOOK_OFF, {}], ids=["without the hook", "with the hook"])
+def test_own_command_line_trains_vpg_by_default(installed: Environment, env: dict[str, str]):
+    logs = f"own{len(env)}"
+    output = output_of(installed.run("-m", "sb3_vpg", "train", "--env", "CartPole-v1", "-n", "300", "-f", logs, env=env))
+    assert f"Loading hyperparameters from: {installed.site_packages / 'sb3_vpg' / 'hyperparams' / 'vpg.yml'}" in output
+    assert saved_config(installed, logs) == CARTPOLE_ENTRY
+    output = output_of(installed.run("-m", "sb3_vpg", "enjoy", "--no-render", "-f", logs, "-n", "1000", env=env))
+    assert re.search(r"Mean reward: \d+", output)
+
+
+def test_own_command_line_takes_other_algorithms(installed: Environment):
+    output_of(installed.run("-m", "sb3_vpg", "train", "--algo=a2c", "-n", "300", "-f", "own_a2c", env=HOOK_OFF))
+    assert (installed.cwd / "own_a2c/a2c/CartPole-v1_1/CartPole-v1.zip").is_file()
+
+
+@pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]], ids=" ".join)
+def test_own_command_line_explains_itself(installed: Environment, arguments: list[str]):
+    output = output_of(installed.run("-m", "sb3_vpg", *arguments))
+    assert output.startswith("usage: python -m sb3_vpg COMMAND")
+    for command in ("train", "enjoy", "record_video"):
+        assert command in output
+
+
+def test_own_command_line_refuses_an_unknown_command(installed: Environment):
+    process = installed.run("-m", "sb3_vpg", "trian")
+    assert process.returncode == 1
+    assert process.stdout == ""
+    assert "error: unknown command 'trian'" in process.stderr
+    assert process.stderr.startswith("usage: ")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Without the zoo
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def without_zoo(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
+    """The wheel installed where rl_zoo3, what only it needs, and what only plots and drawing need are missing."""
+    missing = ("rl_zoo3", "sb3_contrib", "optuna", "huggingface_sb3", "pygame", "matplotlib", "pandas", "scipy", "tensorboard")
+    without = Environment(tmp_path_factory.mktemp("without_zoo"), wheel, without=missing)
+    for module in missing:
+        assert without.evaluate(f"importlib.util.find_spec({module!r})") == "None"
+    return without
+
+
+def test_vpg_learns_without_the_zoo(without_zoo: Environment):
+    script = "from sb3_vpg import VPG; print(VPG('MlpPolicy', 'CartPole-v1').learn(200).num_timesteps)"
+    assert output_of(without_zoo.run("-W", "error", "-c", script)) == "256\n"
+
+
+def test_own_command_line_says_how_to_install_the_zoo(without_zoo: Environment):
+    process = without_zoo.run("-m", "sb3_vpg", "train")
+    assert process.returncode == 1
+    assert process.stderr == "This command needs RL Baselines3 Zoo: pip install 'sb3_vpg[zoo]'\n"
+
+
+def test_importing_the_package_imports_no_optional_dependency(installed: Environment):
+    script = """
+import sys
+import stable_baselines3
+before = set(sys.modules)
+import sb3_vpg
+print(sorted({name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)))
+"""
+    assert output_of(installed.run("-c", script)).strip() == "['sb3_vpg']"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The search space
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def search_space() -> ModuleType:
+    """
+    The zoo's module of search spaces with VPG's added, under its name but not among the imported modules: importing rl_zoo3
+    would put another TimeLimit into gymnasium, for all tests that follow.
+    """
+    folder = Path(importlib.util.find_spec("rl_zoo3").origin).parent
+    spec = importlib.util.spec_from_file_location("rl_zoo3.hyperparams_opt", folder / "hyperparams_opt.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    zoo.patch(module)
+    return module
+
+
+# The hyperparameter file may have set these; the zoo puts what Optuna draws on top
+BASE_CONFIGS = [
+    {},
+    {"partial_episodes": "bootstrap"},
+    {"partial_episodes": "finish"},
+    {"partial_episodes": "truncate"},
+    {"n_episodes": 1},
+    {"n_episodes": 4, "estimator": "total_return", "baseline": "time", "normalize_advantage": "episode"},
+    {"estimator": "reward_to_go", "loss_reduction": "trajectory", "discount_state_distribution": True},
+]
+
+
+@pytest.mark.parametrize("base", BASE_CONFIGS, ids=str)
+@pytest.mark.parametrize("formulation", zoo.FORMULATIONS)
+def test_every_drawn_formulation_is_valid(search_space: ModuleType, formulation: str, base: dict[str, Any]):
+    smallest = {
+        "formulation": formulation,
+        "n_steps_pow": 3,
+        "one_minus_gamma": 0.1,
+        "one_minus_gae_lambda": 0.2,
+        "learning_rate": 0.001,
+        "critic_learning_rate": 0.002,
+        "n_critic_updates": 5,
+        "ent_coef": 0.01,
+        "max_grad_norm": 0.5,
+        "net_arch": "tiny",
+        "activation_fn": "tanh",
+    }
+    for normalize_advantage in (False, True):
+        trial = optuna.trial.FixedTrial({**smallest, "normalize_advantage": normalize_advantage})
+        params = search_space.HYPERPARAMS_SAMPLER["vpg"](trial, 2, 1, {})
+        model = VPG("MlpPolicy", "CartPole-v1", **{**base, **params})
+        assert (model.estimator, model.baseline) == zoo.FORMULATIONS[formulation]
+        assert model.normalize_advantage is normalize_advantage
+        assert (model.n_steps, model.gamma, model.gae_lambda) == (8, 0.9, 0.8)
+        assert (model.n_critic_updates, model.ent_coef, model.max_grad_norm) == (5, 0.01, 0.5)
+        assert (model.lr_schedule(1), model.critic_lr_schedule(1)) == (0.001, 0.002)
+
+
+def test_every_valid_formulation_can_be_drawn_and_only_once():
+    def is_valid(estimator: str, baseline: str | None) -> bool:
+        try:
+            VPG("MlpPolicy", gym.make("CartPole-v1"), estimator=estimator, baseline=baseline, n_steps=8)
+        except ValueError:
+            return False
+        return True
+
+    valid = {(estimator, baseline) for estimator in ESTIMATORS for baseline in BASELINES if is_valid(estimator, baseline)}
+    # These contain the value function as they are: with baseline="value" they are the same again
+    twice = {("td_residual", "value"), ("gae", "value")}
+    assert twice < valid
+    assert len(zoo.FORMULATIONS) == len(set(zoo.FORMULATIONS.values()))
+    assert set(zoo.FORMULATIONS.values()) == valid - twice
+
+
+def test_stored_trials_convert_to_what_was_drawn(search_space: ModuleType):
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn_formulations = set()
+    for _ in range(60):
+        trial = study.ask()
+        drawn = search_space.HYPERPARAMS_SAMPLER["vpg"](trial, 2, 1, {})
+        assert search_space.HYPERPARAMS_CONVERTER["vpg"](trial.params) == drawn
+        for name in ("gamma", "gae_lambda", "n_steps"):
+            assert trial.user_attrs[name] == drawn[name]
+        VPG("MlpPolicy", "CartPole-v1", **drawn)
+        drawn_formulations.add((drawn["estimator"], drawn["baseline"]))
+    assert drawn_formulations == set(zoo.FORMULATIONS.values())
