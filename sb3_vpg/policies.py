@@ -12,7 +12,8 @@ from stable_baselines3.common.policies import (
     BaseModel,
     MultiInputActorCriticPolicy,
 )
-from stable_baselines3.common.torch_layers import MlpExtractor
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
@@ -122,10 +123,15 @@ def action_sampler(policy: ActorCriticPolicy) -> Callable[[PyTorchObs], th.Tenso
     modules = [*policy.mlp_extractor.policy_net, policy.action_net]
     # Module.__call__ does nothing but forward() where there are no hooks, yet takes half of the time of a small layer
     layers = [m if m._forward_hooks or m._forward_pre_hooks else m.forward for m in modules]
+    space, extractor = policy.observation_space, policy.pi_features_extractor
+    only_flatten = type(extractor) is FlattenExtractor and isinstance(space, spaces.Box) and not is_image_space(space)
 
     def sample(obs: PyTorchObs) -> th.Tensor:
         with th.inference_mode():
-            x = BaseModel.extract_features(policy, obs, policy.pi_features_extractor)
+            if only_flatten:
+                x = obs.float().flatten(1)  # type: ignore[union-attr]
+            else:
+                x = BaseModel.extract_features(policy, obs, extractor)
             for layer in layers:
                 x = layer(x)
             return sampler(policy, x)

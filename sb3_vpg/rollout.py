@@ -211,6 +211,7 @@ class RolloutCollector(OnPolicyAlgorithm):
         if self.uses_value_function and self.partial_episodes_mode == "bootstrap":
             with th.no_grad():
                 last_values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))
+            self._check_finite("value", last_values.cpu().numpy())
         if own_buffer is not None:
             own_buffer.compute_returns_and_advantage(last_values, dones, self._terminal_values(own_buffer))
         else:

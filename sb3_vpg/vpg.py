@@ -503,7 +503,7 @@ class VPG(RolloutCollector):
         self.policy.optimizer.zero_grad()
         raise ValueError(
             f"Non-finite {name.replace('_', ' ')} ({value}) in update {self._n_updates + 1} (timestep {self.num_timesteps}). "
-            "The step was not taken: weights and optimizer are as before and the model can be saved. Very large rewards or "
+            "The step was not taken: weights and optimizer are as before it and the model can be saved. Very large rewards or "
             "observations are the usual cause: scale them, e.g. with VecNormalize, or lower the learning rate."
         )
 

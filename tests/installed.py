@@ -1,7 +1,6 @@
 """The package as users have it: built as a wheel and installed in an environment of its own, away from the checkout."""
 
 import os
-import site
 import subprocess
 import sys
 import venv
@@ -59,7 +58,7 @@ class Environment:
         self.cwd.mkdir()
         self.python = folder / "env" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
         self.site_packages = Path(self.evaluate("sysconfig.get_path('purelib')"))
-        outer = [Path(path) for path in site.getsitepackages() if Path(path).is_dir()]
+        outer = [path for path in map(Path, sys.path) if path.name in ("site-packages", "dist-packages")]
         if without:
             outer = [_view(path, folder / f"view_{i}", without) for i, path in enumerate(outer)]
         (self.site_packages / "dependencies.pth").write_text("".join(f"{path}\n" for path in outer))

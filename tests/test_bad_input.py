@@ -32,6 +32,11 @@ def small_model(env=None, n_envs=1, **kwargs):
 # Arguments
 # ---------------------------------------------------------------------------------------------------------------
 
+
+def name_of(value):
+    return getattr(value, "__name__", repr(value))
+
+
 # keyword: values that are not allowed, whatever the others are
 BAD_VALUES = {
     "estimator": ["foo", "GAE", "", None, True, 1, ["gae"]],
@@ -56,7 +61,7 @@ BAD_VALUES = {
 
 
 @pytest.mark.parametrize(
-    ("keyword", "value"), [(keyword, value) for keyword, values in BAD_VALUES.items() for value in values], ids=repr
+    ("keyword", "value"), [(keyword, value) for keyword, values in BAD_VALUES.items() for value in values], ids=name_of
 )
 def test_a_bad_value_is_refused_by_name(keyword, value):
     with pytest.raises(ValueError, match=re.escape(f"{keyword}={value!r}")) as error:
@@ -81,7 +86,7 @@ GOOD_VALUES = {
 
 
 @pytest.mark.parametrize(
-    ("keyword", "value"), [(keyword, value) for keyword, values in GOOD_VALUES.items() for value in values], ids=repr
+    ("keyword", "value"), [(keyword, value) for keyword, values in GOOD_VALUES.items() for value in values], ids=name_of
 )
 def test_a_value_at_the_edge_is_taken_and_trains(keyword, value):
     assert small_model(**{keyword: value}).learn(8)._n_updates >= 1
