@@ -93,7 +93,8 @@ def has_sb3_passes(policy: ActorCriticPolicy) -> bool:
     :return: whether the passes of the policy are SB3's own, so that actions, log probabilities and values may be computed
         separately and in batches
     """
-    return all(getattr(type(policy), name) is getattr(ActorCriticPolicy, name) for name in SB3_PASSES)
+    # A policy compiled by th.compile() has another type, without these
+    return all(getattr(type(policy), name, None) is getattr(ActorCriticPolicy, name) for name in SB3_PASSES)
 
 
 def _sample_categorical(policy: ActorCriticPolicy, logits: th.Tensor) -> th.Tensor:
@@ -124,14 +125,12 @@ def action_sampler(policy: ActorCriticPolicy) -> Callable[[PyTorchObs], th.Tenso
     # Module.__call__ does nothing but forward() where there are no hooks, yet takes half of the time of a small layer
     layers = [m if m._forward_hooks or m._forward_pre_hooks else m.forward for m in modules]
     space, extractor = policy.observation_space, policy.pi_features_extractor
+    # What extract_features() comes down to in the most common case
     only_flatten = type(extractor) is FlattenExtractor and isinstance(space, spaces.Box) and not is_image_space(space)
 
     def sample(obs: PyTorchObs) -> th.Tensor:
         with th.inference_mode():
-            if only_flatten:
-                x = obs.float().flatten(1)  # type: ignore[union-attr]
-            else:
-                x = BaseModel.extract_features(policy, obs, extractor)
+            x = obs.float().flatten(1) if only_flatten else BaseModel.extract_features(policy, obs, extractor)  # type: ignore[union-attr]
             for layer in layers:
                 x = layer(x)
             return sampler(policy, x)

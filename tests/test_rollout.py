@@ -97,7 +97,7 @@ def test_finish_records_whole_episodes_only():
 
 
 def test_with_one_environment_no_step_is_wasted():
-    model, seen = train([[3, 4, 5]], n_rollouts=3, n_steps=4, estimator="reward_to_go")
+    _, seen = train([[3, 4, 5]], n_rollouts=3, n_steps=4, estimator="reward_to_go")
     assert seen.rollouts == [
         [episode(0, 3) + episode(1, 4)],
         [episode(2, 5)],
@@ -271,7 +271,7 @@ def test_no_rewards_are_lost_or_counted_twice():
 
 
 def test_the_buffer_grows_and_get_yields_each_recorded_step_once():
-    model, seen = train([[700], [3]], n_rollouts=1, n_steps=2, estimator="reward_to_go", n_episodes=1)
+    model, _ = train([[700], [3]], n_rollouts=1, n_steps=2, estimator="reward_to_go", n_episodes=1)
     buffer = model.rollout_buffer
     assert buffer.mask.shape == (700, 2)
     assert buffer.n_recorded == 703
