@@ -76,6 +76,7 @@ def train(algorithm, policy, observation_space, action_space, wrap=lambda env: e
         policy,
         env,
         **{"policy_kwargs": SMALL, "normalize_advantage": False, **kwargs},
+        **({"n_critic_updates": 1} if algorithm is VPG else {}),
         n_steps=n_steps,
         gae_lambda=1.0,
         max_grad_norm=np.inf,

@@ -69,9 +69,9 @@ def spaces_envs(observation_space=BOX, action_space=ACTION_SPACES["Discrete"], n
 
 
 def small_model(env=None, **kwargs):
-    """A VPG with small networks and short rollouts, seeded."""
+    """A VPG with small networks, short rollouts and one gradient step per rollout, seeded."""
     env = spaces_envs() if env is None else env
-    return VPG("MlpPolicy", env, **{"n_steps": 10, "seed": 0, "policy_kwargs": SMALL, **kwargs})
+    return VPG("MlpPolicy", env, **{"n_steps": 10, "n_critic_updates": 1, "seed": 0, "policy_kwargs": SMALL, **kwargs})
 
 
 def weights(model, only=("",)):
@@ -147,7 +147,7 @@ def test_every_pair_of_spaces_trains_the_actor(observation, action, formulation)
 @pytest.mark.parametrize("observation", OBSERVATION_SPACES)
 def test_defaults_run_on_every_kind_of_observation(observation):
     space = OBSERVATION_SPACES[observation]
-    model = VPG(policy_for(space), SpacesEnv(space, ACTION_SPACES["Discrete"])).learn(2 * 128)
+    model = VPG(policy_for(space), SpacesEnv(space, ACTION_SPACES["Discrete"])).learn(100)
     assert model._n_updates == 2
 
 

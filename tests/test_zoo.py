@@ -50,9 +50,11 @@ def test_train_uses_the_hyperparameters_of_the_package(installed: Environment, t
     assert (installed.cwd / "trained/vpg/CartPole-v1_1/CartPole-v1.zip").is_file()
 
 
-def test_schedules_in_the_hyperparameter_file_become_schedules(installed: Environment, trained: str):
-    assert CARTPOLE_ENTRY["learning_rate"] == "lin_0.005"
-    assert CARTPOLE_ENTRY["critic_learning_rate"] == "lin_0.01"
+def test_schedules_in_a_hyperparameter_file_become_schedules(installed: Environment):
+    entry = {"n_timesteps": 500, "policy": "MlpPolicy", "n_envs": 8, "n_steps": 32}
+    rates = {"learning_rate": "lin_0.005", "critic_learning_rate": "lin_0.01"}
+    (installed.cwd / "schedules.yml").write_text(yaml.safe_dump({"CartPole-v1": entry | rates}))
+    output_of(installed.run(*zoo_command(*TRAIN_CARTPOLE, "-f", "schedules", "-conf", "schedules.yml")))
     script = """
 import json, sys
 from sb3_vpg import VPG
@@ -61,11 +63,11 @@ schedules = (model.lr_schedule, model.critic_lr_schedule)
 rates = [[schedule(progress_remaining) for progress_remaining in (1, 0.5, 0)] for schedule in schedules]
 print(json.dumps([rates, model.num_timesteps, {group["role"]: group["lr"] for group in model.policy.optimizer.param_groups}]))
 """
-    process = installed.run("-c", script, "trained/vpg/CartPole-v1_1/CartPole-v1.zip")
+    process = installed.run("-c", script, "schedules/vpg/CartPole-v1_1/CartPole-v1.zip")
     output_of(process)
     rates, num_timesteps, last_rates = json.loads(process.stdout)
     assert rates == [[0.005, 0.0025, 0.0], [0.01, 0.005, 0.0]]
-    # n_steps * n_envs = 256 steps per update: the last update begins after the 500 steps asked for are over
+    # 8 * 32 = 256 steps per update: the last update is the one after which the 500 steps asked for are over
     assert num_timesteps == 512
     assert last_rates["critic"] == 2 * last_rates["actor"]
 
@@ -240,7 +242,7 @@ def without_zoo(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Enviro
 
 
 def test_vpg_learns_without_the_zoo(without_zoo: Environment):
-    script = "from sb3_vpg import VPG; print(VPG('MlpPolicy', 'CartPole-v1').learn(200).num_timesteps)"
+    script = "from sb3_vpg import VPG; print(VPG('MlpPolicy', 'CartPole-v1', n_steps=64).learn(200).num_timesteps)"
     assert output_of(without_zoo.run("-W", "error", "-c", script)) == "256\n"
 
 
