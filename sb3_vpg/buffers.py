@@ -22,8 +22,8 @@ Out = TypeVar("Out")
 PER_STEP = {"rewards": np.float32, "episode_starts": np.float32, "mask": bool, "values": np.float32, "log_probs": np.float32}
 
 # Observations in a chunk of steps take about this many bytes in single precision, within the limits below
-CHUNK_BYTES = 2**23
-MIN_CHUNK, MAX_CHUNK = 64, 8192
+CHUNK_BYTES = 2**21
+MIN_CHUNK, MAX_CHUNK = 16, 8192
 
 
 def map_obs(function: Callable[[In], Out], obs: In | dict[str, In]) -> Out | dict[str, Out]:
