@@ -112,7 +112,12 @@ def reward_to_go(rewards: Array, next_values: Array, last: Array, gamma: float) 
     """
     ``G_t = r_t + d_t G_{t+1} + [last step of its piece] gamma v'_t`` (Sutton et al., 1999; GAE paper, psi no. 2).
 
+    :param rewards: r_t, shape (T, N)
+    :param next_values: v'_t, shape (T, N)
+    :param last: True at the last step of each piece, shape (T, N)
+    :param gamma: discount factor, in [0, 1]
     :return: G, shape (T, N)
+    :raises ValueError: if the shapes differ or are not (T, N)
     """
     _check_shapes(rewards=rewards, next_values=next_values, last=last)
     return discounted_sum(rewards + last * (gamma * next_values), np.where(last, 0.0, gamma))
@@ -123,7 +128,11 @@ def total_return(rewards: Array, last: Array, gamma: float) -> Array:
     ``R(tau) = sum_k gamma^k r_k`` over the whole episode, the same number at each of its steps
     (Williams, 1992; GAE paper, psi no. 1). The pieces must be whole episodes.
 
+    :param rewards: r_t, shape (T, N)
+    :param last: True at the last step of each piece, shape (T, N)
+    :param gamma: discount factor, in [0, 1]
     :return: R(tau) of the episode to which each step belongs, shape (T, N)
+    :raises ValueError: if the shapes differ or are not (T, N)
     """
     _check_shapes(rewards=rewards, last=last)
     from_here = discounted_sum(rewards, np.where(last, 0.0, gamma))
@@ -134,7 +143,12 @@ def td_residual(rewards: Array, values: Array, next_values: Array, gamma: float)
     """
     ``delta_t = r_t + gamma v'_t - V(s_t)`` (GAE paper, psi no. 6).
 
+    :param rewards: r_t, shape (T, N)
+    :param values: V(s_t), shape (T, N)
+    :param next_values: v'_t, shape (T, N)
+    :param gamma: discount factor, in [0, 1]
     :return: delta, shape (T, N)
+    :raises ValueError: if the shapes differ or are not (T, N)
     """
     _check_shapes(rewards=rewards, values=values, next_values=next_values)
     return rewards + gamma * np.asarray(next_values, dtype=np.float64) - values
@@ -145,7 +159,14 @@ def gae(rewards: Array, values: Array, next_values: Array, last: Array, gamma: f
     ``A_t = delta_t + lambda d_t A_{t+1}``, generalized advantage estimation (GAE paper, eq. 16).
     ``lambda = 1`` is reward-to-go minus V(s_t), ``lambda = 0`` the TD residual.
 
+    :param rewards: r_t, shape (T, N)
+    :param values: V(s_t), shape (T, N)
+    :param next_values: v'_t, shape (T, N)
+    :param last: True at the last step of each piece, shape (T, N)
+    :param gamma: discount factor, in [0, 1]
+    :param gae_lambda: lambda, in [0, 1]
     :return: A, shape (T, N)
+    :raises ValueError: if the shapes differ or are not (T, N)
     """
     _check_shapes(rewards=rewards, values=values, next_values=next_values, last=last)
     return discounted_sum(td_residual(rewards, values, next_values, gamma), np.where(last, 0.0, gamma * gae_lambda))
@@ -160,7 +181,10 @@ def mean_baseline(psi: Array, mask: Array) -> Array:
     """
     Average of psi over all recorded steps of the batch. Each step is part of its own baseline.
 
+    :param psi: what the estimator gives, shape (T, N)
+    :param mask: True where the step was recorded, shape (T, N)
     :return: the baseline, shape (T, N)
+    :raises ValueError: if the shapes differ or are not (T, N)
     """
     _check_shapes(psi=psi, mask=mask)
     return np.full(np.shape(psi), np.mean(psi, where=mask))
@@ -179,7 +203,11 @@ def time_baseline(psi: Array, mask: Array, steps: Array) -> Array:
     Average of psi at the same step index over all episodes of the batch that reach it. With K episodes the expected
     gradient is scaled by about 1 - 1/K, since each episode is part of its own baseline.
 
+    :param psi: what the estimator gives, shape (T, N)
+    :param mask: True where the step was recorded, shape (T, N)
+    :param steps: index of the step within its episode, shape (T, N)
     :return: the baseline, shape (T, N)
+    :raises ValueError: if the shapes differ or are not (T, N)
     """
     _check_shapes(psi=psi, mask=mask, steps=steps)
     sums, counts = _sum_and_count_over_episodes(psi, mask, steps)
@@ -191,7 +219,11 @@ def leave_one_out_baseline(psi: Array, mask: Array, steps: Array) -> Array:
     Average of psi at the same step index over the *other* episodes of the batch that reach it, 0 where there is none
     (Kool et al., 2019, https://openreview.net/forum?id=r1lgTGL5DE). Unbiased.
 
+    :param psi: what the estimator gives, shape (T, N)
+    :param mask: True where the step was recorded, shape (T, N)
+    :param steps: index of the step within its episode, shape (T, N)
     :return: the baseline, shape (T, N)
+    :raises ValueError: if the shapes differ or are not (T, N)
     """
     _check_shapes(psi=psi, mask=mask, steps=steps)
     sums, counts = _sum_and_count_over_episodes(psi, mask, steps)
@@ -217,6 +249,7 @@ def normalize_within(advantages: Array, mask: Array, groups: Array) -> Array:
     :param mask: True where the step was recorded, shape (T, N)
     :param groups: number of the group of each step, non-negative int, shape (T, N)
     :return: normalised advantages, zero where nothing was recorded, shape (T, N)
+    :raises ValueError: if the shapes differ or are not (T, N)
     """
     _check_shapes(advantages=advantages, mask=mask, groups=groups)
     x, group = advantages[mask].astype(np.float64), groups[mask]
