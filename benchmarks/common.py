@@ -6,7 +6,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import multiprocessing as mp
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,12 +15,12 @@ from scipy.stats import bootstrap, trim_mean
 T = TypeVar("T")
 
 
-def interquartile_mean(scores: Iterable[float]) -> str:
+def interquartile_mean(scores: Sequence[float]) -> str:
     """
     Interquartile mean over seeds, and its 95 % percentile bootstrap interval
     (Agarwal et al., 2021, https://arxiv.org/abs/2108.13264).
     """
-    x = np.asarray(list(scores), dtype=np.float64)
+    x = np.asarray(scores, dtype=np.float64)
     mean = trim_mean(x, 0.25)
     if len(x) < 2 or np.ptp(x) == 0:
         return f"{mean:.1f}"
@@ -28,6 +28,17 @@ def interquartile_mean(scores: Iterable[float]) -> str:
         (x,), lambda s, axis: trim_mean(s, 0.25, axis=axis), method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def result_line(name: str, scores: Sequence[float], seconds: Sequence[float], threshold: float | None = None) -> str:
+    """
+    :param scores: one for each seed
+    :param seconds: of training, one for each seed
+    :return: name, interquartile mean [interval], how many seeds reach the threshold, median seconds, the seeds' scores
+    """
+    reached = "" if threshold is None else f"  >= {threshold}: {sum(s >= threshold for s in scores)}/{len(scores)}"
+    each = " ".join(f"{score:.0f}" for score in scores)
+    return f"{name:>28}  {interquartile_mean(scores):>24}{reached}  {np.median(seconds):6.1f} s  {each}"
 
 
 def in_processes(function: Callable[[Any], T], jobs: list[Any], n_processes: int) -> Iterator[T]:

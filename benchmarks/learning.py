@@ -13,7 +13,7 @@ import argparse
 import time
 from typing import Any, NamedTuple
 
-from common import in_processes, interquartile_mean
+from common import in_processes, result_line
 
 FORMULATIONS: dict[str, dict[str, Any]] = {
     "total_return": {"estimator": "total_return"},
@@ -84,12 +84,7 @@ def main() -> None:
     print(f"{args.env}, {args.timesteps} timesteps, {args.seeds} seeds, {args.episodes} deterministic episodes each")
     for name in variants:
         scores, seconds = zip(*(next(results) for _ in range(args.seeds)))
-        reached = "" if threshold is None else f"  >= {threshold}: {sum(s >= threshold for s in scores)}/{len(scores)}"
-        print(
-            f"{name:>28}  {interquartile_mean(scores):>24}{reached}  {sorted(seconds)[len(seconds) // 2]:5.1f} s  "
-            + " ".join(f"{score:.0f}" for score in scores),
-            flush=True,
-        )
+        print(result_line(name, scores, seconds, threshold), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import tempfile
 import time
 from typing import NamedTuple
 
-from common import in_processes, interquartile_mean
+from common import in_processes, result_line
 
 
 class Job(NamedTuple):
@@ -78,11 +78,7 @@ def main() -> None:
     print(f"{args.env}, {args.seeds} seeds {args.train_arguments}")
     for algo in args.algo:
         scores, seconds = zip(*(result for job, result in results.items() if job.algo == algo))
-        print(
-            f"{algo:>8}  {interquartile_mean(scores):>24}  {sorted(seconds)[len(seconds) // 2]:6.1f} s  "
-            + " ".join(f"{score:.0f}" for score in scores),
-            flush=True,
-        )
+        print(result_line(algo, scores, seconds), flush=True)
 
 
 if __name__ == "__main__":

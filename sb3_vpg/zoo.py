@@ -1,5 +1,5 @@
 """
-VPG in RL Baselines3 Zoo: the algorithm, its default hyperparameter file, its Optuna search space.
+VPG in RL Baselines3 Zoo: the algorithm, the hyperparameter files, the native vectorisation, the Optuna search space.
 
 Nothing here runs unless rl_zoo3 is used: either the import hook (``zoo_hook.py``) calls :func:`patch` on rl_zoo3's modules as
 they are imported, or :func:`register` does so explicitly, as ``python -m sb3_vpg`` does.
@@ -8,11 +8,18 @@ they are imported, or :func:`register` does so explicitly, as ``python -m sb3_vp
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import gymnasium as gym
+import yaml
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_vpg.envs import ENVIRONMENTS
+from sb3_vpg.vec_env import NativeVecEnv
 from sb3_vpg.vpg import VPG
 
 if TYPE_CHECKING:
@@ -74,9 +81,16 @@ def _add_default_config(exp_manager: ModuleType) -> None:
     @functools.wraps(original_init)
     def init_with_own_config(*args: Any, **kwargs: Any) -> None:
         bound = signature.bind(*args, **kwargs)
-        if bound.arguments["algo"] == "vpg" and not bound.arguments.get("config"):
-            bound.arguments["config"] = str(HYPERPARAMS / "vpg.yml")
+        algo, env_id = bound.arguments["algo"], bound.arguments["env_id"]
+        if not bound.arguments.get("config"):
+            bound.arguments["config"] = _own_config(algo, env_id)
         original_init(*bound.args, **bound.kwargs)
+
+        self = bound.arguments["self"]
+        if self.vec_env_class is DummyVecEnv and _is_to_be_native(algo, env_id):
+            self.vec_env_class = NativeVecEnv
+            if self.verbose > 0:
+                print("Stepping all environments in one array (--vec-env dummy switches that off)")
 
     def with_critic_schedule(hyperparams: dict[str, Any]) -> dict[str, Any]:
         """The zoo turns ``learning_rate: lin_0.001`` into a schedule; the critic's learning rate may be written so, too."""
@@ -89,6 +103,26 @@ def _add_default_config(exp_manager: ModuleType) -> None:
     init_with_own_config.knows_vpg = True  # type: ignore[attr-defined]
     manager.__init__ = init_with_own_config
     manager._preprocess_schedules = staticmethod(with_critic_schedule)
+
+
+def _own_config(algo: str, env_id: str) -> str | None:
+    """:return: our hyperparameter file, if the zoo has none for the algorithm or no entry for one of our environments"""
+    path = HYPERPARAMS / f"{algo}.yml"
+    if algo == "vpg" or (path.is_file() and env_id in yaml.safe_load(path.read_text())):
+        return str(path)
+    return None
+
+
+def _is_to_be_native(algo: str, env_id: str) -> bool:
+    """
+    :return: whether the environment has a vectorised form, the algorithm or the environment is ours, and the command line does
+        not say what to use
+    """
+    if algo != "vpg" and env_id not in ENVIRONMENTS:
+        return False
+    # The zoo does not tell its default from `--vec-env dummy`
+    asked = any(argument.startswith("--vec") for argument in sys.argv)
+    return not asked and gym.spec(env_id).vector_entry_point is not None
 
 
 PATCHES: dict[str, Callable[[ModuleType], None]] = {

@@ -119,6 +119,40 @@ def test_other_algorithms_keep_the_hyperparameters_of_the_zoo(installed: Environ
     assert (installed.cwd / "ppo/ppo/CartPole-v1_1/CartPole-v1.zip").is_file()
 
 
+NATIVE = "Stepping all environments in one array"
+
+
+@pytest.mark.parametrize(
+    ("algo", "env_id", "arguments", "native"),
+    [
+        ("vpg", "CartPoleSwingUp-v1", (), True),
+        ("vpg", "CartPole-v1", ("--vec-env", "dummy"), False),
+        ("vpg", "CartPole-v1", ("--vec-env", "subproc"), False),
+        ("vpg", "Pendulum-v1", (), False),
+        ("ppo", "CartPoleSwingUp-v0", (), True),
+        ("a2c", "CartPoleSwingUp-v1", (), True),
+        ("ppo", "CartPole-v1", (), False),
+    ],
+)
+def test_environments_are_stepped_in_one_array_where_that_is_ours_to_say(
+    installed: Environment, algo: str, env_id: str, arguments: tuple[str, ...], native: bool
+):
+    logs = "_".join(("native", algo, env_id, *arguments))
+    command = zoo_command("train", "--algo", algo, "--env", env_id, "-n", "300", "-f", logs, "--eval-freq", "-1", *arguments)
+    output = output_of(installed.run(*command))
+    assert (NATIVE in output) == native
+    own_file = f"sb3_vpg/hyperparams/{algo}.yml" in output.replace("\\", "/")
+    assert own_file == (algo == "vpg" or "SwingUp" in env_id)
+    assert (installed.cwd / logs / algo / f"{env_id}_1" / f"{env_id}.zip").is_file()
+
+
+def test_training_in_one_array_writes_the_files_that_the_zoo_plots(installed: Environment, trained: str):
+    assert NATIVE in trained
+    monitors = sorted((installed.cwd / "trained/vpg/CartPole-v1_1").glob("*.monitor.csv"))
+    assert len(monitors) == CARTPOLE_ENTRY["n_envs"]
+    assert all(file.read_text().splitlines()[1] == "r,l,t" for file in monitors)
+
+
 @pytest.mark.slow
 def test_optimize_stores_trials_to_train_with(installed: Environment):
     study = ("--storage", "sqlite:///study.db", "--study-name", "vpg")

@@ -1,0 +1,80 @@
+"""
+Physics, observation and reward of the cart-pole swing-up, as functions of arrays: for one environment or for N.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+GRAVITY = 9.82  # m/s^2
+CART_MASS = 0.5  # kg
+POLE_MASS = 0.5  # kg
+TOTAL_MASS = CART_MASS + POLE_MASS
+POLE_LENGTH = 0.6  # m, the whole pole
+FRICTION = 0.1  # N s/m, between cart and track
+MAX_FORCE = 10.0  # N
+TIME_STEP = 0.01  # s
+TRACK_LIMIT = 2.4  # m, to either side
+
+
+def accelerations(state: Array, force: Array | float, friction: float = FRICTION) -> tuple[Array, Array]:
+    """
+    Equations of motion of a cart that carries a uniform thin rod on a hinge.
+
+    :param state: position [m] and velocity [m/s] of the cart, angle [rad] and angular velocity [rad/s] of the pole,
+        shape (4,) or (4, N)
+    :param force: horizontal force on the cart [N], shape () or (N,)
+    :param friction: friction of the cart [N s/m]
+    :return: acceleration of the cart [m/s^2] and angular acceleration of the pole [rad/s^2], of the shape of ``force``
+    """
+    _, velocity, angle, angular_velocity = state
+    sin, cos = np.sin(angle), np.cos(angle)
+    net_force = force - friction * velocity
+    centrifugal = POLE_MASS * POLE_LENGTH * np.square(angular_velocity) * sin
+    inertia = 4 * TOTAL_MASS - 3 * POLE_MASS * np.square(cos)
+    acceleration = (4 * net_force - 2 * centrifugal + 3 * POLE_MASS * GRAVITY * sin * cos) / inertia
+    angular_acceleration = (6 * TOTAL_MASS * GRAVITY * sin + (6 * net_force - 3 * centrifugal) * cos) / (POLE_LENGTH * inertia)
+    return acceleration, angular_acceleration
+
+
+def next_state(state: Array, action: Array | float) -> Array:
+    """
+    One explicit Euler step of ``TIME_STEP`` seconds: every right-hand side is that of the old state.
+
+    :param state: shape (4,) or (4, N), see :func:`accelerations`
+    :param action: force as a share of ``MAX_FORCE``, clipped to [-1, 1], shape () or (N,)
+    :return: the state after the step, of the shape of ``state``
+    """
+    force = MAX_FORCE * np.minimum(np.maximum(action, -1.0), 1.0)
+    derivative = np.empty_like(state)
+    derivative[0], derivative[2] = state[1], state[3]
+    derivative[1], derivative[3] = accelerations(state, force)
+    return state + TIME_STEP * derivative
+
+
+def observe(state: Array) -> npt.NDArray[np.float32]:
+    """
+    :param state: shape (4,) or (4, N)
+    :return: position, velocity, cosine and sine of the angle, angular velocity, shape (5,) or (N, 5)
+    """
+    position, velocity, angle, angular_velocity = state
+    observation = np.empty((*state.shape[1:], 5), dtype=np.float32)
+    observation[..., 0] = position
+    observation[..., 1] = velocity
+    observation[..., 2] = np.cos(angle)
+    observation[..., 3] = np.sin(angle)
+    observation[..., 4] = angular_velocity
+    return observation
+
+
+def reward_of(state: Array, in_unit_interval: bool) -> Array:
+    """
+    :param state: the state that the step has led to, shape (4,) or (4, N)
+    :param in_unit_interval: (1 + cos(angle)) / 2 instead of cos(angle)
+    :return: the reward of the step, shape () or (N,)
+    """
+    height = np.cos(state[2])
+    return (1.0 + height) / 2.0 if in_unit_interval else height

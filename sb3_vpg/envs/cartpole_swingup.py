@@ -1,0 +1,315 @@
+"""
+The cart-pole swing-up task, for one environment and for many in one array.
+"""
+
+import math
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import numpy.typing as npt
+from gymnasium import spaces
+from gymnasium.error import ResetNeeded
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+
+from sb3_vpg.envs.cartpole_drawing import Screen
+from sb3_vpg.envs.cartpole_physics import TIME_STEP, TRACK_LIMIT, Array, next_state, observe, reward_of
+from sb3_vpg.envs.vector import SeparatelySeededVectorEnv, final_observations
+
+START_MEAN = (0.0, 0.0, math.pi, 0.0)
+START_STD = 0.2
+
+
+def _start_distribution(options: dict[str, Any] | None) -> tuple[Array, Array]:
+    """
+    :param options: of ``reset``
+    :return: means and standard deviations of the start state, of shape (4,) each
+    :raises ValueError: if an option is unknown, or not one number or four, or not finite, or the std is negative
+    """
+    given = {"mean": START_MEAN, "std": START_STD, **(options or {})}
+    if unknown := set(given) - {"mean", "std"}:
+        raise ValueError(f"Unknown options of reset: {sorted(map(str, unknown))}; allowed: 'mean', 'std'")
+    parsed = {}
+    for name, value in given.items():
+        try:
+            parsed[name] = np.broadcast_to(np.asarray(value, dtype=np.float64), (4,))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"options[{name!r}]={value!r} is neither one number nor four (x, v, theta, w)") from error
+        if not np.isfinite(parsed[name]).all() or (name == "std" and (parsed[name] < 0).any()):
+            raise ValueError(f"options[{name!r}]={value!r} must be finite{' and not negative' if name == 'std' else ''}")
+    return parsed["mean"], parsed["std"]
+
+
+def _checked_actions(actions: Any, shape: tuple[int, ...]) -> Array:
+    """
+    :return: the actions as an array of float64
+    :raises ValueError: if they are not of that shape or not finite
+    """
+    array = np.array(actions, dtype=np.float64)
+    if array.shape != shape:
+        raise ValueError(f"The action must have the shape {shape}, not {array.shape}: {actions!r}")
+    if not np.isfinite(array).all():
+        where = f" of environment {np.argwhere(~np.isfinite(array))[0][0]}" if len(shape) > 1 else ""
+        raise ValueError(f"The action{where} is not finite: {array[~np.isfinite(array)]}")
+    return array
+
+
+def _spaces() -> tuple[spaces.Box, spaces.Box]:
+    """:return: observation space and action space of one environment; not shared, since a space has a random generator"""
+    return spaces.Box(-np.inf, np.inf, (5,), np.float32), spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+
+class CartPoleSwingUpEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32]]):
+    """
+    ## Description
+
+    A pole hangs from a cart that moves along a track. Pushing the cart to and fro, the agent is to swing the pole up and to
+    keep it upright, without leaving the track. Unlike in `CartPole-v1`, most of the time nothing but luck makes the pole point
+    upwards at first, and driving off the track ends a long series of negative rewards: the trap of this task.
+
+    The equations of motion are those of the cart-pole in PILCO (Deisenroth & Rasmussen, 2011, "PILCO: A Model-Based and
+    Data-Efficient Approach to Policy Search"), integrated by the explicit Euler method at 100 Hz.
+
+    ## Action Space
+
+    An `ndarray` of shape `(1,)`, dtype `float32`: the horizontal force on the cart as a share of 10 N, positive to the right.
+    What lies outside [-1, 1] is clipped.
+
+    | Num | Action               | Min | Max |
+    |-----|----------------------|-----|-----|
+    | 0   | Force on the cart    | -1  | 1   |
+
+    ## Observation Space
+
+    An `ndarray` of shape `(5,)`, dtype `float32`:
+
+    | Num | Observation                     | Min  | Max |
+    |-----|---------------------------------|------|-----|
+    | 0   | Position of the cart [m]        | -Inf | Inf |
+    | 1   | Velocity of the cart [m/s]      | -Inf | Inf |
+    | 2   | Cosine of the angle of the pole | -1   | 1   |
+    | 3   | Sine of the angle of the pole   | -1   | 1   |
+    | 4   | Angular velocity [rad/s]        | -Inf | Inf |
+
+    The angle is 0 where the pole is upright and grows counter-clockwise. The space itself is an unbounded `Box`.
+
+    ## Rewards
+
+    Of the state that the step has led to: `cos(angle)` in v0, `(1 + cos(angle)) / 2` in v1. Over 500 steps, hanging still
+    gives -500 in v0 and 0 in v1, balancing 500 in both. `reward_threshold` is 300 and 400: the pole is swung up and balanced
+    for most of the episode.
+
+    ## Starting State
+
+    Position, velocity, angle and angular velocity are independent normals of means (0, 0, pi, 0) and standard deviation 0.2.
+
+    ## Episode End
+
+    1. Termination: the center of the cart is more than 2.4 m from the middle of the track.
+    2. Truncation: 500 steps (by the `TimeLimit` wrapper).
+
+    ## Arguments
+
+    ```python
+    >>> import gymnasium as gym
+    >>> import sb3_vpg
+    >>> env = gym.make("CartPoleSwingUp-v0", render_mode="rgb_array")
+    >>> env.reset(seed=0, options={"mean": [0, 0, 0, 0], "std": 0})  # upright, at rest
+    (array([0., 0., 1., 0., 0.], dtype=float32), {})
+
+    ```
+
+    | Parameter                 | Type     | Default | Description                                                  |
+    |---------------------------|----------|---------|--------------------------------------------------------------|
+    | `reward_in_unit_interval` | **bool** | `False` | The reward of v1                                             |
+    | `render_mode`             | **str**  | `None`  | `"human"`, `"rgb_array"`, or `None`                          |
+
+    | Option of `reset` | Type                         | Default          | Description                                |
+    |-------------------|------------------------------|------------------|--------------------------------------------|
+    | `mean`            | **float** or 4 of them       | `(0, 0, pi, 0)`  | Mean of the start state (x, v, angle, w)   |
+    | `std`             | **float** or 4 of them, >= 0 | `0.2`            | Its standard deviation; 0 for exactly there |
+
+    `ValueError` if an action has another shape or is not finite, or an option is unknown; `ResetNeeded` if `step` or `render`
+    comes before `reset`.
+
+    ## Vectorized environment
+
+    ```python
+    >>> envs = gym.make_vec("CartPoleSwingUp-v0", num_envs=3, vectorization_mode="vector_entry_point")
+    >>> envs
+    CartPoleSwingUpVectorEnv(CartPoleSwingUp-v0, num_envs=3)
+
+    ```
+
+    ## Version History
+
+    * v1: rewards in [0, 1]
+    * v0: the first; equations, constants, start and reward of gym-cartpole-swingup 0.1.4
+    """
+
+    metadata = {"render_modes": ["human", "rgb_array"], "render_fps": round(1 / TIME_STEP)}
+
+    def __init__(self, reward_in_unit_interval: bool = False, render_mode: str | None = None):
+        self.observation_space, self.action_space = _spaces()  # type: ignore[assignment]
+        self.reward_in_unit_interval = reward_in_unit_interval
+        self.render_mode = render_mode
+        #: position, velocity, angle, angular velocity, shape (4,); None before the first reset
+        self.state: Array | None = None
+        self._last_action = 0.0
+        self._screen: Screen | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+        super().reset(seed=seed)
+        self.state = self.np_random.normal(*_start_distribution(options))
+        self._last_action = 0.0
+        if self.render_mode == "human":
+            self.render()
+        return observe(self.state), {}
+
+    def step(self, action: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        if self.state is None:
+            raise ResetNeeded("Call reset() before step().")
+        self._last_action = _checked_actions(action, (1,))[0]
+        self.state = next_state(self.state, self._last_action)
+        terminated = bool(abs(self.state[0]) > TRACK_LIMIT)
+        if self.render_mode == "human":
+            self.render()
+        return observe(self.state), float(reward_of(self.state, self.reward_in_unit_interval)), terminated, False, {}
+
+    def render(self) -> npt.NDArray[np.uint8] | None:
+        if self.state is None:
+            raise ResetNeeded("Call reset() before render().")
+        if self.render_mode is None:
+            gym.logger.warn("render() draws nothing without a render_mode: gym.make(..., render_mode='rgb_array')")
+            return None
+        if self._screen is None:
+            self._screen = Screen(self.metadata["render_fps"] if self.render_mode == "human" else None)
+        return self._screen.show(self.state, self._last_action)
+
+    def close(self) -> None:
+        if self._screen is not None:
+            self._screen.close()
+            self._screen = None
+
+
+class CartPoleSwingUpVectorEnv(SeparatelySeededVectorEnv[npt.NDArray[np.float32], npt.NDArray[np.float32]]):
+    """
+    Many :class:`CartPoleSwingUpEnv` with a time limit, in one array. Each environment has a random generator of its own: with
+    the same seeds and actions, the observations are those of ``SyncVectorEnv`` over the same environments.
+
+    :param num_envs: number of environments N
+    :param max_episode_steps: time limit of an episode, None for none
+    :param reward_in_unit_interval: the reward of v1
+    :param render_mode: "rgb_array" or None
+    :param autoreset_mode: ``AutoresetMode.NEXT_STEP``, gymnasium's default: the step after an episode's end ignores the action
+        and returns the start of the next episode; or ``SAME_STEP``: the step that ends an episode returns the start of the
+        next one, and what was observed last is ``infos["final_obs"][i]``
+    :raises ValueError: if the number of environments, the time limit or the autoreset mode is another
+    """
+
+    # Closing, which older versions of gymnasium do where __init__ has failed, needs it
+    _screen: Screen | None = None
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        max_episode_steps: int | None = 500,
+        reward_in_unit_interval: bool = False,
+        render_mode: str | None = None,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+    ):
+        autoreset_mode = AutoresetMode(autoreset_mode)
+        if autoreset_mode == AutoresetMode.DISABLED:
+            raise ValueError(f"autoreset_mode={autoreset_mode} is not offered, only NEXT_STEP and SAME_STEP")
+        for keyword, value in (("num_envs", num_envs), ("max_episode_steps", max_episode_steps)):
+            if value is not None and value < 1:
+                raise ValueError(f"{keyword}={value} is not allowed; it must be at least 1")
+        self.metadata = {
+            "render_modes": ["rgb_array"],
+            "render_fps": CartPoleSwingUpEnv.metadata["render_fps"],
+            "autoreset_mode": autoreset_mode,
+        }
+        self.num_envs = num_envs
+        self.max_episode_steps = max_episode_steps
+        self.reward_in_unit_interval = reward_in_unit_interval
+        self.render_mode = render_mode
+        self.autoreset_mode = autoreset_mode
+        self.single_observation_space, self.single_action_space = _spaces()
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        #: position, velocity, angle, angular velocity, shape (4, N); None before the first reset
+        self.state: Array | None = None
+        self._steps = np.zeros(num_envs, dtype=np.int64)
+        self._ended = np.zeros(num_envs, dtype=bool)
+        self._last_actions = np.zeros(num_envs)
+
+    def reset(
+        self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
+        """
+        Begin a new episode in every environment.
+
+        :param seed: environment i gets ``seed + i``, or ``seed[i]`` of a list; None leaves the random generators as they are
+        :param options: as of :class:`CartPoleSwingUpEnv`, for this reset only
+        :return: observations of shape (N, 5), no infos
+        :raises ValueError: if the list of seeds has another length than N, or an option is unknown
+        """
+        mean, std = _start_distribution(options)
+        self.seed_generators(seed)
+        self.state = np.empty((4, self.num_envs))
+        self._start(np.arange(self.num_envs), mean, std)
+        self._ended = np.zeros(self.num_envs, dtype=bool)
+        return observe(self.state), {}
+
+    def step(
+        self, actions: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.float32], Array, npt.NDArray[np.bool_], npt.NDArray[np.bool_], dict[str, Any]]:
+        if self.state is None:
+            raise ResetNeeded("Call reset() before step().")
+        self._last_actions = _checked_actions(actions, (self.num_envs, 1))[:, 0]
+        self.state = next_state(self.state, self._last_actions)
+        self._steps += 1
+        rewards = reward_of(self.state, self.reward_in_unit_interval)
+        terminated = np.abs(self.state[0]) > TRACK_LIMIT
+        truncated = self._steps >= (np.inf if self.max_episode_steps is None else self.max_episode_steps)
+        if self._ended.any():
+            # NEXT_STEP: these only begin a new episode
+            self._start(self._ended.nonzero()[0])
+            rewards[self._ended], terminated[self._ended], truncated[self._ended] = 0.0, False, False
+        observations = observe(self.state)
+        ended = terminated | truncated
+        infos: dict[str, Any] = {}
+        if self.autoreset_mode == AutoresetMode.NEXT_STEP:
+            self._ended = ended
+        elif ended.any():
+            infos |= final_observations(observations, ended)
+            indices = ended.nonzero()[0]
+            self._start(indices)
+            observations[indices] = observe(self.state[:, indices])
+        return observations, rewards, terminated, truncated, infos
+
+    def _start(self, indices: npt.NDArray[np.integer], mean: Any = START_MEAN, std: Any = START_STD) -> None:
+        """Begin a new episode in these environments."""
+        for i in indices:
+            self.state[:, i] = self._generators[i].normal(mean, std, 4)  # type: ignore[index]
+        self._steps[indices] = 0
+        self._last_actions[indices] = 0.0
+
+    def render(self) -> tuple[npt.NDArray[np.uint8], ...] | None:
+        """:return: one picture for each environment, shape (height, width, 3)"""
+        if self.state is None:
+            raise ResetNeeded("Call reset() before render().")
+        if self.render_mode is None:
+            gym.logger.warn("render() draws nothing without a render_mode: gym.make_vec(..., render_mode='rgb_array')")
+            return None
+        if self._screen is None:
+            self._screen = Screen()
+        return tuple(self._screen.show(*what) for what in zip(self.state.T, self._last_actions))  # type: ignore[misc]
+
+    def close_extras(self, **kwargs: Any) -> None:
+        if self._screen is not None:
+            self._screen.close()
+            self._screen = None
