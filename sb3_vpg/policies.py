@@ -98,7 +98,9 @@ def has_sb3_passes(policy: ActorCriticPolicy) -> bool:
 
 
 def _sample_categorical(policy: ActorCriticPolicy, logits: th.Tensor) -> th.Tensor:
-    return logits.softmax(dim=-1).multinomial(1, replacement=True).squeeze(1)
+    # What Tensor.multinomial does for one sample, less its checks: p / Exponential(1) is largest at i with probability p_i
+    probabilities = logits.softmax(dim=-1)
+    return (probabilities / th.empty_like(probabilities).exponential_(1)).argmax(dim=-1)
 
 
 def _sample_diag_gaussian(policy: ActorCriticPolicy, mean_actions: th.Tensor) -> th.Tensor:

@@ -32,11 +32,10 @@ def accelerations(state: Array, force: Array | float, friction: float = FRICTION
     """
     _, velocity, angle, angular_velocity = state
     sin, cos = np.sin(angle), np.cos(angle)
-    net_force = force - friction * velocity
-    centrifugal = POLE_MASS * POLE_LENGTH * np.square(angular_velocity) * sin
+    drive = 2 * (force - friction * velocity) - POLE_MASS * POLE_LENGTH * np.square(angular_velocity) * sin
     inertia = 4 * TOTAL_MASS - 3 * POLE_MASS * np.square(cos)
-    acceleration = (4 * net_force - 2 * centrifugal + 3 * POLE_MASS * GRAVITY * sin * cos) / inertia
-    angular_acceleration = (6 * TOTAL_MASS * GRAVITY * sin + (6 * net_force - 3 * centrifugal) * cos) / (POLE_LENGTH * inertia)
+    acceleration = (2 * drive + 3 * POLE_MASS * GRAVITY * sin * cos) / inertia
+    angular_acceleration = (3 * drive * cos + 6 * TOTAL_MASS * GRAVITY * sin) / (POLE_LENGTH * inertia)
     return acceleration, angular_acceleration
 
 
@@ -55,26 +54,19 @@ def next_state(state: Array, action: Array | float) -> Array:
     return state + TIME_STEP * derivative
 
 
-def observe(state: Array) -> npt.NDArray[np.float32]:
+def outcome(state: Array, reward_in_unit_interval: bool) -> tuple[npt.NDArray[np.float32], Array]:
     """
-    :param state: shape (4,) or (4, N)
-    :return: position, velocity, cosine and sine of the angle, angular velocity, shape (5,) or (N, 5)
+    :param state: the state that a step or reset has led to, shape (4,) or (4, N)
+    :param reward_in_unit_interval: (1 + cos(angle)) / 2 instead of cos(angle)
+    :return: the observation (position, velocity, cosine and sine of the angle, angular velocity), shape (5,) or (N, 5), and
+        the reward, shape () or (N,)
     """
     position, velocity, angle, angular_velocity = state
+    height = np.cos(angle)
     observation = np.empty((*state.shape[1:], 5), dtype=np.float32)
     observation[..., 0] = position
     observation[..., 1] = velocity
-    observation[..., 2] = np.cos(angle)
+    observation[..., 2] = height
     observation[..., 3] = np.sin(angle)
     observation[..., 4] = angular_velocity
-    return observation
-
-
-def reward_of(state: Array, in_unit_interval: bool) -> Array:
-    """
-    :param state: the state that the step has led to, shape (4,) or (4, N)
-    :param in_unit_interval: (1 + cos(angle)) / 2 instead of cos(angle)
-    :return: the reward of the step, shape () or (N,)
-    """
-    height = np.cos(state[2])
-    return (1.0 + height) / 2.0 if in_unit_interval else height
+    return observation, (1.0 + height) / 2.0 if reward_in_unit_interval else height

@@ -14,7 +14,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from sb3_vpg.envs.cartpole_drawing import Screen
-from sb3_vpg.envs.cartpole_physics import TIME_STEP, TRACK_LIMIT, Array, next_state, observe, reward_of
+from sb3_vpg.envs.cartpole_physics import TIME_STEP, TRACK_LIMIT, Array, next_state, outcome
 from sb3_vpg.envs.vector import SeparatelySeededVectorEnv, final_observations
 
 START_MEAN = (0.0, 0.0, math.pi, 0.0)
@@ -167,17 +167,18 @@ class CartPoleSwingUpEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32
         self._last_action = 0.0
         if self.render_mode == "human":
             self.render()
-        return observe(self.state), {}
+        return outcome(self.state, self.reward_in_unit_interval)[0], {}
 
     def step(self, action: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         if self.state is None:
             raise ResetNeeded("Call reset() before step().")
         self._last_action = _checked_actions(action, (1,))[0]
         self.state = next_state(self.state, self._last_action)
+        observation, reward = outcome(self.state, self.reward_in_unit_interval)
         terminated = bool(abs(self.state[0]) > TRACK_LIMIT)
         if self.render_mode == "human":
             self.render()
-        return observe(self.state), float(reward_of(self.state, self.reward_in_unit_interval)), terminated, False, {}
+        return observation, float(reward), terminated, False, {}
 
     def render(self) -> npt.NDArray[np.uint8] | None:
         if self.state is None:
@@ -234,6 +235,7 @@ class CartPoleSwingUpVectorEnv(SeparatelySeededVectorEnv[npt.NDArray[np.float32]
         }
         self.num_envs = num_envs
         self.max_episode_steps = max_episode_steps
+        self._limit = np.iinfo(np.int64).max if max_episode_steps is None else max_episode_steps
         self.reward_in_unit_interval = reward_in_unit_interval
         self.render_mode = render_mode
         self.autoreset_mode = autoreset_mode
@@ -262,7 +264,7 @@ class CartPoleSwingUpVectorEnv(SeparatelySeededVectorEnv[npt.NDArray[np.float32]
         self.state = np.empty((4, self.num_envs))
         self._start(np.arange(self.num_envs), mean, std)
         self._ended = np.zeros(self.num_envs, dtype=bool)
-        return observe(self.state), {}
+        return outcome(self.state, self.reward_in_unit_interval)[0], {}
 
     def step(
         self, actions: npt.NDArray[np.float32]
@@ -272,14 +274,15 @@ class CartPoleSwingUpVectorEnv(SeparatelySeededVectorEnv[npt.NDArray[np.float32]
         self._last_actions = _checked_actions(actions, (self.num_envs, 1))[:, 0]
         self.state = next_state(self.state, self._last_actions)
         self._steps += 1
-        rewards = reward_of(self.state, self.reward_in_unit_interval)
+        # NEXT_STEP: these only begin a new episode
+        started = self._ended.nonzero()[0]
+        if started.size:
+            self._start(started)
+        observations, rewards = outcome(self.state, self.reward_in_unit_interval)
         terminated = np.abs(self.state[0]) > TRACK_LIMIT
-        truncated = self._steps >= (np.inf if self.max_episode_steps is None else self.max_episode_steps)
-        if self._ended.any():
-            # NEXT_STEP: these only begin a new episode
-            self._start(self._ended.nonzero()[0])
-            rewards[self._ended], terminated[self._ended], truncated[self._ended] = 0.0, False, False
-        observations = observe(self.state)
+        truncated = self._steps >= self._limit
+        if started.size:
+            rewards[started] = 0.0
         ended = terminated | truncated
         infos: dict[str, Any] = {}
         if self.autoreset_mode == AutoresetMode.NEXT_STEP:
@@ -288,7 +291,7 @@ class CartPoleSwingUpVectorEnv(SeparatelySeededVectorEnv[npt.NDArray[np.float32]
             infos |= final_observations(observations, ended)
             indices = ended.nonzero()[0]
             self._start(indices)
-            observations[indices] = observe(self.state[:, indices])
+            observations[indices] = outcome(self.state[:, indices], self.reward_in_unit_interval)[0]
         return observations, rewards, terminated, truncated, infos
 
     def _start(self, indices: npt.NDArray[np.integer], mean: Any = START_MEAN, std: Any = START_STD) -> None:
