@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="CartPole-v1")
     parser.add_argument("--algo", nargs="+", default=["VPG"], choices=["VPG", "A2C", "PPO"])
-    parser.add_argument("--formulations", action="store_true", help="VPG with each formulation, all else default")
+    parser.add_argument("--formulations", action="store_true", help="VPG with each formulation, gamma 0.99, all else default")
     parser.add_argument("--timesteps", type=int, default=100_000)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--episodes", type=int, default=100)
@@ -73,7 +73,7 @@ def main() -> None:
 
     variants: dict[str, tuple[str, dict[str, Any]]] = {algo: (algo, {}) for algo in args.algo}
     if args.formulations:
-        variants = {name: ("VPG", kwargs) for name, kwargs in FORMULATIONS.items()}
+        variants = {name: ("VPG", {"gamma": 0.99, **kwargs}) for name, kwargs in FORMULATIONS.items()}
     jobs = [
         Job(algo, args.env, kwargs, args.timesteps, seed, args.episodes)
         for algo, kwargs in variants.values()

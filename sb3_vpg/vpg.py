@@ -108,7 +108,7 @@ class VPG(RolloutCollector):
         env: GymEnv | str,
         learning_rate: float | Schedule = 2e-3,
         n_steps: int = 64,
-        gamma: float = 0.99,
+        gamma: float = 0.98,
         gae_lambda: float = 0.95,
         ent_coef: float = 0.0,
         vf_coef: float = 0.5,

@@ -78,6 +78,7 @@ def train(algorithm, policy, observation_space, action_space, wrap=lambda env: e
         **{"policy_kwargs": SMALL, "normalize_advantage": False, **kwargs},
         **({"n_critic_updates": 1} if algorithm is VPG else {}),
         n_steps=n_steps,
+        gamma=0.99,
         gae_lambda=1.0,
         max_grad_norm=np.inf,
         learning_rate=1e-3,

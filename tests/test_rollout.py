@@ -282,5 +282,5 @@ def test_the_buffer_grows_and_get_yields_each_recorded_step_once():
         assert len(np.unique(steps, axis=0)) == 703
         returns = np.concatenate([batch.returns.numpy() for batch in batches])
         lengths = np.where(steps[:, 0] == 0, 700, 3)
-        expected = (1 - 0.99 ** (lengths - steps[:, 2])) / (1 - 0.99)
+        expected = (1 - model.gamma ** (lengths - steps[:, 2])) / (1 - model.gamma)
         np.testing.assert_allclose(returns, expected, rtol=1e-5)
