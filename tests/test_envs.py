@@ -101,6 +101,20 @@ def test_an_episode_of_500_steps_is_worth_500_upright_and_nothing_hanging(env_id
         assert sum(rewards) == pytest.approx(expected)
 
 
+@one_and_many
+@each_id
+def test_leaving_the_track_costs_the_penalty_and_nothing_else_changes(env_id, num_envs):
+    def episode(**kwargs):
+        env = make(env_id, num_envs, **kwargs)
+        env.reset(seed=0)
+        return [np.array(values) for values in zip(*(env.step(full_force(env))[:3] for _ in range(100)))]
+
+    (observations, rewards, left), (fined_observations, fined_rewards, _) = episode(), episode(off_track_penalty=100)
+    assert left.any()
+    np.testing.assert_array_equal(fined_observations, observations)
+    np.testing.assert_array_equal(fined_rewards, rewards - 100 * left)
+
+
 @each_id
 def test_make_vec_makes_the_vectorised_form(env_id):
     envs = gym.make_vec(env_id, num_envs=2)
@@ -367,6 +381,13 @@ def test_without_a_time_limit_episodes_go_on():
 def test_a_vectorised_form_that_cannot_be_is_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         CartPoleSwingUpVectorEnv(**kwargs)
+
+
+@pytest.mark.parametrize("penalty", [-1.0, np.nan, np.inf])
+@pytest.mark.parametrize("cls", [CartPoleSwingUpEnv, CartPoleSwingUpVectorEnv])
+def test_a_penalty_that_is_negative_or_not_finite_is_refused(cls, penalty):
+    with pytest.raises(ValueError, match=f"off_track_penalty={penalty} is not allowed"):
+        cls(off_track_penalty=penalty)
 
 
 @pytest.mark.parametrize("make_many", [CartPoleSwingUpVectorEnv, SameStepCartPoleVectorEnv])

@@ -55,6 +55,15 @@ def _checked_actions(actions: Any, shape: tuple[int, ...]) -> Array:
     return array
 
 
+def _checked_penalty(penalty: float) -> float:
+    """
+    :raises ValueError: if the penalty is negative or not finite
+    """
+    if not 0 <= penalty < math.inf:
+        raise ValueError(f"off_track_penalty={penalty} is not allowed; it must be finite and not negative")
+    return penalty
+
+
 def _spaces() -> tuple[spaces.Box, spaces.Box]:
     """:return: observation space and action space of one environment; not shared, since a space has a random generator"""
     return spaces.Box(-np.inf, np.inf, (5,), np.float32), spaces.Box(-1.0, 1.0, (1,), np.float32)
@@ -100,6 +109,10 @@ class CartPoleSwingUpEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32
     gives -500 in v0 and 0 in v1, balancing 500 in both. `reward_threshold` is 300 and 400: the pole is swung up and balanced
     for most of the episode.
 
+    `off_track_penalty` is taken off the reward of a step that leaves the track. A policy that stays on the track has the same
+    return with any penalty, so the best policies are the same, but the trap closes: with a discount factor of 0.99, a
+    penalty of 100 makes driving off as bad as hanging for ever.
+
     ## Starting State
 
     Position, velocity, angle and angular velocity are independent normals of means (0, 0, pi, 0) and standard deviation 0.2.
@@ -123,6 +136,7 @@ class CartPoleSwingUpEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32
     | Parameter                 | Type     | Default | Description                                                  |
     |---------------------------|----------|---------|--------------------------------------------------------------|
     | `reward_in_unit_interval` | **bool** | `False` | The reward of v1                                             |
+    | `off_track_penalty`       | **float** | `0`    | What leaving the track costs, at least 0                     |
     | `render_mode`             | **str**  | `None`  | `"human"`, `"rgb_array"`, or `None`                          |
 
     | Option of `reset` | Type                         | Default          | Description                                |
@@ -130,8 +144,8 @@ class CartPoleSwingUpEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32
     | `mean`            | **float** or 4 of them       | `(0, 0, pi, 0)`  | Mean of the start state (x, v, angle, w)   |
     | `std`             | **float** or 4 of them, >= 0 | `0.2`            | Its standard deviation; 0 for exactly there |
 
-    `ValueError` if an action has another shape or is not finite, or an option is unknown; `ResetNeeded` if `step` or `render`
-    comes before `reset`.
+    `ValueError` if an argument or option is not allowed, or an action has another shape or is not finite; `ResetNeeded` if
+    `step` or `render` comes before `reset`.
 
     ## Vectorized environment
 
@@ -150,9 +164,10 @@ class CartPoleSwingUpEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32
 
     metadata = {"render_modes": ["human", "rgb_array"], "render_fps": round(1 / TIME_STEP)}
 
-    def __init__(self, reward_in_unit_interval: bool = False, render_mode: str | None = None):
+    def __init__(self, reward_in_unit_interval: bool = False, off_track_penalty: float = 0.0, render_mode: str | None = None):
         self.observation_space, self.action_space = _spaces()  # type: ignore[assignment]
         self.reward_in_unit_interval = reward_in_unit_interval
+        self.off_track_penalty = _checked_penalty(off_track_penalty)
         self.render_mode = render_mode
         #: position, velocity, angle, angular velocity, shape (4,); None before the first reset
         self.state: Array | None = None
@@ -178,7 +193,7 @@ class CartPoleSwingUpEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32
         terminated = bool(abs(self.state[0]) > TRACK_LIMIT)
         if self.render_mode == "human":
             self.render()
-        return observation, float(reward), terminated, False, {}
+        return observation, float(reward) - self.off_track_penalty * terminated, terminated, False, {}
 
     def render(self) -> npt.NDArray[np.uint8] | None:
         if self.state is None:
@@ -204,11 +219,12 @@ class CartPoleSwingUpVectorEnv(SeparatelySeededVectorEnv[npt.NDArray[np.float32]
     :param num_envs: number of environments N
     :param max_episode_steps: time limit of an episode, None for none
     :param reward_in_unit_interval: the reward of v1
+    :param off_track_penalty: what leaving the track costs
     :param render_mode: "rgb_array" or None
     :param autoreset_mode: ``AutoresetMode.NEXT_STEP``, gymnasium's default: the step after an episode's end ignores the action
         and returns the start of the next episode; or ``SAME_STEP``: the step that ends an episode returns the start of the
         next one, and what was observed last is ``infos["final_obs"][i]``
-    :raises ValueError: if the number of environments, the time limit or the autoreset mode is another
+    :raises ValueError: if the number of environments, the time limit, the penalty or the autoreset mode is another
     """
 
     # Closing, which older versions of gymnasium do where __init__ has failed, needs it
@@ -219,6 +235,7 @@ class CartPoleSwingUpVectorEnv(SeparatelySeededVectorEnv[npt.NDArray[np.float32]
         num_envs: int = 1,
         max_episode_steps: int | None = 500,
         reward_in_unit_interval: bool = False,
+        off_track_penalty: float = 0.0,
         render_mode: str | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
     ):
@@ -237,6 +254,7 @@ class CartPoleSwingUpVectorEnv(SeparatelySeededVectorEnv[npt.NDArray[np.float32]
         self.max_episode_steps = max_episode_steps
         self._limit = np.iinfo(np.int64).max if max_episode_steps is None else max_episode_steps
         self.reward_in_unit_interval = reward_in_unit_interval
+        self.off_track_penalty = _checked_penalty(off_track_penalty)
         self.render_mode = render_mode
         self.autoreset_mode = autoreset_mode
         self.single_observation_space, self.single_action_space = _spaces()
@@ -280,6 +298,7 @@ class CartPoleSwingUpVectorEnv(SeparatelySeededVectorEnv[npt.NDArray[np.float32]
             self._start(started)
         observations, rewards = outcome(self.state, self.reward_in_unit_interval)
         terminated = np.abs(self.state[0]) > TRACK_LIMIT
+        rewards[terminated] -= self.off_track_penalty
         truncated = self._steps >= self._limit
         if started.size:
             rewards[started] = 0.0
