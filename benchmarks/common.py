@@ -30,15 +30,18 @@ def interquartile_mean(scores: Sequence[float]) -> str:
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
-def result_line(name: str, scores: Sequence[float], seconds: Sequence[float], threshold: float | None = None) -> str:
+def result_line(
+    name: str, scores: Sequence[float], seconds: Sequence[float], threshold: float | None = None, details: str = ""
+) -> str:
     """
     :param scores: one for each seed
     :param seconds: of training, one for each seed
-    :return: name, interquartile mean [interval], how many seeds reach the threshold, median seconds, the seeds' scores
+    :return: name, interquartile mean [interval], how many seeds reach the threshold, the details, median seconds, the seeds'
+        scores
     """
     reached = "" if threshold is None else f"  >= {threshold}: {sum(s >= threshold for s in scores)}/{len(scores)}"
     each = " ".join(f"{score:.0f}" for score in scores)
-    return f"{name:>28}  {interquartile_mean(scores):>24}{reached}  {np.median(seconds):6.1f} s  {each}"
+    return f"{name:>28}  {interquartile_mean(scores):>24}{reached}  {details}  {np.median(seconds):6.1f} s  {each}"
 
 
 def in_processes(function: Callable[[Any], T], jobs: list[Any], n_processes: int) -> Iterator[T]:

@@ -1,14 +1,15 @@
 """
-RL Baselines3 Zoo's own commands, algorithm against algorithm: each with its entry in the zoo's hyperparameters.
+RL Baselines3 Zoo's own training command, algorithm against algorithm: each with its entry in the zoo's hyperparameters.
 
     python benchmarks/zoo.py --env CartPole-v1 --algo vpg ppo a2c --seeds 10
 
-For each algorithm: interquartile mean over seeds of the mean return of the final model in `rl_zoo3.enjoy` (deterministic,
-100 episodes' worth of steps) [95 % bootstrap interval], median wall-clock seconds of `rl_zoo3.train` as a whole process.
+For each algorithm: interquartile mean over seeds of the mean return of the final model (deterministic, 100 episodes of the
+environment itself: no keyword arguments of the entry, no normalised reward) [95 % bootstrap interval], mean length of these
+episodes, environment steps of the training, median wall-clock seconds of `rl_zoo3.train` as a whole process.
 """
 
 import argparse
-import re
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,63 +23,73 @@ class Job(NamedTuple):
     algo: str
     env: str
     seed: int
-    enjoy_steps: int
+    deterministic: bool
     train_arguments: tuple[str, ...]
 
 
-def zoo(module: str, *arguments: str, cwd: str) -> str:
-    """Run a module of rl_zoo3 and return what it prints."""
-    command = [sys.executable, "-m", f"rl_zoo3.{module}", *arguments]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+class Result(NamedTuple):
+    score: float
+    length: float
+    steps: int
+    seconds: float
+
+
+def train(job: Job, folder: str) -> None:
+    """Run ``rl_zoo3.train`` without evaluations, on one thread."""
+    settings = {"algo": job.algo, "env": job.env, "seed": job.seed, "log-folder": folder, "eval-freq": -1}
+    settings |= {"num-threads": 1, "device": "cpu", "verbose": 0}
+    command = [sys.executable, "-m", "rl_zoo3.train", *(f"--{name}={value}" for name, value in settings.items())]
+    done = subprocess.run([*command, *job.train_arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
-    return done.stdout
+        raise RuntimeError(f"{' '.join(done.args)}\n{done.stdout}\n{done.stderr}")
 
 
-def run(job: Job) -> tuple[float, float]:
-    """:return: mean return of the final model, wall-clock seconds of the training process"""
-    common = (
-        "--algo",
-        job.algo,
-        "--env",
-        job.env,
-        "--seed",
-        str(job.seed),
-        "-f",
-        "logs",
-        "--num-threads",
-        "1",
-        "--device",
-        "cpu",
-    )
+def run(job: Job, n_episodes: int = 100) -> Result:
+    from rl_zoo3.utils import ALGOS, create_test_env, get_model_path, get_saved_hyperparams
+    from stable_baselines3.common.evaluation import evaluate_policy
+
+    from sb3_vpg.vec_env import NativeVecEnv
+
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        zoo("train", *common, "--eval-freq", "-1", *job.train_arguments, cwd=folder)
+        train(job, folder)
         seconds = time.perf_counter() - start
-        printed = zoo("enjoy", *common, "--no-render", "-n", str(job.enjoy_steps), "--deterministic", cwd=folder)
-    mean = re.search(r"^Mean reward: (\S+)", printed, re.MULTILINE)
-    if mean is None:
-        raise RuntimeError(f"No episode ended in `enjoy`:\n{printed}")
-    return float(mean[1]), seconds
+        _, model_path, log_path = get_model_path(0, folder, job.algo, job.env)
+        hyperparams, stats_path = get_saved_hyperparams(os.path.join(log_path, job.env), test_mode=True)
+        env = create_test_env(job.env, n_episodes, stats_path, job.seed, None, False, hyperparams, vec_env_cls=NativeVecEnv)
+        model = ALGOS[job.algo].load(model_path, device="cpu")
+        returns, lengths = evaluate_policy(
+            model, env, n_episodes, deterministic=job.deterministic, return_episode_rewards=True
+        )
+        env.close()
+    return Result(sum(returns) / n_episodes, sum(lengths) / n_episodes, model.num_timesteps, seconds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", default="CartPole-v1")
+    parser.add_argument("--env", nargs="+", default=["CartPole-v1"])
     parser.add_argument("--algo", nargs="+", default=["vpg", "ppo", "a2c"])
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--enjoy-steps", type=int, default=50_000)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--threshold", type=float, help="count the seeds that reach it")
     parser.add_argument("--processes", type=int, default=1, help="more than 1 makes the wall-clock less telling")
+    parser.add_argument("--stochastic", action="store_true", help="evaluate the policy with its noise")
     parser.add_argument("--train-arguments", default="", help="further arguments of rl_zoo3.train, in one string")
     args = parser.parse_args()
 
     further = tuple(args.train_arguments.split())
-    jobs = [Job(algo, args.env, seed, args.enjoy_steps, further) for seed in range(args.seeds) for algo in args.algo]
-    results = dict(zip(jobs, in_processes(run, jobs, args.processes)))
-    print(f"{args.env}, {args.seeds} seeds {args.train_arguments}")
-    for algo in args.algo:
-        scores, seconds = zip(*(result for job, result in results.items() if job.algo == algo))
-        print(result_line(algo, scores, seconds), flush=True)
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    groups = {
+        (env, algo): [Job(algo, env, seed, not args.stochastic, further) for seed in seeds]
+        for env in args.env
+        for algo in args.algo
+    }
+    results = in_processes(run, [job for jobs in groups.values() for job in jobs], args.processes)
+    print(f"{args.seeds} seeds {args.train_arguments}")
+    for (env, algo), jobs in groups.items():
+        scores, lengths, steps, seconds = zip(*(next(results) for _ in jobs))
+        details = f"length {sum(lengths) / len(lengths):3.0f}, {max(steps) / 1e6:.2g} M steps"
+        print(result_line(f"{env} {algo}", scores, seconds, args.threshold, details), flush=True)
 
 
 if __name__ == "__main__":

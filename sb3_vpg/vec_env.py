@@ -44,7 +44,7 @@ class NativeVecEnv(VecEnv):
     ``DummyVecEnv``. The environments that are given lend their spec, time limit and monitor; they themselves do not move.
 
     Where the environment or one of its wrappers has no vectorised form, the result *is* a ``DummyVecEnv``, and a warning says
-    why. To differ by environment is not possible: ``set_attr`` and options are for all, ``env_method`` is refused.
+    why. To differ by environment is not possible: ``set_attr``, ``env_method`` and options are for all.
 
     The info of an environment whose episode goes on is the same object at each step: copy it before you change it.
 
@@ -157,8 +157,7 @@ class NativeVecEnv(VecEnv):
         :raises AttributeError: if it has no such attribute
         :raises NotImplementedError: if not all environments are meant
         """
-        if len(set(self._get_indices(indices))) != self.num_envs:
-            raise NotImplementedError(f"NativeVecEnv can set {attr_name!r} for all environments only; use DummyVecEnv")
+        self._refuse_some(f"set {attr_name!r}", indices)
         if not hasattr(self.vector_env, attr_name):
             raise AttributeError(f"{self.vector_env} has no attribute {attr_name!r}")
         setattr(self.vector_env, attr_name, value)
@@ -167,12 +166,25 @@ class NativeVecEnv(VecEnv):
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
         """
-        :raises NotImplementedError: always, since there are no single environments
+        Call a method that the vectorised environment has for all environments together, such as ``set_start_std`` of the
+        swing-ups.
+
+        :return: what it returns, for each environment the same
+        :raises NotImplementedError: if there is no such method, or it is one of every vectorised environment (such as
+            ``reset``), or not all environments are meant
         """
-        raise NotImplementedError(
-            f"NativeVecEnv has no single environments to call {method_name!r} on: all are in one array. "
-            "Call a method of `vector_env`, or use DummyVecEnv"
-        )
+        method = getattr(self.vector_env, method_name, None)
+        if not callable(method) or hasattr(VectorEnv, method_name):
+            raise NotImplementedError(
+                f"NativeVecEnv has no single environments to call {method_name!r} on: all are in one array. "
+                "Call a method of `vector_env`, or use DummyVecEnv"
+            )
+        self._refuse_some(f"call {method_name!r}", indices)
+        return [method(*method_args, **method_kwargs)] * self.num_envs
+
+    def _refuse_some(self, what: str, indices: VecEnvIndices) -> None:
+        if len(set(self._get_indices(indices))) != self.num_envs:
+            raise NotImplementedError(f"NativeVecEnv can {what} for all environments only; use DummyVecEnv")
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
         return [is_wrapped(self.envs[i], wrapper_class) for i in self._get_indices(indices)]

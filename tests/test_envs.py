@@ -101,20 +101,6 @@ def test_an_episode_of_500_steps_is_worth_500_upright_and_nothing_hanging(env_id
         assert sum(rewards) == pytest.approx(expected)
 
 
-@one_and_many
-@each_id
-def test_leaving_the_track_costs_the_penalty_and_nothing_else_changes(env_id, num_envs):
-    def episode(**kwargs):
-        env = make(env_id, num_envs, **kwargs)
-        env.reset(seed=0)
-        return [np.array(values) for values in zip(*(env.step(full_force(env))[:3] for _ in range(100)))]
-
-    (observations, rewards, left), (fined_observations, fined_rewards, _) = episode(), episode(off_track_penalty=100)
-    assert left.any()
-    np.testing.assert_array_equal(fined_observations, observations)
-    np.testing.assert_array_equal(fined_rewards, rewards - 100 * left)
-
-
 @each_id
 def test_make_vec_makes_the_vectorised_form(env_id):
     envs = gym.make_vec(env_id, num_envs=2)
@@ -383,13 +369,6 @@ def test_a_vectorised_form_that_cannot_be_is_refused(kwargs, message):
         CartPoleSwingUpVectorEnv(**kwargs)
 
 
-@pytest.mark.parametrize("penalty", [-1.0, np.nan, np.inf])
-@pytest.mark.parametrize("cls", [CartPoleSwingUpEnv, CartPoleSwingUpVectorEnv])
-def test_a_penalty_that_is_negative_or_not_finite_is_refused(cls, penalty):
-    with pytest.raises(ValueError, match=f"off_track_penalty={penalty} is not allowed"):
-        cls(off_track_penalty=penalty)
-
-
 @pytest.mark.parametrize("make_many", [CartPoleSwingUpVectorEnv, SameStepCartPoleVectorEnv])
 @pytest.mark.parametrize("seed", [[1, 2], [1, 2, 3, 4], []], ids=len)
 def test_a_list_of_seeds_has_one_for_each_environment(make_many, seed):
@@ -462,6 +441,30 @@ def test_options_say_where_the_next_episode_starts(num_envs):
     env.reset(seed=0, options={})
     np.testing.assert_array_equal(env.unwrapped.state, expected)
     assert (np.abs(expected.T - [0, 0, np.pi, 0]) < 1).all()
+
+
+@each_mode
+def test_starts_spread_as_they_are_told_to(mode):
+    many, separately = make(V0, 4, autoreset_mode=mode), separate(V0, 4, mode)
+    many.set_start_std([0.1, 0.2, 3.0, 0.4])
+    separately.call("set_start_std", [0.1, 0.2, 3.0, 0.4])
+    assert_same_steps(many, separately, swinging(0), 600, seed=0)
+
+    envs = make(V0, 10_000)
+    envs.set_start_std([0.1, 0.2, 3.0, 0.4])
+    envs.reset(seed=0)
+    np.testing.assert_allclose(envs.unwrapped.state.mean(axis=1), [0, 0, np.pi, 0], atol=0.1)
+    np.testing.assert_allclose(envs.unwrapped.state.std(axis=1), [0.1, 0.2, 3.0, 0.4], rtol=0.05)
+    envs.reset(options=UPRIGHT)
+    np.testing.assert_array_equal(envs.unwrapped.state, 0)
+
+
+@pytest.mark.parametrize("std", [-1.0, np.nan, [1, 2], "wide"])
+@one_and_many
+def test_a_spread_that_is_none_is_refused(num_envs, std):
+    env = make(V0, num_envs).unwrapped
+    with pytest.raises(ValueError, match="start_std="):
+        env.set_start_std(std)
 
 
 @pytest.mark.parametrize(

@@ -397,9 +397,19 @@ def test_an_attribute_is_set_for_all_or_not_at_all():
     assert not env.has_attr("colour")
 
 
-def test_methods_of_single_environments_are_refused():
-    with pytest.raises(NotImplementedError, match="no single environments to call 'get_episode_rewards' on"):
-        make_native(V0).env_method("get_episode_rewards")
+def test_a_method_of_the_vectorised_environment_is_called_for_all_or_not_at_all():
+    for env in make_both(V0):
+        assert env.env_method("set_start_std", 0.0) == [None] * env.num_envs
+        observations = env.reset()
+        np.testing.assert_array_equal(observations, np.tile(observations[:1], (env.num_envs, 1)))
+    with pytest.raises(NotImplementedError, match="call 'set_start_std' for all environments only"):
+        make_native(V0).env_method("set_start_std", 0.0, indices=0)
+
+
+@pytest.mark.parametrize("name", ["get_episode_rewards", "reset", "num_envs"])
+def test_methods_of_single_environments_are_refused(name):
+    with pytest.raises(NotImplementedError, match=f"no single environments to call '{name}' on"):
+        make_native(V0).env_method(name)
 
 
 @pytest.mark.parametrize("indices", [None, 1, [0, 2]])

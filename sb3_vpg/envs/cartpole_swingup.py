@@ -21,24 +21,50 @@ START_MEAN = (0.0, 0.0, math.pi, 0.0)
 START_STD = 0.2
 
 
-def _start_distribution(options: dict[str, Any] | None) -> tuple[Array, Array]:
+def _four(name: str, value: Any, *, negative: bool = True) -> Array:
+    """
+    :param name: what to call the value in an error
+    :param value: one number, or four, for position, velocity, angle and angular velocity
+    :param negative: whether it may be negative
+    :return: four numbers, shape (4,)
+    :raises ValueError: if it is neither one number nor four, or not finite, or negative where it may not be
+    """
+    try:
+        four = np.broadcast_to(np.asarray(value, dtype=np.float64), (4,))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}={value!r} is neither one number nor four (x, v, theta, w)") from error
+    if not np.isfinite(four).all() or (not negative and (four < 0).any()):
+        raise ValueError(f"{name}={value!r} must be finite{'' if negative else ' and not negative'}")
+    return four
+
+
+def _start_distribution(options: dict[str, Any] | None, std: Array) -> tuple[Array, Array]:
     """
     :param options: of ``reset``
+    :param std: standard deviations where the options do not name others, shape (4,)
     :return: means and standard deviations of the start state, of shape (4,) each
     :raises ValueError: if an option is unknown, or not one number or four, or not finite, or the std is negative
     """
-    given = {"mean": START_MEAN, "std": START_STD, **(options or {})}
+    given = {"mean": START_MEAN, "std": std, **(options or {})}
     if unknown := set(given) - {"mean", "std"}:
         raise ValueError(f"Unknown options of reset: {sorted(map(str, unknown))}; allowed: 'mean', 'std'")
-    parsed = {}
-    for name, value in given.items():
-        try:
-            parsed[name] = np.broadcast_to(np.asarray(value, dtype=np.float64), (4,))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"options[{name!r}]={value!r} is neither one number nor four (x, v, theta, w)") from error
-        if not np.isfinite(parsed[name]).all() or (name == "std" and (parsed[name] < 0).any()):
-            raise ValueError(f"options[{name!r}]={value!r} must be finite{' and not negative' if name == 'std' else ''}")
-    return parsed["mean"], parsed["std"]
+    return _four("options['mean']", given["mean"]), _four("options['std']", given["std"], negative=False)
+
+
+class _StartSpread:
+    """What one environment and many have in common: a standard deviation of the start state that can be changed."""
+
+    _start_std = _four("START_STD", START_STD)
+
+    def set_start_std(self, std: npt.ArrayLike) -> None:
+        """
+        Spread the starts of the episodes to come otherwise; ``options`` of ``reset`` still go before.
+
+        :param std: standard deviations of position [m], velocity [m/s], angle [rad] and angular velocity [rad/s] at the
+            start, or one number for all, at least 0
+        :raises ValueError: if it is neither one number nor four, not finite or negative
+        """
+        self._start_std = _four("start_std", std, negative=False)
 
 
 def _checked_actions(actions: Any, shape: tuple[int, ...]) -> Array:
@@ -55,21 +81,12 @@ def _checked_actions(actions: Any, shape: tuple[int, ...]) -> Array:
     return array
 
 
-def _checked_penalty(penalty: float) -> float:
-    """
-    :raises ValueError: if the penalty is negative or not finite
-    """
-    if not 0 <= penalty < math.inf:
-        raise ValueError(f"off_track_penalty={penalty} is not allowed; it must be finite and not negative")
-    return penalty
-
-
 def _spaces() -> tuple[spaces.Box, spaces.Box]:
     """:return: observation space and action space of one environment; not shared, since a space has a random generator"""
     return spaces.Box(-np.inf, np.inf, (5,), np.float32), spaces.Box(-1.0, 1.0, (1,), np.float32)
 
 
-class CartPoleSwingUpEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32]]):
+class CartPoleSwingUpEnv(_StartSpread, gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32]]):
     """
     ## Description
 
@@ -109,13 +126,10 @@ class CartPoleSwingUpEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32
     gives -500 in v0 and 0 in v1, balancing 500 in both. `reward_threshold` is 300 and 400: the pole is swung up and balanced
     for most of the episode.
 
-    `off_track_penalty` is taken off the reward of a step that leaves the track. A policy that stays on the track has the same
-    return with any penalty, so the best policies are the same, but the trap closes: with a discount factor of 0.99, a
-    penalty of 100 makes driving off as bad as hanging for ever.
-
     ## Starting State
 
-    Position, velocity, angle and angular velocity are independent normals of means (0, 0, pi, 0) and standard deviation 0.2.
+    Position, velocity, angle and angular velocity are independent normals of means (0, 0, pi, 0) and standard deviation 0.2,
+    unless `set_start_std` or the options of `reset` say otherwise.
 
     ## Episode End
 
@@ -136,7 +150,6 @@ class CartPoleSwingUpEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32
     | Parameter                 | Type     | Default | Description                                                  |
     |---------------------------|----------|---------|--------------------------------------------------------------|
     | `reward_in_unit_interval` | **bool** | `False` | The reward of v1                                             |
-    | `off_track_penalty`       | **float** | `0`    | What leaving the track costs, at least 0                     |
     | `render_mode`             | **str**  | `None`  | `"human"`, `"rgb_array"`, or `None`                          |
 
     | Option of `reset` | Type                         | Default          | Description                                |
@@ -144,8 +157,8 @@ class CartPoleSwingUpEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32
     | `mean`            | **float** or 4 of them       | `(0, 0, pi, 0)`  | Mean of the start state (x, v, angle, w)   |
     | `std`             | **float** or 4 of them, >= 0 | `0.2`            | Its standard deviation; 0 for exactly there |
 
-    `ValueError` if an argument or option is not allowed, or an action has another shape or is not finite; `ResetNeeded` if
-    `step` or `render` comes before `reset`.
+    `ValueError` if an action has another shape or is not finite, or an option is unknown; `ResetNeeded` if `step` or `render`
+    comes before `reset`.
 
     ## Vectorized environment
 
@@ -164,10 +177,9 @@ class CartPoleSwingUpEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32
 
     metadata = {"render_modes": ["human", "rgb_array"], "render_fps": round(1 / TIME_STEP)}
 
-    def __init__(self, reward_in_unit_interval: bool = False, off_track_penalty: float = 0.0, render_mode: str | None = None):
+    def __init__(self, reward_in_unit_interval: bool = False, render_mode: str | None = None):
         self.observation_space, self.action_space = _spaces()  # type: ignore[assignment]
         self.reward_in_unit_interval = reward_in_unit_interval
-        self.off_track_penalty = _checked_penalty(off_track_penalty)
         self.render_mode = render_mode
         #: position, velocity, angle, angular velocity, shape (4,); None before the first reset
         self.state: Array | None = None
@@ -178,7 +190,7 @@ class CartPoleSwingUpEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
         super().reset(seed=seed)
-        self.state = self.np_random.normal(*_start_distribution(options))
+        self.state = self.np_random.normal(*_start_distribution(options, self._start_std))
         self._last_action = 0.0
         if self.render_mode == "human":
             self.render()
@@ -193,7 +205,7 @@ class CartPoleSwingUpEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32
         terminated = bool(abs(self.state[0]) > TRACK_LIMIT)
         if self.render_mode == "human":
             self.render()
-        return observation, float(reward) - self.off_track_penalty * terminated, terminated, False, {}
+        return observation, float(reward), terminated, False, {}
 
     def render(self) -> npt.NDArray[np.uint8] | None:
         if self.state is None:
@@ -211,7 +223,7 @@ class CartPoleSwingUpEnv(gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32
             self._screen = None
 
 
-class CartPoleSwingUpVectorEnv(SeparatelySeededVectorEnv[npt.NDArray[np.float32], npt.NDArray[np.float32]]):
+class CartPoleSwingUpVectorEnv(_StartSpread, SeparatelySeededVectorEnv[npt.NDArray[np.float32], npt.NDArray[np.float32]]):
     """
     Many :class:`CartPoleSwingUpEnv` with a time limit, in one array. Each environment has a random generator of its own: with
     the same seeds and actions, the observations are those of ``SyncVectorEnv`` over the same environments.
@@ -219,12 +231,11 @@ class CartPoleSwingUpVectorEnv(SeparatelySeededVectorEnv[npt.NDArray[np.float32]
     :param num_envs: number of environments N
     :param max_episode_steps: time limit of an episode, None for none
     :param reward_in_unit_interval: the reward of v1
-    :param off_track_penalty: what leaving the track costs
     :param render_mode: "rgb_array" or None
     :param autoreset_mode: ``AutoresetMode.NEXT_STEP``, gymnasium's default: the step after an episode's end ignores the action
         and returns the start of the next episode; or ``SAME_STEP``: the step that ends an episode returns the start of the
         next one, and what was observed last is ``infos["final_obs"][i]``
-    :raises ValueError: if the number of environments, the time limit, the penalty or the autoreset mode is another
+    :raises ValueError: if the number of environments, the time limit or the autoreset mode is another
     """
 
     # Closing, which older versions of gymnasium do where __init__ has failed, needs it
@@ -235,7 +246,6 @@ class CartPoleSwingUpVectorEnv(SeparatelySeededVectorEnv[npt.NDArray[np.float32]
         num_envs: int = 1,
         max_episode_steps: int | None = 500,
         reward_in_unit_interval: bool = False,
-        off_track_penalty: float = 0.0,
         render_mode: str | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
     ):
@@ -254,7 +264,6 @@ class CartPoleSwingUpVectorEnv(SeparatelySeededVectorEnv[npt.NDArray[np.float32]
         self.max_episode_steps = max_episode_steps
         self._limit = np.iinfo(np.int64).max if max_episode_steps is None else max_episode_steps
         self.reward_in_unit_interval = reward_in_unit_interval
-        self.off_track_penalty = _checked_penalty(off_track_penalty)
         self.render_mode = render_mode
         self.autoreset_mode = autoreset_mode
         self.single_observation_space, self.single_action_space = _spaces()
@@ -277,7 +286,7 @@ class CartPoleSwingUpVectorEnv(SeparatelySeededVectorEnv[npt.NDArray[np.float32]
         :return: observations of shape (N, 5), no infos
         :raises ValueError: if the list of seeds has another length than N, or an option is unknown
         """
-        mean, std = _start_distribution(options)
+        mean, std = _start_distribution(options, self._start_std)
         self.seed_generators(seed)
         self.state = np.empty((4, self.num_envs))
         self._start(np.arange(self.num_envs), mean, std)
@@ -298,7 +307,6 @@ class CartPoleSwingUpVectorEnv(SeparatelySeededVectorEnv[npt.NDArray[np.float32]
             self._start(started)
         observations, rewards = outcome(self.state, self.reward_in_unit_interval)
         terminated = np.abs(self.state[0]) > TRACK_LIMIT
-        rewards[terminated] -= self.off_track_penalty
         truncated = self._steps >= self._limit
         if started.size:
             rewards[started] = 0.0
@@ -313,8 +321,9 @@ class CartPoleSwingUpVectorEnv(SeparatelySeededVectorEnv[npt.NDArray[np.float32]
             observations[indices] = outcome(self.state[:, indices], self.reward_in_unit_interval)[0]
         return observations, rewards, terminated, truncated, infos
 
-    def _start(self, indices: npt.NDArray[np.integer], mean: Any = START_MEAN, std: Any = START_STD) -> None:
+    def _start(self, indices: npt.NDArray[np.integer], mean: Any = START_MEAN, std: Array | None = None) -> None:
         """Begin a new episode in these environments."""
+        std = self._start_std if std is None else std
         for i in indices:
             self.state[:, i] = self._generators[i].normal(mean, std, 4)  # type: ignore[index]
         self._steps[indices] = 0

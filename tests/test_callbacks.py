@@ -1,0 +1,72 @@
+"""The callbacks, with environments one by one, in other processes and in one array, and with other algorithms than VPG."""
+
+import numpy as np
+import pytest
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+
+from sb3_vpg import VPG
+from sb3_vpg.callbacks import ExploringStarts
+from sb3_vpg.vec_env import NativeVecEnv
+
+# With the module that registers it, for the workers of SubprocVecEnv
+ENV = "sb3_vpg:CartPoleSwingUp-v0"
+OWN = [0.2, 0.2, 0.2, 0.2]
+
+
+class Starts(BaseCallback):
+    """At each step, the spread of the next start."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.read = read
+        self.stds = []
+
+    def _on_step(self):
+        self.stds.append(self.read(self.training_env))
+        return True
+
+
+READ = {
+    DummyVecEnv: lambda env: env.get_attr("unwrapped")[-1]._start_std,
+    SubprocVecEnv: lambda env: env.get_attr("unwrapped")[-1]._start_std,
+    NativeVecEnv: lambda env: env.vector_env._start_std,
+}
+
+
+def stds_in_training(callback, algorithm=VPG, vec_env_cls=NativeVecEnv):
+    env = make_vec_env(ENV, 2, vec_env_cls=vec_env_cls)
+    starts = Starts(lambda wrapped: READ[vec_env_cls](env))
+    kwargs = {"batch_size": 8} if algorithm is PPO else {}
+    model = algorithm("MlpPolicy", VecNormalize(env), n_steps=4, device="cpu", **kwargs)
+    model.learn(80, callback=[callback, starts])
+    env.close()
+    return np.array(starts.stds)[::4]
+
+
+@pytest.mark.parametrize("vec_env_cls", [DummyVecEnv, SubprocVecEnv, NativeVecEnv])
+def test_starts_are_anywhere_then_more_and_more_the_environments_own(vec_env_cls):
+    stds = stds_in_training(ExploringStarts([0.2, 1.2, 3.2, 0.0], hold=0.4, end=0.8), vec_env_cls=vec_env_cls)
+    share = np.array([1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0, 0])[:, None]
+    np.testing.assert_allclose(stds, OWN + share * np.subtract([0.2, 1.2, 3.2, 0.0], OWN), atol=1e-12)
+
+
+@pytest.mark.parametrize("algorithm", [A2C, PPO])
+def test_other_algorithms_have_them_too(algorithm):
+    stds = stds_in_training(ExploringStarts(), algorithm)
+    np.testing.assert_allclose(stds[0], [0.2, 0.2, np.pi, 0.2])
+    np.testing.assert_allclose(stds[-1], OWN)
+    assert (np.diff(stds[:, 2]) <= 0).all()
+
+
+def test_hold_and_end_may_be_the_same():
+    stds = stds_in_training(ExploringStarts(hold=0.5, end=0.5))
+    np.testing.assert_allclose(stds[:, 2], [np.pi] * 5 + [0.2] * 5)
+
+
+@pytest.mark.parametrize("shares", [{"hold": -0.1}, {"hold": 0.9, "end": 0.8}, {"end": 1.1}, {"hold": float("nan")}])
+def test_shares_that_cannot_be_are_refused(shares):
+    with pytest.raises(ValueError, match="0 <= hold <= end <= 1"):
+        ExploringStarts(**shares)
