@@ -14,16 +14,20 @@ import optuna
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_SAMPLER
 
 BOUNDS = {"n_steps_pow": (3, 9), "batch_size_pow": (8, 11)}
+CHOICES = {"n_steps": [8, 16, 32, 64, 128, 256, 512]}
 
 
 class BoundedTrial:
-    """A trial that draws some parameters between other bounds."""
+    """A trial that draws some parameters from other ranges."""
 
     def __init__(self, trial: optuna.Trial):
         self.trial = trial
 
     def suggest_int(self, name: str, low: int, high: int) -> int:
         return self.trial.suggest_int(name, *BOUNDS.get(name, (low, high)))
+
+    def suggest_categorical(self, name: str, choices: list[Any]) -> Any:
+        return self.trial.suggest_categorical(name, CHOICES.get(name, choices))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.trial, name)

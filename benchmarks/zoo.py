@@ -5,7 +5,8 @@ RL Baselines3 Zoo's own training command, algorithm against algorithm: each with
 
 For each algorithm: interquartile mean over seeds of the mean return of the final model (deterministic, 100 episodes of the
 environment itself: no keyword arguments of the entry, no normalised reward) [95 % bootstrap interval], mean length of these
-episodes, environment steps of the training, median wall-clock seconds of `rl_zoo3.train` as a whole process.
+episodes, the return of the policy with its noise, environment steps of the training, median wall-clock seconds of
+`rl_zoo3.train` as a whole process.
 """
 
 import argparse
@@ -16,20 +17,21 @@ import tempfile
 import time
 from typing import NamedTuple
 
-from common import in_processes, result_line
+import numpy as np
+from common import in_processes, interquartile_mean, result_line
 
 
 class Job(NamedTuple):
     algo: str
     env: str
     seed: int
-    deterministic: bool
     train_arguments: tuple[str, ...]
 
 
 class Result(NamedTuple):
     score: float
     length: float
+    score_with_noise: float
     steps: int
     seconds: float
 
@@ -58,11 +60,12 @@ def run(job: Job, n_episodes: int = 100) -> Result:
         hyperparams, stats_path = get_saved_hyperparams(os.path.join(log_path, job.env), test_mode=True)
         env = create_test_env(job.env, n_episodes, stats_path, job.seed, None, False, hyperparams, vec_env_cls=NativeVecEnv)
         model = ALGOS[job.algo].load(model_path, device="cpu")
-        returns, lengths = evaluate_policy(
-            model, env, n_episodes, deterministic=job.deterministic, return_episode_rewards=True
+        (returns, lengths), (noisy_returns, _) = (
+            evaluate_policy(model, env, n_episodes, deterministic, return_episode_rewards=True)
+            for deterministic in (True, False)
         )
         env.close()
-    return Result(sum(returns) / n_episodes, sum(lengths) / n_episodes, model.num_timesteps, seconds)
+    return Result(np.mean(returns), np.mean(lengths), np.mean(noisy_returns), model.num_timesteps, seconds)
 
 
 def main() -> None:
@@ -73,22 +76,17 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--threshold", type=float, help="count the seeds that reach it")
     parser.add_argument("--processes", type=int, default=1, help="more than 1 makes the wall-clock less telling")
-    parser.add_argument("--stochastic", action="store_true", help="evaluate the policy with its noise")
     parser.add_argument("--train-arguments", default="", help="further arguments of rl_zoo3.train, in one string")
     args = parser.parse_args()
 
     further = tuple(args.train_arguments.split())
     seeds = range(args.first_seed, args.first_seed + args.seeds)
-    groups = {
-        (env, algo): [Job(algo, env, seed, not args.stochastic, further) for seed in seeds]
-        for env in args.env
-        for algo in args.algo
-    }
+    groups = {(env, algo): [Job(algo, env, seed, further) for seed in seeds] for env in args.env for algo in args.algo}
     results = in_processes(run, [job for jobs in groups.values() for job in jobs], args.processes)
     print(f"{args.seeds} seeds {args.train_arguments}")
     for (env, algo), jobs in groups.items():
-        scores, lengths, steps, seconds = zip(*(next(results) for _ in jobs))
-        details = f"length {sum(lengths) / len(lengths):3.0f}, {max(steps) / 1e6:.2g} M steps"
+        scores, lengths, noisy_scores, steps, seconds = zip(*(next(results) for _ in jobs))
+        details = f"length {np.mean(lengths):.0f}, with noise {interquartile_mean(noisy_scores)}, {steps[0] / 1e6:.3g} M steps"
         print(result_line(f"{env} {algo}", scores, seconds, args.threshold, details), flush=True)
 
 

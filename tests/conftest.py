@@ -13,6 +13,14 @@ def one_thread():
     th.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_logs_left_behind(tmp_path_factory: pytest.TempPathFactory):
+    """Every model makes a log folder, in the system's temporary folder unless SB3 is told where."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SB3_LOGDIR", str(tmp_path_factory.mktemp("logs")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from the checkout."""
