@@ -19,7 +19,9 @@ from stable_baselines3 import A2C, PPO
 from sb3_vpg import VPG
 
 ALGORITHMS = {"vpg": VPG, "ppo": PPO, "a2c": A2C}
-HYPERPARAMS = {path.stem: path for path in sorted((CHECKOUT / "hyperparams").glob("*.yml"))}
+HYPERPARAMS = {
+    path.relative_to(CHECKOUT).with_suffix("").as_posix(): path for path in sorted((CHECKOUT / "hyperparams").rglob("*.yml"))
+}
 # What the zoo takes out of an entry before the algorithm gets it
 ZOO_KEYS = {
     *("n_timesteps", "n_envs", "normalize", "frame_stack", "env_wrapper", "vec_env_wrapper"),
@@ -46,7 +48,7 @@ def names_in(wheel: Path) -> list[str]:
 def test_the_wheel_holds_the_package_and_the_hook_and_nothing_else(wheel: Path):
     package = {path.relative_to(CHECKOUT).as_posix() for path in (CHECKOUT / "sb3_vpg").rglob("*.py")}
     package = package - {"sb3_vpg/zoo_hook.py"} | {"sb3_vpg/py.typed"}
-    hyperparams = {f"sb3_vpg/hyperparams/{path.name}" for path in HYPERPARAMS.values()}
+    hyperparams = {f"sb3_vpg/{name}.yml" for name in HYPERPARAMS}
     assert "sb3_vpg/hyperparams/vpg.yml" in hyperparams
     # At the top level, and only there
     hook = {"sb3_vpg_zoo_hook.py", "sb3_vpg_zoo_hook.pth"}
@@ -118,26 +120,31 @@ def is_number(text: str) -> bool:
 
 
 @pytest.fixture(scope="module", params=HYPERPARAMS)
-def algorithm(request: pytest.FixtureRequest) -> str:
+def file(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def entries_of(algorithm: str) -> dict[str, dict[str, Any]]:
-    return yaml.load(HYPERPARAMS[algorithm].read_text(), Loader=StrictLoader)
+def algorithm_of(file: str) -> str:
+    """Files in folders are for VPG."""
+    return file.removeprefix("hyperparams/") if file.count("/") == 1 else "vpg"
 
 
-def test_numbers_in_hyperparameter_files_are_numbers(algorithm: str):
+def entries_of(file: str) -> dict[str, dict[str, Any]]:
+    return yaml.load(HYPERPARAMS[file].read_text(), Loader=StrictLoader)
+
+
+def test_numbers_in_hyperparameter_files_are_numbers(file: str):
     # PyYAML reads 1e-3 and 1e6 as strings
-    for path, value in leaves(entries_of(algorithm), algorithm):
+    for path, value in leaves(entries_of(file), file):
         if isinstance(value, str):
             assert not is_number(value), f"{path}: {value!r} is a string; write it with a decimal point or with !!float"
             if value.startswith("lin_"):
                 assert is_number(value.removeprefix("lin_")), f"{path}: {value!r} is not a linear schedule"
 
 
-def test_keys_in_hyperparameter_files_are_known(algorithm: str):
-    known = (set(inspect.signature(ALGORITHMS[algorithm]).parameters) | ZOO_KEYS) - NOT_IN_ENTRIES
-    for env_id, entry in entries_of(algorithm).items():
+def test_keys_in_hyperparameter_files_are_known(file: str):
+    known = (set(inspect.signature(ALGORITHMS[algorithm_of(file)]).parameters) | ZOO_KEYS) - NOT_IN_ENTRIES
+    for env_id, entry in entries_of(file).items():
         assert set(entry) <= known, env_id
         assert {"policy", "n_timesteps"} <= set(entry), env_id
 
@@ -165,11 +172,11 @@ print(json.dumps(constructed))
 ALWAYS_THERE = ("NotListed", "CartPole", "Acrobot", "MountainCar", "Pendulum")
 
 
-def test_entries_in_hyperparameter_files_construct_a_model(installed: Environment, algorithm: str):
-    entries = entries_of(algorithm)
+def test_entries_in_hyperparameter_files_construct_a_model(installed: Environment, file: str):
+    entries, algorithm = entries_of(file), algorithm_of(file)
     # NotListed-v0 gets the default entry
     env_ids = {env_id.replace("default", "NotListed-v0") for env_id in entries if env_id != "atari"}
-    process = installed.run("-c", CONSTRUCT, algorithm, HYPERPARAMS[algorithm], *sorted(env_ids))
+    process = installed.run("-c", CONSTRUCT, algorithm, HYPERPARAMS[file], *sorted(env_ids))
     output_of(process)
     constructed = json.loads(process.stdout.splitlines()[-1])
     assert set(constructed) >= {env_id for env_id in env_ids if env_id.startswith(ALWAYS_THERE)}

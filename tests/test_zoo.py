@@ -128,6 +128,7 @@ NATIVE = "Stepping all environments in one array"
         ("vpg", "CartPoleSwingUp-v1", (), True),
         ("vpg", "CartPole-v1", ("--vec-env", "dummy"), False),
         ("vpg", "CartPole-v1", ("--vec-env", "subproc"), False),
+        ("vpg", "CartPoleSwingUp-v0", ("--vec-env", "dummy"), False),
         ("vpg", "Pendulum-v1", (), False),
         ("ppo", "CartPoleSwingUp-v0", (), True),
         ("a2c", "CartPoleSwingUp-v1", (), True),
