@@ -17,7 +17,8 @@ class ExploringStarts(BaseCallback):
     own start, which the last part of the training has, too.
 
     The standard deviation of the start is ``std`` up to ``hold`` of the training and then goes linearly to the environment's
-    own, which it reaches at ``end``. It changes between rollouts, for the episodes that begin after that.
+    own, which it reaches at ``end``. It changes between rollouts, for the episodes that begin after that. When the training
+    ends, however it does, the environment has its own start again.
 
     :param std: Standard deviation at first: of position [m], velocity [m/s], angle [rad] and angular velocity [rad/s]
     :param hold: Share of the training, in [0, ``end``], after which it begins to shrink
@@ -41,7 +42,12 @@ class ExploringStarts(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         done = 1.0 - self.model._current_progress_remaining
-        share = np.interp(done, [self.hold, self.end], [1.0, 0.0])
+        self._spread(np.interp(done, [self.hold, self.end], [1.0, 0.0]))
+
+    def _on_training_end(self) -> None:
+        self._spread(0.0)
+
+    def _spread(self, share: float) -> None:
         self.training_env.env_method("set_start_std", [START_STD + share * (std - START_STD) for std in self.std])
 
     def _on_step(self) -> bool:

@@ -53,6 +53,15 @@ def test_starts_are_anywhere_then_more_and_more_the_environments_own(vec_env_cls
     np.testing.assert_allclose(stds, OWN + share * np.subtract([0.2, 1.2, 3.2, 0.0], OWN), atol=1e-12)
 
 
+def test_training_that_is_stopped_leaves_the_environments_own_start():
+    env = make_vec_env(ENV, 2, vec_env_cls=NativeVecEnv)
+    starts = ExploringStarts()
+    starts._on_step = lambda: False
+    VPG("MlpPolicy", env, n_steps=4).learn(80, callback=starts)
+    assert starts.num_timesteps < 80
+    np.testing.assert_array_equal(env.vector_env._start_std, OWN)
+
+
 @pytest.mark.parametrize("algorithm", [A2C, PPO])
 def test_other_algorithms_have_them_too(algorithm):
     stds = stds_in_training(ExploringStarts(), algorithm)
