@@ -1124,14 +1124,14 @@ def shifted(policy):
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "separate"])
-@pytest.mark.parametrize("action", [*ACTION_SPACES, "gSDE", "custom network", "logistic"])
+@pytest.mark.parametrize("action", [*ACTION_SPACES, "gSDE", "squashed gSDE", "custom network", "logistic"])
 def test_the_fast_sampler_draws_the_actions_of_the_distribution(action, share):
     space = spaces.Discrete(2) if action == "logistic" else ACTION_SPACES.get(action, ACTION_SPACES["Box"])
-    kwargs = dict(use_sde=True) if action == "gSDE" else {}
+    kwargs = dict(use_sde=True, squash_output=action.startswith("squashed")) if action.endswith("gSDE") else {}
     policy_class = {"custom network": TwoHeadsPolicy, "logistic": LogisticPolicy}.get(action, ActorCriticPolicy)
     policy = shifted(policy_class(BOX, space, lambda _: 0.1, share_features_extractor=share, **kwargs))
     policy.set_training_mode(False)
-    if action == "gSDE":
+    if action.endswith("gSDE"):
         policy.reset_noise(200)
     observations = th.as_tensor(np.stack([BOX.sample() for _ in range(200)]))
     th.manual_seed(3)
@@ -1141,7 +1141,7 @@ def test_the_fast_sampler_draws_the_actions_of_the_distribution(action, share):
     sampled = action_sampler(policy)(observations)
     assert not sampled.requires_grad
     assert th.equal(th.get_rng_state(), state)
-    if action in ("Box", "gSDE", "custom network"):
+    if action in ("Box", "gSDE", "squashed gSDE", "custom network"):
         th.testing.assert_close(sampled, expected)
     else:
         assert th.equal(sampled, expected)
