@@ -36,12 +36,14 @@ def result_line(
     """
     :param scores: one for each seed
     :param seconds: of training, one for each seed
+    :param details: to stand between the scores and the seconds
     :return: name, interquartile mean [interval], how many seeds reach the threshold, the details, median seconds, the seeds'
         scores
     """
-    reached = "" if threshold is None else f"  >= {threshold}: {sum(s >= threshold for s in scores)}/{len(scores)}"
+    reached = "" if threshold is None else f">= {threshold}: {sum(s >= threshold for s in scores)}/{len(scores)}"
     each = " ".join(f"{score:.0f}" for score in scores)
-    return f"{name:>28}  {interquartile_mean(scores):>24}{reached}  {details}  {np.median(seconds):6.1f} s  {each}"
+    columns = (f"{name:>28}", f"{interquartile_mean(scores):>24}", reached, details, f"{np.median(seconds):6.1f} s", each)
+    return "  ".join(filter(None, columns))
 
 
 def in_processes(function: Callable[[Any], T], jobs: list[Any], n_processes: int) -> Iterator[T]:

@@ -102,25 +102,24 @@ def has_sb3_passes(policy: ActorCriticPolicy) -> bool:
     return all(getattr(type(policy), name, None) is getattr(ActorCriticPolicy, name) for name in SB3_PASSES)
 
 
-def _sample_categorical(policy: ActorCriticPolicy, latent: th.Tensor) -> th.Tensor:
+def _sample_categorical(policy: ActorCriticPolicy, latent: th.Tensor, logits: th.Tensor) -> th.Tensor:
     # What Tensor.multinomial does for one sample, less its checks: p / Exponential(1) is largest at i with probability p_i
-    probabilities = policy.action_net(latent).softmax(dim=-1)
+    probabilities = logits.softmax(dim=-1)
     return (probabilities / th.empty_like(probabilities).exponential_(1)).argmax(dim=-1)
 
 
-def _sample_diag_gaussian(policy: ActorCriticPolicy, latent: th.Tensor) -> th.Tensor:
-    mean_actions = policy.action_net(latent)
+def _sample_diag_gaussian(policy: ActorCriticPolicy, latent: th.Tensor, mean_actions: th.Tensor) -> th.Tensor:
     return mean_actions + policy.log_std.exp() * th.normal(th.zeros_like(mean_actions), 1.0)
 
 
-def _sample_state_dependent_noise(policy: ActorCriticPolicy, latent: th.Tensor) -> th.Tensor:
+def _sample_state_dependent_noise(policy: ActorCriticPolicy, latent: th.Tensor, mean_actions: th.Tensor) -> th.Tensor:
     distribution: StateDependentNoiseDistribution = policy.action_dist  # type: ignore[assignment]
-    actions = policy.action_net(latent) + distribution.get_noise(latent)
+    actions = mean_actions + distribution.get_noise(latent)
     return actions if distribution.bijector is None else distribution.bijector.forward(actions)
 
 
 # Constructing an object of torch.distributions takes longer than the forward pass of a small network
-SAMPLERS: dict[type[Distribution], Callable[[ActorCriticPolicy, th.Tensor], th.Tensor]] = {
+SAMPLERS: dict[type[Distribution], Callable[[ActorCriticPolicy, th.Tensor, th.Tensor], th.Tensor]] = {
     CategoricalDistribution: _sample_categorical,
     DiagGaussianDistribution: _sample_diag_gaussian,
     StateDependentNoiseDistribution: _sample_state_dependent_noise,
@@ -136,9 +135,9 @@ def action_sampler(policy: ActorCriticPolicy) -> Callable[[PyTorchObs], th.Tenso
     sampler = SAMPLERS.get(type(policy.action_dist))
     if sampler is None or type(policy.mlp_extractor) is not MlpExtractor:
         return th.no_grad()(lambda obs: policy.get_distribution(obs).get_actions())
-    modules = list(policy.mlp_extractor.policy_net)
+    modules = [*policy.mlp_extractor.policy_net, policy.action_net]
     # Module.__call__ does nothing but forward() where there are no hooks, yet takes half of the time of a small layer
-    layers = [m if m._forward_hooks or m._forward_pre_hooks else m.forward for m in modules]
+    *layers, action_net = [m if m._forward_hooks or m._forward_pre_hooks else m.forward for m in modules]
     space, extractor = policy.observation_space, policy.pi_features_extractor
     # What extract_features() comes down to in the most common case
     only_flatten = type(extractor) is FlattenExtractor and isinstance(space, spaces.Box) and not is_image_space(space)
@@ -148,6 +147,6 @@ def action_sampler(policy: ActorCriticPolicy) -> Callable[[PyTorchObs], th.Tenso
             x = obs.float().flatten(1) if only_flatten else BaseModel.extract_features(policy, obs, extractor)  # type: ignore[union-attr]
             for layer in layers:
                 x = layer(x)
-            return sampler(policy, x)
+            return sampler(policy, x, action_net(x))
 
     return sample

@@ -19,26 +19,18 @@ OWN = [0.2, 0.2, 0.2, 0.2]
 class Starts(BaseCallback):
     """At each step, the spread of the next start."""
 
-    def __init__(self, read):
+    def __init__(self):
         super().__init__()
-        self.read = read
         self.stds = []
 
     def _on_step(self):
-        self.stds.append(self.read(self.training_env))
+        self.stds.append(self.training_env.get_attr("unwrapped")[-1]._start_std)
         return True
-
-
-READ = {
-    DummyVecEnv: lambda env: env.get_attr("unwrapped")[-1]._start_std,
-    SubprocVecEnv: lambda env: env.get_attr("unwrapped")[-1]._start_std,
-    NativeVecEnv: lambda env: env.vector_env._start_std,
-}
 
 
 def stds_in_training(callback, algorithm=VPG, vec_env_cls=NativeVecEnv):
     env = make_vec_env(ENV, 2, vec_env_cls=vec_env_cls)
-    starts = Starts(lambda wrapped: READ[vec_env_cls](env))
+    starts = Starts()
     kwargs = {"batch_size": 8} if algorithm is PPO else {}
     model = algorithm("MlpPolicy", VecNormalize(env), n_steps=4, device="cpu", **kwargs)
     model.learn(80, callback=[callback, starts])

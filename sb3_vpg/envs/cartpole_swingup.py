@@ -19,6 +19,8 @@ from sb3_vpg.envs.vector import SeparatelySeededVectorEnv, final_observations
 
 START_MEAN = (0.0, 0.0, math.pi, 0.0)
 START_STD = 0.2
+# As an integer: comparing integers with infinity would convert them all
+NO_LIMIT = np.iinfo(np.int64).max
 
 
 def _four(name: str, value: Any, *, negative: bool = True) -> Array:
@@ -262,7 +264,6 @@ class CartPoleSwingUpVectorEnv(_StartSpread, SeparatelySeededVectorEnv[npt.NDArr
         }
         self.num_envs = num_envs
         self.max_episode_steps = max_episode_steps
-        self._limit = np.iinfo(np.int64).max if max_episode_steps is None else max_episode_steps
         self.reward_in_unit_interval = reward_in_unit_interval
         self.render_mode = render_mode
         self.autoreset_mode = autoreset_mode
@@ -307,7 +308,7 @@ class CartPoleSwingUpVectorEnv(_StartSpread, SeparatelySeededVectorEnv[npt.NDArr
             self._start(started)
         observations, rewards = outcome(self.state, self.reward_in_unit_interval)
         terminated = np.abs(self.state[0]) > TRACK_LIMIT
-        truncated = self._steps >= self._limit
+        truncated = self._steps >= (NO_LIMIT if self.max_episode_steps is None else self.max_episode_steps)
         if started.size:
             rewards[started] = 0.0
         ended = terminated | truncated
