@@ -1,12 +1,20 @@
-"""What the benchmarks share: processes, statistics, one thread."""
+"""What the benchmarks share: processes, statistics, speed, results in a file; one thread unless told otherwise."""
 
 import os
 
 # Before NumPy and torch are imported: the networks are small, more threads only wait for each other
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import argparse
+import gc
+import importlib.metadata
+import importlib.util
+import json
 import multiprocessing as mp
+import platform
+import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,6 +38,10 @@ def interquartile_mean(scores: Sequence[float]) -> str:
     return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
 
 
+def median_and_range(values: Sequence[float] | np.ndarray) -> str:
+    return f"{np.median(values):.2f} [{np.min(values):.2f}, {np.max(values):.2f}]"
+
+
 def result_line(
     name: str, scores: Sequence[float], seconds: Sequence[float], threshold: float | None = None, details: str = ""
 ) -> str:
@@ -50,3 +62,41 @@ def in_processes(function: Callable[[Any], T], jobs: list[Any], n_processes: int
     """Results of ``function`` for all jobs, in order, computed in fresh processes."""
     with mp.get_context("spawn").Pool(n_processes, maxtasksperchild=1) as pool:
         yield from pool.imap(function, jobs, chunksize=1)
+
+
+def frames_per_second(run: Callable[[int], int], n_frames: int, seconds: float) -> float:
+    """
+    Speed of ``run``, after a first call that does not count.
+
+    :param run: goes on for at least so many frames, returns for how many it did
+    :param n_frames: the fewest that make sense, such as one rollout
+    :param seconds: how long to measure, roughly
+    """
+    gc.collect()
+    run(n_frames)
+    while True:
+        start = time.perf_counter()
+        n_done = run(n_frames)
+        elapsed = time.perf_counter() - start
+        if elapsed > seconds / 2:
+            return n_done / elapsed
+        # At least twice as many next time
+        n_frames = int(n_done * max(2.0, seconds / elapsed))
+
+
+def machine() -> dict[str, Any]:
+    """Processor and versions, to stand beside results."""
+    cpu, cpu_info = platform.processor(), Path("/proc/cpuinfo")
+    if cpu_info.exists():
+        fields = (line.partition(":") for line in cpu_info.read_text().splitlines())
+        cpu = next((value.strip() for name, _, value in fields if name.strip() == "model name"), cpu)
+    packages = ("sb3_vpg", "stable_baselines3", "rl_zoo3", "torch", "gymnasium", "numpy", "tianshou")
+    versions = {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)}
+    return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), **versions}
+
+
+def save(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
+    """Write the results to ``args.output``, a JSON file, with the machine and the other arguments."""
+    settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
+    text = json.dumps({"machine": machine(), "settings": settings, "results": results}, indent=1)
+    args.output.write_text(text + "\n")

@@ -23,7 +23,7 @@ PER_STEP = {"rewards": np.float32, "episode_starts": np.float32, "mask": bool, "
 
 # Observations in a chunk of steps take about this many bytes in single precision, within the limits below
 CHUNK_BYTES = 2**21
-MIN_CHUNK, MAX_CHUNK = 16, 8192
+MIN_CHUNK, MAX_CHUNK = 16, 4096
 
 
 def map_obs(function: Callable[[In], Out], obs: In | dict[str, In]) -> Out | dict[str, Out]:

@@ -265,8 +265,17 @@ def normalize_within(advantages: Array, mask: Array, groups: Array) -> Array:
 
 
 def normalize_batch(advantages: Array, mask: Array, last: Array) -> Array:
-    """Standardise over all recorded steps of the batch, see :func:`normalize_within`."""
-    return normalize_within(advantages, mask, np.zeros(np.shape(last), dtype=np.intp))
+    """Standardise over all recorded steps of the batch: :func:`normalize_within` where all are one group."""
+    _check_shapes(advantages=advantages, mask=mask, last=last)
+    x = advantages[mask].astype(np.float64)
+    magnitude = np.abs(x).max(initial=0.0)
+    x -= x.sum() / max(len(x), 1)
+    std = np.sqrt(x @ x / max(len(x) - 1, 1))
+    if std > MIN_RELATIVE_SPREAD * magnitude:
+        x /= std + EPSILON
+    normalized = np.zeros(np.shape(advantages))
+    normalized[mask] = x
+    return normalized
 
 
 def normalize_episode(advantages: Array, mask: Array, last: Array) -> Array:

@@ -15,12 +15,13 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
 
 from sb3_vpg.buffers import NumpyObs, VPGBufferMixin
-from sb3_vpg.policies import action_sampler, has_sb3_passes
+from sb3_vpg.passes import Passes, SeparatePasses, passes_of
 
 
 class RolloutCollector(OnPolicyAlgorithm):
@@ -62,8 +63,8 @@ class RolloutCollector(OnPolicyAlgorithm):
 
         What an environment does while it waits for the others is not recorded, but counts as timesteps.
 
-        Callbacks see the same local variables as with SB3. ``values`` and ``log_probs`` are None at each step, unless the
-        policy has its own ``forward()`` or the buffer is not one of VPG's.
+        Callbacks see the same local variables as with SB3. ``log_probs`` is None at each step, unless the policy has its own
+        ``forward()`` or the buffer is not one of VPG's; so is ``values``, unless actor and critic share a features extractor.
 
         :param env: The training environment
         :param callback: Callback called at each step and at the beginning and end of the rollout
@@ -75,8 +76,10 @@ class RolloutCollector(OnPolicyAlgorithm):
         """
         if self.policy.training:
             self.policy.set_training_mode(False)
-        batched = isinstance(rollout_buffer, VPGBufferMixin) and has_sb3_passes(self.policy)
-        sample_actions = action_sampler(self.policy) if batched else None
+        passes = passes_of(self.policy)
+        separate = passes if isinstance(passes, SeparatePasses) and isinstance(rollout_buffer, VPGBufferMixin) else None
+        # Values are computed in one go after the rollout, unless the features they need are there at each step
+        values_at_each_step = self.uses_value_function and (separate is None or separate.shares_features)
         whole_episodes = self.n_episodes is not None or self.partial_episodes_mode == "finish"
 
         self._start_rollout(env, rollout_buffer, fresh=whole_episodes)
@@ -86,20 +89,13 @@ class RolloutCollector(OnPolicyAlgorithm):
         n_finished = np.zeros(env.num_envs, dtype=np.int64)
         recording = np.ones(env.num_envs, dtype=bool)
         collecting = True
-        values = log_probs = None
 
         while collecting:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
 
             obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
-            if sample_actions is not None:
-                actions = sample_actions(obs_tensor).cpu().numpy()
-            else:
-                with th.no_grad():
-                    action_tensor, values, log_probs = self.policy(obs_tensor)
-                actions = action_tensor.cpu().numpy()
-            actions = actions.reshape(-1, *self.action_space.shape)  # type: ignore[misc]
+            actions, values, log_probs = self._sample_actions(obs_tensor, separate, values_at_each_step)
             clipped_actions = self._clip_actions(actions)
 
             new_obs, rewards, dones, infos = env.step(clipped_actions)
@@ -127,7 +123,7 @@ class RolloutCollector(OnPolicyAlgorithm):
             if whole_episodes and n_steps > self.max_episode_steps:
                 self._check_endless(recording)
 
-        self._finish_rollout(rollout_buffer, new_obs, dones, batched)
+        self._finish_rollout(rollout_buffer, new_obs, dones, passes, values_at_each_step)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
@@ -145,6 +141,21 @@ class RolloutCollector(OnPolicyAlgorithm):
             rollout_buffer.first_steps = self._episode_steps.copy()
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
+
+    def _sample_actions(
+        self, obs: PyTorchObs, passes: SeparatePasses | None, with_values: bool
+    ) -> tuple[np.ndarray, th.Tensor | None, th.Tensor | None]:
+        """
+        :param passes: None for a call of the policy
+        :return: actions as the environment shapes them; values and log probabilities, where they have been computed
+        """
+        shape = (-1, *self.action_space.shape)  # type: ignore[misc]
+        if passes is not None:
+            actions, values = passes.sample(obs, with_values)
+            return actions.reshape(shape), values, None
+        with th.no_grad():
+            action_tensor, values, log_probs = self.policy(obs)
+        return action_tensor.cpu().numpy().reshape(shape), values, log_probs
 
     def _clip_actions(self, actions: np.ndarray) -> np.ndarray:
         """From what the policy sampled to what the environment takes."""
@@ -169,16 +180,13 @@ class RolloutCollector(OnPolicyAlgorithm):
         recording: np.ndarray,
     ) -> None:
         """Add one step of all environments to the episode statistics and to the buffer."""
-        if recording.all():
-            self._update_info_buffer(infos, dones)
-        else:
-            # Episodes that end while others are waited for are the short ones: keep them out of the statistics
-            recorded = recording.nonzero()[0]
-            self._update_info_buffer([infos[i] for i in recorded], dones[recorded])
-
         own_buffer = rollout_buffer if isinstance(rollout_buffer, VPGBufferMixin) else None
-        if self.uses_value_function and dones.any():
-            for env_index in dones.nonzero()[0].tolist():
+        # Episodes that end while others are waited for are the short ones: they are not recorded, nor in the statistics
+        ended = (dones & recording).nonzero()[0].tolist()
+        if ended:
+            self._update_info_buffer([infos[env_index] for env_index in ended], dones[ended])
+        if self.uses_value_function:
+            for env_index in ended:
                 # See https://github.com/DLR-RM/stable-baselines3/issues/633
                 terminal_obs = infos[env_index].get("terminal_observation")
                 if terminal_obs is None or not infos[env_index].get("TimeLimit.truncated", False):
@@ -195,25 +203,27 @@ class RolloutCollector(OnPolicyAlgorithm):
         else:
             rollout_buffer.add(*step, values, log_probs)  # type: ignore[arg-type]
 
-    def _finish_rollout(self, rollout_buffer: RolloutBuffer, new_obs: Any, dones: np.ndarray, batched: bool) -> None:
+    def _finish_rollout(
+        self, rollout_buffer: RolloutBuffer, new_obs: VecEnvObs, dones: np.ndarray, passes: Passes, has_values: bool
+    ) -> None:
         """Fill in values, where the formulation has a value function and they are not there yet, and compute advantages."""
         own_buffer = rollout_buffer if isinstance(rollout_buffer, VPGBufferMixin) else None
         if own_buffer is not None:
             own_buffer.finish()
         self._check_finite_rows("reward", rollout_buffer.rewards)
         if self.uses_value_function:
-            if own_buffer is not None and batched:
-                self._fill_in_values(own_buffer)
+            if own_buffer is not None and not has_values:
+                self._fill_in_values(own_buffer, passes)
             self._check_finite_rows("value", rollout_buffer.values)
 
         # Value of the observation after the last step
         last_values = th.zeros(len(dones))
         if self.uses_value_function and self.partial_episodes_mode == "bootstrap":
             with th.no_grad():
-                last_values = self.policy.predict_values(obs_as_tensor(new_obs, self.device))
+                last_values = passes.values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
             self._check_finite("value", last_values.cpu().numpy())
         if own_buffer is not None:
-            own_buffer.compute_returns_and_advantage(last_values, dones, self._terminal_values(own_buffer))
+            own_buffer.compute_returns_and_advantage(last_values, dones, self._terminal_values(own_buffer, passes))
         else:
             rollout_buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
 
@@ -224,22 +234,21 @@ class RolloutCollector(OnPolicyAlgorithm):
         self._episode_steps += 1
         self._episode_steps[dones] = 0
 
-    def _fill_in_values(self, rollout_buffer: VPGBufferMixin) -> None:
+    def _fill_in_values(self, rollout_buffer: VPGBufferMixin, passes: Passes) -> None:
         """Compute V(s_t) of all recorded steps, in batches."""
         flat_values = rollout_buffer.values.reshape(-1)
         for indices in rollout_buffer.batch_indices(rollout_buffer.chunk_size):
             with th.no_grad():
-                values = self.policy.predict_values(rollout_buffer.flat_observations(indices))
-            flat_values[indices] = values.cpu().numpy().reshape(-1)
+                values = passes.values(rollout_buffer.flat_observations(indices))
+            flat_values[indices] = values.cpu().numpy()
 
-    def _terminal_values(self, rollout_buffer: VPGBufferMixin) -> np.ndarray | None:
+    def _terminal_values(self, rollout_buffer: VPGBufferMixin, passes: Passes) -> np.ndarray | None:
         """V(terminal observation) at each time limit of the rollout."""
         terminal_obs = rollout_buffer.terminal_observations()
         if terminal_obs is None:
             return None
         with th.no_grad():
-            values = self.policy.predict_values(obs_as_tensor(terminal_obs, self.device))
-        return values.cpu().numpy().reshape(-1)
+            return passes.values(obs_as_tensor(terminal_obs, self.device)).cpu().numpy()
 
     def _value_of(self, obs: NumpyObs) -> float:
         """V(s) of a single observation."""

@@ -25,6 +25,8 @@ from sb3_vpg.envs.cartpole import SameStepCartPoleVectorEnv
 SAME_STEP_FORMS: dict[type[VectorEnv], type[VectorEnv]] = {CartPoleVectorEnv: SameStepCartPoleVectorEnv}
 # Wrappers whose effect the vectorised environment or NativeVecEnv itself has
 KNOWN_WRAPPERS = (Monitor, TimeLimit, OrderEnforcing, PassiveEnvChecker)
+# What the infos of a vectorised environment tell of episodes that have just ended
+OF_LAST_EPISODE = frozenset({"final_obs", "_final_obs", "final_info", "_final_info"})
 
 
 class NoVectorFormError(Exception):
@@ -101,31 +103,34 @@ class NativeVecEnv(VecEnv):
         observations, rewards, terminated, truncated, infos = self.vector_env.step(self._actions)
         self._returns += rewards
         self._lengths += 1
-        step_infos = self._running_infos.copy()
-        if infos.keys() - {"final_obs", "_final_obs"}:
-            step_infos = [{**running, **info_of(infos, i)} for i, running in enumerate(step_infos)]
         dones = terminated | truncated
-        for i in dones.nonzero()[0].tolist():
-            self.reset_infos[i] = info_of(infos, i)
-            step_infos[i] = {
-                **info_of(infos.get("final_info", {}), i),
-                "TimeLimit.truncated": bool(truncated[i] and not terminated[i]),
-                "terminal_observation": infos["final_obs"][i],
-            }
-            self._end_episode(i, step_infos[i])
+        step_infos = self._running_infos.copy()
+        if not infos.keys() <= OF_LAST_EPISODE:
+            step_infos = [{**running, **info_of(infos, i)} for i, running in enumerate(step_infos)]
+        if dones.any():
+            self._end_episodes(dones.nonzero()[0], terminated, infos, step_infos)
         return observations, rewards.astype(np.float32), dones, step_infos
 
-    def _end_episode(self, i: int, info: dict[str, Any]) -> None:
-        """Do for an episode that has ended what ``Monitor`` does."""
-        monitor = self._monitors[i]
-        if monitor is not None:
-            seconds = time.time() - monitor.t_start
-            episode = {"r": round(float(self._returns[i]), 6), "l": int(self._lengths[i]), "t": round(seconds, 6)}
-            episode |= {key: info[key] for key in monitor.info_keywords}
-            if monitor.results_writer:
-                monitor.results_writer.write_row(episode)
-            info["episode"] = episode
-        self._returns[i], self._lengths[i] = 0.0, 0
+    def _end_episodes(
+        self, ended: np.ndarray, terminated: np.ndarray, infos: dict[str, Any], step_infos: list[dict[str, Any]]
+    ) -> None:
+        """Make the infos of episodes that have ended, with what ``Monitor`` adds."""
+        now = time.time()
+        final_infos = infos.get("final_info", {})
+        columns = (ended, terminated[ended], self._returns[ended], self._lengths[ended])
+        for i, was_terminated, episode_return, length in zip(*(column.tolist() for column in columns)):
+            self.reset_infos[i] = info_of(infos, i)
+            info = step_infos[i] = info_of(final_infos, i)
+            info["TimeLimit.truncated"] = not was_terminated
+            info["terminal_observation"] = infos["final_obs"][i]
+            monitor = self._monitors[i]
+            if monitor is not None:
+                episode = {"r": round(episode_return, 6), "l": length, "t": round(now - monitor.t_start, 6)}
+                episode.update((key, info[key]) for key in monitor.info_keywords)
+                if monitor.results_writer:
+                    monitor.results_writer.write_row(episode)
+                info["episode"] = episode
+        self._returns[ended], self._lengths[ended] = 0.0, 0
 
     def close(self) -> None:
         self.vector_env.close()
@@ -244,10 +249,12 @@ def info_of(infos: dict[str, Any], i: int) -> dict[str, Any]:
     :param i: index of an environment
     :return: the info of that environment, without what is told of its last episode
     """
+    if infos.keys() <= OF_LAST_EPISODE:
+        return {}
     return {
         key: info_of(value, i) if isinstance(value, dict) else value[i]
         for key, value in infos.items()
-        if key not in ("final_obs", "final_info")
+        if key not in OF_LAST_EPISODE
         and not (key[:1] == "_" and key[1:] in infos)
         and (f"_{key}" not in infos or infos[f"_{key}"][i])
     }

@@ -14,6 +14,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_vpg import VPG
+from sb3_vpg.passes import passes_of
 
 GAMMA = 0.7
 N_STATES, N_ACTIONS, HORIZON = 5, 2, 3
@@ -114,14 +115,14 @@ def gradient_of_batch(model, batch, last_state=None):
     buffer.finish()
     last_values, dones = th.zeros(len(batch)), np.ones(len(batch), dtype=bool)
     if model.uses_value_function:
-        model._fill_in_values(buffer)
+        model._fill_in_values(buffer, passes_of(model.policy))
     if last_state is not None:
         dones[:] = False
         with th.no_grad():
             last_values = model.policy.predict_values(th.tensor([last_state]))
     buffer.compute_returns_and_advantage(last_values, dones)
     model.policy.zero_grad()
-    model._accumulate_gradients()
+    model._accumulate_gradients(passes_of(model.policy))
     return actor_gradient(model)
 
 

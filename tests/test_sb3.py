@@ -35,7 +35,6 @@ from torch import nn
 import sb3_vpg.buffers
 from sb3_vpg import VPG, LogisticPolicy
 from sb3_vpg.buffers import VPGDictRolloutBuffer, VPGRolloutBuffer
-from sb3_vpg.policies import action_sampler
 
 SMALL = {"net_arch": [16]}
 SGD = {**SMALL, "optimizer_class": th.optim.SGD}
@@ -1114,38 +1113,36 @@ def test_a_network_with_batch_normalisation_sees_the_whole_batch_at_once(monkeyp
     assert not th.equal(before, norm.running_mean)
 
 
-def shifted(policy):
-    """Weights far from their first ones, so that actions differ from state to state."""
-    th.manual_seed(0)
-    with th.no_grad():
-        for p in policy.parameters():
-            p += 0.5 * th.randn_like(p)
-    return policy
+def adam(**kwargs):
+    return {**SMALL, "optimizer_class": th.optim.Adam, "optimizer_kwargs": kwargs}
 
 
-@pytest.mark.parametrize("share", [True, False], ids=["shared", "separate"])
-@pytest.mark.parametrize("action", [*ACTION_SPACES, "gSDE", "squashed gSDE", "custom network", "logistic"])
-def test_the_fast_sampler_draws_the_actions_of_the_distribution(action, share):
-    space = spaces.Discrete(2) if action == "logistic" else ACTION_SPACES.get(action, ACTION_SPACES["Box"])
-    kwargs = dict(use_sde=True, squash_output=action.startswith("squashed")) if action.endswith("gSDE") else {}
-    policy_class = {"custom network": TwoHeadsPolicy, "logistic": LogisticPolicy}.get(action, ActorCriticPolicy)
-    policy = shifted(policy_class(BOX, space, lambda _: 0.1, share_features_extractor=share, **kwargs))
-    policy.set_training_mode(False)
-    if action.endswith("gSDE"):
-        policy.reset_noise(200)
-    observations = th.as_tensor(np.stack([BOX.sample() for _ in range(200)]))
-    th.manual_seed(3)
-    expected = policy.get_distribution(observations).get_actions()
-    state = th.get_rng_state()
-    th.manual_seed(3)
-    sampled = action_sampler(policy)(observations)
-    assert not sampled.requires_grad
-    assert th.equal(th.get_rng_state(), state)
-    if action in ("Box", "gSDE", "squashed gSDE", "custom network"):
-        th.testing.assert_close(sampled, expected)
-    else:
-        assert th.equal(sampled, expected)
-    assert len(sampled.unique()) > 1
+def test_the_fused_steps_of_adam_are_those_of_the_plain_one():
+    def trained(fused):
+        model = small_model(policy_kwargs=adam(fused=fused), learning_rate=0.05)
+        assert {group["fused"] for group in model.policy.optimizer.param_groups} == {fused is None}
+        before = weights(model)
+        model.learn(100)
+        assert len(changed(before, weights(model))) == len(before)
+        return weights(model)
+
+    plain, fused = trained(False), trained(None)
+    for name, w in plain.items():
+        th.testing.assert_close(fused[name], w, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("choice", [{"foreach": True}, {"foreach": False}, {"fused": False}, {"differentiable": True}])
+def test_how_adam_takes_its_steps_can_be_chosen(choice):
+    model = small_model(policy_kwargs=adam(**choice))
+    groups = model.policy.optimizer.param_groups
+    assert all(group[name] == value for group in groups for name, value in choice.items())
+    assert not any(group["fused"] for group in groups)
+
+
+def test_other_optimizers_are_left_as_they_are():
+    for optimizer in (th.optim.SGD, th.optim.RMSprop, RMSpropTFLike):
+        model = small_model(policy_kwargs={**SMALL, "optimizer_class": optimizer, "optimizer_kwargs": {}})
+        assert not any(group.get("fused") for group in model.policy.optimizer.param_groups)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,318 @@
+"""
+Wall-clock seconds and environment steps until an environment is solved: VPG, PPO and A2C, each with its entry in the zoo.
+
+    python benchmarks/time_to_solve.py --output solve.json --plot solve.png
+    python benchmarks/time_to_solve.py --results solve.json --plot solve.png    # table and plot again, nothing is run
+
+Solved: the mean return of 100 episodes, acted with the policy's noise, reaches the reward threshold of gymnasium's registry
+(CartPole-v1: 475, CartPoleSwingUp-v0: 300) for the first time; what would come after is not looked at. Returns are the
+environment's own, not normalised. Which 100 episodes:
+
+- CartPole-v1: the last 100 training episodes (`ep_info_buffer`), looked at whenever one has ended.
+- The swing-ups, whose entries have ExploringStarts: training episodes begin anywhere there and say little about the task. So
+  after every 1/40 of the budget, at the end of a rollout, the policy that collected it plays 100 episodes of the environment
+  itself, with the noise of gSDE drawn as often as in training. The clock stands still meanwhile and the training goes on as if
+  nothing had been. The time is that of the rollout's end, and never finer than 1/40 of the budget.
+
+Training stops when it is solved, or as not solved when the entry's budget is used up (schedules and exploring starts refer to
+the budget, so that it is not shortened). Seconds are those of training, from the call of `learn()` on: without imports and the
+construction of model and environments; with the monitor files and whatever callbacks the entry has. Steps are those of all
+environments, with those that VPG spends waiting for episodes to end. Each run has a fresh process and one thread; the
+contestants take turns, seed by seed.
+
+"VPG", "PPO", "A2C": as `python -m rl_zoo3.train` makes them. On CartPole-v1 VPG then has NativeVecEnv, the others DummyVecEnv.
+The contestants that name a VecEnv differ from these in that alone, so that the environment's speed can be told from the
+algorithm's. On the swing-ups all three have NativeVecEnv.
+
+Interquartile mean [95 % bootstrap interval], minimum and maximum are those of the seeds that solved it; medians count a seed
+that did not as infinite. The ratio is that of the medians, to PPO as in the zoo.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from common import in_processes, interquartile_mean, save
+from rl_zoo3.exp_manager import ExperimentManager
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, sync_envs_normalization
+
+from sb3_vpg.callbacks import ExploringStarts
+from sb3_vpg.envs import ENVIRONMENTS
+from sb3_vpg.vec_env import NativeVecEnv
+from sb3_vpg.zoo import register
+
+N_EPISODES = 100
+EVALUATIONS_PER_BUDGET = 40
+POINTS_PER_CURVE = 200
+# The zoo's name of the algorithm; the environments, None for what the zoo takes
+CONTESTANTS: dict[str, tuple[str, type[VecEnv] | None]] = {
+    "VPG": ("vpg", None),
+    "PPO": ("ppo", None),
+    "A2C": ("a2c", None),
+    "VPG, DummyVecEnv": ("vpg", DummyVecEnv),
+    "PPO, NativeVecEnv": ("ppo", NativeVecEnv),
+    "A2C, NativeVecEnv": ("a2c", NativeVecEnv),
+}
+AS_IN_THE_ZOO = ["VPG", "PPO", "A2C"]
+
+
+class Job(NamedTuple):
+    env: str
+    contestant: str
+    seed: int
+
+
+class UntilSolved(BaseCallback):
+    """
+    Ends the training once the mean return of 100 episodes reaches the threshold. Subclasses say which episodes.
+
+    :param threshold: what to reach
+    :param interval: environment steps between two points of the learning curve
+    """
+
+    #: which episodes, in words
+    episodes: str
+
+    def __init__(self, threshold: float, interval: float):
+        super().__init__()
+        self.threshold = threshold
+        self.interval = interval
+        self.solved = False
+        #: seconds, environment steps, mean return
+        self.curve: list[tuple[float, int, float]] = []
+        self._next_point = 0.0
+        self._start = 0.0
+
+    def start_clock(self) -> None:
+        self._start = time.perf_counter()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+    def look_at(self, returns: list[float], seconds: float) -> None:
+        """
+        :param returns: of up to 100 episodes
+        :param seconds: when they had ended
+        """
+        mean = sum(returns) / len(returns)
+        self.solved = len(returns) == N_EPISODES and mean >= self.threshold
+        if self.solved or self.num_timesteps >= self._next_point:
+            self.curve.append((seconds, self.num_timesteps, mean))
+            self._next_point = self.num_timesteps + self.interval
+
+    def _on_step(self) -> bool:
+        return not self.solved
+
+
+class LastTrainingEpisodes(UntilSolved):
+    """Looks at the last training episodes, whenever one has ended."""
+
+    episodes = "the last 100 training episodes"
+    _last_episode: dict[str, Any] | None = None
+
+    def _on_step(self) -> bool:
+        self._look()
+        return super()._on_step()
+
+    def _on_rollout_end(self) -> None:
+        # The buffer is filled after _on_step: this is for the episodes that ended in the last step
+        self._look()
+
+    def _look(self) -> None:
+        buffer = self.model.ep_info_buffer
+        if self.solved or not buffer or buffer[-1] is self._last_episode:
+            return
+        self._last_episode = buffer[-1]
+        self.look_at([episode["r"] for episode in buffer], self.seconds())
+
+
+class FreshEpisodes(UntilSolved):
+    """
+    Lets the policy play episodes of the environment itself at regular intervals, while the clock stands still.
+
+    :param env: as many environments as episodes
+    """
+
+    episodes = "100 fresh episodes"
+
+    def __init__(self, threshold: float, interval: float, env: VecEnv):
+        super().__init__(threshold, interval)
+        self.env = env
+
+    def _on_rollout_end(self) -> None:
+        if self.num_timesteps < self._next_point:
+            return
+        seconds = self.seconds()
+        sync_envs_normalization(self.training_env, self.env)
+        with th.random.fork_rng(devices=[]):
+            returns, _ = evaluate_policy(WithNoise(self.model), self.env, N_EPISODES, return_episode_rewards=True)
+        self.look_at(returns, seconds)
+        # The clock goes on from where it was
+        self._start = time.perf_counter() - seconds
+
+
+class WithNoise:
+    """The policy of a model as it acts in training: the noise of gSDE is drawn anew as often, for each environment."""
+
+    def __init__(self, model: OnPolicyAlgorithm):
+        self.policy = model.policy
+        self.use_sde = model.use_sde
+        self.sample_every = model.sde_sample_freq if model.sde_sample_freq > 0 else model.n_steps
+        self.n_steps = 0
+
+    def predict(self, observation: np.ndarray, *_: Any, **__: Any) -> tuple[np.ndarray, None]:
+        if self.use_sde and self.n_steps % self.sample_every == 0:
+            self.policy.reset_noise(len(observation))
+        self.n_steps += 1
+        return self.policy.predict(observation)[0], None
+
+
+def make_criterion(manager: ExperimentManager, threshold: float) -> UntilSolved:
+    if not any(isinstance(callback, ExploringStarts) for callback in manager.callbacks):
+        return LastTrainingEpisodes(threshold, manager.n_timesteps / POINTS_PER_CURVE)
+    manager.vec_env_class = NativeVecEnv
+    env = manager.create_envs(N_EPISODES, eval_env=True, no_log=True)
+    env.seed(10_000 + manager.seed)
+    return FreshEpisodes(threshold, manager.n_timesteps / EVALUATIONS_PER_BUDGET, env)
+
+
+def run(job: Job) -> dict[str, Any]:
+    register()
+    th.set_num_threads(1)
+    algo, vec_env_class = CONTESTANTS[job.contestant]
+    threshold = gym.spec(job.env).reward_threshold
+    with tempfile.TemporaryDirectory() as folder:
+        settings: dict[str, Any] = {"seed": job.seed, "eval_freq": -1, "log_interval": -1, "verbose": 0, "device": "cpu"}
+        manager = ExperimentManager(argparse.Namespace(), algo, job.env, folder, **settings)
+        if vec_env_class is not None:
+            manager.vec_env_class = vec_env_class
+        # It prints the hyperparameters whatever `verbose` is
+        with contextlib.redirect_stdout(io.StringIO()):
+            model, _ = manager.setup_experiment()
+        vec_env = type(model.get_env().unwrapped).__name__
+        criterion = make_criterion(manager, threshold)
+        manager.callbacks.append(criterion)
+        criterion.start_clock()
+        manager.learn(model)
+        seconds, steps = criterion.curve[-1][:2] if criterion.solved else (criterion.seconds(), model.num_timesteps)
+    return {
+        **job._asdict(),
+        "vec_env": vec_env,
+        "episodes": criterion.episodes,
+        "threshold": threshold,
+        "budget": manager.n_timesteps,
+        "solved": criterion.solved,
+        "seconds": seconds,
+        "steps": steps,
+        "curve": criterion.curve,
+    }
+
+
+def by_contestant(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    groups = {name: [result for result in results if result["contestant"] == name] for name in CONTESTANTS}
+    return {name: runs for name, runs in groups.items() if runs}
+
+
+def median(runs: list[dict[str, Any]], what: str) -> float:
+    """Median of seconds or steps, infinite for a run that has not solved it."""
+    return float(np.median([result[what] if result["solved"] else np.inf for result in runs]))
+
+
+def print_table(env_id: str, results: list[dict[str, Any]]) -> None:
+    groups = by_contestant(results)
+    print(f"{env_id}: until the mean return of {results[0]['episodes']} is {results[0]['threshold']:g}")
+    print(f"{'':>20} {'solved':>7} {'seconds, IQM':>20} {'min':>7} {'max':>7} {'median':>7} {'/ PPO':>6} {'median steps':>13}")
+    for name, runs in groups.items():
+        seconds = [result["seconds"] for result in runs if result["solved"]]
+        solved, middle = f"{len(seconds)}/{len(runs)}", median(runs, "seconds")
+        iqm, low, high = (interquartile_mean(seconds), min(seconds), max(seconds)) if seconds else ("-", np.inf, np.inf)
+        ratio = f"{middle / median(groups['PPO'], 'seconds'):.2f}" if "PPO" in groups else ""
+        failed = "" if len(seconds) == len(runs) else "  (IQM, min, max: of the solved)"
+        print(
+            f"{name:>20} {solved:>7} {iqm:>20} {low:7.2f} {high:7.2f} {middle:7.2f} {ratio:>6} "
+            f"{median(runs, 'steps'):13,.0f}{failed}"
+        )
+    print(flush=True)
+
+
+def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """
+    Learning curves against wall-clock seconds, one line for each seed.
+
+    :param results: for each environment
+    :param path: image file
+    """
+    import matplotlib.pyplot as plt
+
+    figure, all_axes = plt.subplots(1, len(results), figsize=(7 * len(results), 5.5), squeeze=False, layout="constrained")
+    for axes, (env_id, env_results) in zip(all_axes[0], results.items()):
+        groups = by_contestant(env_results)
+        ends = {name: float(np.median([result["seconds"] for result in runs])) for name, runs in groups.items()}
+        for row, name in enumerate(sorted(groups, key=lambda name: -ends[name])):
+            color = f"C{list(CONTESTANTS).index(name)}"
+            for result in groups[name]:
+                seconds, _, means = zip(*result["curve"])
+                axes.plot(seconds, means, color=color, linewidth=0.7, alpha=0.7)
+            # Each label has a row of its own above the axes, and stands where the median seed ends
+            position = {"xy": (ends[name], 1), "xytext": (0, 5 + 13 * row), "textcoords": "offset points"}
+            line = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0)}
+            middle = median(groups[name], "seconds")
+            label = f"{name}, " + (f"{middle:.3g} s" if np.isfinite(middle) else "not solved")
+            axes.annotate(label, **position, xycoords=axes.get_xaxis_transform(), color=color, arrowprops=line)
+        axes.axhline(env_results[0]["threshold"], color="black", linewidth=1, linestyle="--")
+        axes.set(xlabel="wall-clock seconds of training", ylabel=f"mean return of {env_results[0]['episodes']}")
+        # What happens before hardly differs
+        axes.set(xscale="log", xlim=(min(ends.values()) / 10, None))
+        axes.set_title(env_id, loc="left", pad=15 + 13 * len(groups))
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", nargs="+", default=["CartPole-v1", "CartPoleSwingUp-v0"])
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, help="default: all that differ")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help="more than 1 makes the wall-clock less telling")
+    parser.add_argument("--output", type=Path, help="JSON file, written after each run")
+    parser.add_argument("--results", type=Path, help="take the results from this JSON file, run nothing")
+    parser.add_argument("--plot", type=Path, help="image file")
+    args = parser.parse_args()
+
+    results: list[dict[str, Any]] = []
+    if args.results:
+        results = json.loads(args.results.read_text())["results"]
+    else:
+        jobs = [
+            Job(env, contestant, seed)
+            for env in args.env
+            for seed in range(args.first_seed, args.first_seed + args.seeds)
+            for contestant in args.contestants or (AS_IN_THE_ZOO if env in ENVIRONMENTS else CONTESTANTS)
+        ]
+        for result in in_processes(run, jobs, args.processes):
+            results.append(result)
+            state = "solved after" if result["solved"] else "not solved in"
+            what = f"{result['env']}, {result['contestant']}, seed {result['seed']}"
+            print(f"{what}: {state} {result['seconds']:.2f} s, {result['steps']} steps", flush=True)
+            if args.output:
+                save(args, results)
+    groups = {env: [result for result in results if result["env"] == env] for env in {result["env"]: 0 for result in results}}
+    for env, env_results in groups.items():
+        print_table(env, env_results)
+    if args.plot:
+        plot(groups, args.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""
+Where the time of training goes: microseconds per frame spent in each part of the loop, one thread.
+
+    python benchmarks/where_time_goes.py
+
+Scenarios, all with n_steps 32: (a) CartPole-v1 on DummyVecEnv x 8, (b) NativeVecEnv x 256, (c) NativeVecEnv x 2048, (d)
+CnnPolicy on 84 x 84 x 4 images, DummyVecEnv x 8. The methods of a model are wrapped in stopwatches that count what is spent in
+them and not in other wrapped methods, so that the parts add up to the wall-clock. A2C's update has no parts to tell apart. The
+learning rate is 0: see throughput.py.
+"""
+
+import argparse
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from common import frames_per_second, in_processes, save
+from contestants import SCENARIOS, Setting, make_model, training
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+
+# The parts of training, and the methods of the model (or of what the path before the dot names) in which they happen
+PARTS: dict[str, list[str]] = {
+    "environment": ["env.step"],
+    "sampling actions": ["policy.forward", "_sample_actions"],
+    "recording": ["collect_rollouts"],
+    "values, advantages": ["_finish_rollout", "policy.predict_values", "rollout_buffer.compute_returns_and_advantage"],
+    "gradient": ["_accumulate_gradients", "_clip_gradients"],
+    "optimizer step": ["policy.optimizer.step"],
+    "rest of the update": ["train"],
+    "logging and the rest": ["learn"],
+}
+CONTESTANTS = ["A2C", "VPG, gae", "VPG, reward_to_go"]
+
+
+class Job(NamedTuple):
+    scenario: str
+    rounds: int
+    seconds: float
+
+
+class Stopwatches:
+    """Wall-clock seconds of each part, without what is spent in another part called from it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._running: list[str] = []
+        self._since = time.perf_counter()
+
+    def _switch(self) -> None:
+        now = time.perf_counter()
+        if self._running:
+            self.seconds[self._running[-1]] += now - self._since
+        self._since = now
+
+    def _timed(self, part: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._switch()
+        self._running.append(part)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            self._switch()
+            self._running.pop()
+
+    def attach(self, model: OnPolicyAlgorithm) -> None:
+        for part, names in PARTS.items():
+            for name in names:
+                owner: Any = model
+                *path, method = name.split(".")
+                for attribute in path:
+                    owner = getattr(owner, attribute)
+                if hasattr(owner, method):
+                    setattr(owner, method, partial(self._timed, part, getattr(owner, method)))
+
+
+def measure(setting: Setting, contestant: str, seconds: float) -> dict[str, float]:
+    """:return: microseconds per frame of each part"""
+    model = make_model(setting, contestant, learning_rate=0.0)
+    run = training(model)
+    n_frames = int(seconds * frames_per_second(run, setting.n_frames, seconds / 4))
+    watches = Stopwatches()
+    watches.attach(model)
+    n_frames = run(n_frames)
+    return {part: 1e6 * watches.seconds[part] / n_frames for part in PARTS}
+
+
+def measure_scenario(job: Job) -> dict[str, dict[str, list[float]]]:
+    """:return: for each contestant, the microseconds of each part in all rounds"""
+    th.set_num_threads(1)
+    # DummyVecEnv is measured for comparison elsewhere
+    setting = SCENARIOS[job.scenario][-1]
+    rounds = [{name: measure(setting, name, job.seconds) for name in CONTESTANTS} for _ in range(job.rounds)]
+    return {name: {part: [r[name][part] for r in rounds] for part in PARTS} for name in CONTESTANTS}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scenario", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
+    parser.add_argument("--rounds", type=int, default=5, help="in turns; the medians count")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    args = parser.parse_args()
+
+    jobs = [Job(scenario, args.rounds, args.seconds) for scenario in args.scenario]
+    results = []
+    for job, parts in zip(jobs, in_processes(measure_scenario, jobs, 1)):
+        print(f"({job.scenario}) microseconds per frame" + "".join(f"{name:>20}" for name in CONTESTANTS))
+        for part in PARTS:
+            print(f"{part:>26}" + "".join(f"{np.median(parts[name][part]):20.2f}" for name in CONTESTANTS))
+        totals = [np.median(np.sum(list(parts[name].values()), axis=0)) for name in CONTESTANTS]
+        print(f"{'sum':>26}" + "".join(f"{total:20.2f}" for total in totals), flush=True)
+        results.append({"scenario": job.scenario, "microseconds_per_frame": parts})
+    if args.output:
+        save(args, results)
+
+
+if __name__ == "__main__":
+    main()

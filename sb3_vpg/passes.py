@@ -1,0 +1,380 @@
+"""
+The passes through a policy's networks that rollout and update need: to sample actions, to evaluate those taken, to compute
+values. For policies whose passes are SB3's own they give the same numbers in less time.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, TypeGuard
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import (
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    Distribution,
+    StateDependentNoiseDistribution,
+    kl_divergence,
+)
+from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, MlpExtractor
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+Layer = Callable[[th.Tensor], th.Tensor]
+
+# A policy that overrides one of these may compute something else in forward() than the separate passes would.
+SB3_PASSES = (
+    "forward",
+    "extract_features",
+    "get_distribution",
+    "evaluate_actions",
+    "predict_values",
+    "_get_action_dist_from_latent",
+)
+
+
+def has_sb3_passes(policy: ActorCriticPolicy) -> bool:
+    """
+    :return: whether the passes of the policy are SB3's own, so that actions, log probabilities and values may be computed
+        separately and in batches
+    """
+    # A policy compiled by th.compile() has another type, without these
+    return all(getattr(type(policy), name, None) is getattr(ActorCriticPolicy, name) for name in SB3_PASSES)
+
+
+class _LinearTanh(th.autograd.Function):
+    """
+    tanh(x W^T + b) in the fewest passes over memory. NumPy's vectorised tanh takes a fifth of the time of PyTorch's on a CPU
+    (they differ in the last bit), and so does x^T g, for inputs as narrow as the observations of classic control, in place of
+    the g^T x of PyTorch's own gradient of W.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
+        y = _linear_tanh(x.detach(), weight.detach(), bias.detach())
+        ctx.save_for_backward(x, weight, y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: th.Tensor) -> tuple[th.Tensor | None, th.Tensor, th.Tensor]:
+        x, weight, y = ctx.saved_tensors
+        grad_z = th.ops.aten.tanh_backward(grad_y, y)
+        grad_x = grad_z @ weight if ctx.needs_input_grad[0] else None
+        return grad_x, (x.T @ grad_z).T, grad_z.sum(dim=0)
+
+
+def _linear_tanh(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
+    y = th.addmm(bias, x, weight.T)
+    np.tanh(y.numpy(), out=y.numpy())
+    return y
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _is_plain_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether NumPy can compute the layer: with a bias, in single precision, on a CPU."""
+    if type(module) is not nn.Linear or module.bias is None:
+        return False
+    return module.weight.is_cpu and module.weight.dtype == th.float32
+
+
+def _fused(linear: nn.Linear) -> Layer:
+    weight, bias = linear.weight, linear.bias
+
+    def layer(x: th.Tensor) -> th.Tensor:
+        return _LinearTanh.apply(x, weight, bias) if th.is_grad_enabled() else _linear_tanh(x, weight, bias)
+
+    return layer
+
+
+def layers_of(*modules: nn.Module) -> list[Layer]:
+    """
+    :param modules: layers, the output of each the input of the next
+    :return: what calling them comes down to, where they have no hooks: a Linear and the Tanh after it at once (on a CPU, in
+        single precision), and forward() itself, since Module.__call__ takes half of the time of a small layer
+    """
+    layers: list[Layer] = []
+    previous: nn.Module | None = None
+    for module in modules:
+        if type(module) is nn.Tanh and _is_plain_linear(previous) and not _has_hooks(previous) and not _has_hooks(module):
+            layers[-1] = _fused(previous)
+        else:
+            layers.append(module if _has_hooks(module) else module.forward)
+        previous = module
+    return layers
+
+
+LOG_2_PI = math.log(2 * math.pi)
+
+
+class Head:
+    """From the actor's last hidden layer to the distribution of actions: SB3's own objects, for any distribution."""
+
+    def __init__(self, policy: ActorCriticPolicy):
+        self.policy = policy
+        (self.action_net,) = layers_of(policy.action_net)
+
+    def sample(self, latent: th.Tensor) -> np.ndarray:
+        """:return: actions"""
+        return self.policy._get_action_dist_from_latent(latent).get_actions().cpu().numpy()
+
+    def evaluate(self, latent: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor | None]:
+        """:return: log probabilities and entropies (None without an analytical form), shape (N,)"""
+        distribution = self.policy._get_action_dist_from_latent(latent)
+        return distribution.log_prob(actions), distribution.entropy()
+
+    def parameters(self, latent: th.Tensor) -> Any:
+        """:return: what :meth:`kl_divergence` compares"""
+        # The policy has one object of a distribution, which each of its passes changes
+        return copy.copy(self.policy._get_action_dist_from_latent(latent))
+
+    def kl_divergence(self, before: Any, after: Any) -> th.Tensor:
+        """:return: KL(before || after), shape (N,)"""
+        kl = kl_divergence(before, after)
+        # One number per step: the dimensions of an action are independent
+        return kl.reshape(len(kl), -1).sum(dim=1)
+
+
+class StateDependentNoiseHead(Head):
+    """gSDE, sampled without constructing its distribution."""
+
+    def sample(self, latent: th.Tensor) -> np.ndarray:
+        distribution: StateDependentNoiseDistribution = self.policy.action_dist  # type: ignore[assignment]
+        actions = self.action_net(latent) + distribution.get_noise(latent)
+        return (actions if distribution.bijector is None else distribution.bijector.forward(actions)).cpu().numpy()
+
+
+class NumPyHead(Head):
+    """
+    A distribution without SB3's objects, which take longer to construct than a small network to evaluate. Actions are sampled
+    in NumPy, with PyTorch's random numbers.
+    """
+
+    def sample(self, latent: th.Tensor) -> np.ndarray:
+        return self.sample_from(self.action_net(latent).cpu().numpy())
+
+    def sample_from(self, outputs: np.ndarray) -> np.ndarray:
+        """
+        :param outputs: of the action_net, shape (N, ...)
+        :return: actions
+        """
+        raise NotImplementedError
+
+
+class CategoricalHead(NumPyHead):
+    def sample_from(self, outputs: np.ndarray) -> np.ndarray:
+        # As Tensor.multinomial does for one sample: p_i / Exponential(1) is largest at i with probability p_i
+        noise = th.empty(outputs.shape).exponential_().numpy()
+        return (outputs - np.log(noise)).argmax(axis=1)
+
+    def parameters(self, latent: th.Tensor) -> th.Tensor:
+        # Transposed: sums over a short last axis are slow
+        return self.action_net(latent).T.log_softmax(dim=0)
+
+    def evaluate(self, latent: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        log_p = self.parameters(latent)
+        return log_p.gather(0, actions.unsqueeze(0)).squeeze(0), -(log_p.exp() * log_p).sum(dim=0)
+
+    def kl_divergence(self, before: th.Tensor, after: th.Tensor) -> th.Tensor:
+        return (before.exp() * (before - after)).sum(dim=0)
+
+
+class DiagGaussianHead(NumPyHead):
+    def sample_from(self, outputs: np.ndarray) -> np.ndarray:
+        noise = th.normal(th.zeros(outputs.shape), 1.0).numpy()
+        return outputs + self.policy.log_std.exp().numpy(force=True) * noise
+
+    def parameters(self, latent: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        return self.action_net(latent), self.policy.log_std.clone()
+
+    def evaluate(self, latent: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        mean, log_std = self.parameters(latent)
+        # log N(a; mu, sigma) = -((a - mu) / sigma)^2 / 2 - log sigma - log(2 pi) / 2, and its entropy
+        log_prob = (-0.5 * ((actions - mean) / log_std.exp()) ** 2 - log_std - 0.5 * LOG_2_PI).sum(dim=1)
+        return log_prob, (0.5 + 0.5 * LOG_2_PI + log_std).sum().expand(len(mean))
+
+    def kl_divergence(self, before: tuple[th.Tensor, th.Tensor], after: tuple[th.Tensor, th.Tensor]) -> th.Tensor:
+        (mean, log_std), (new_mean, new_log_std) = before, after
+        squares = (log_std.exp() ** 2 + (mean - new_mean) ** 2) / (2 * new_log_std.exp() ** 2)
+        return (new_log_std - log_std + squares - 0.5).sum(dim=1)
+
+
+#: OpenBLAS, NumPy's, does not heed PyTorch's number of threads, but has one thread for products of matrices up to this size
+LARGEST_NUMPY_PRODUCT = 2**18
+
+
+class SmallActor:
+    """
+    The actor in NumPy, on the memory of PyTorch's weights: for a few observations, calls cost more than arithmetic, and
+    NumPy's cost less.
+
+    :param linears: its layers, with a tanh after each but the last
+    :param head: samples from the outputs of the last one
+    """
+
+    def __init__(self, linears: list[nn.Linear], head: NumPyHead):
+        *self._hidden, self._last = [(linear.weight.detach().numpy().T, linear.bias.detach().numpy()) for linear in linears]
+        self._sample_from = head.sample_from
+        #: For up to so many observations
+        self.max_batch = LARGEST_NUMPY_PRODUCT // max(linear.weight.numel() for linear in linears)
+
+    def sample(self, x: np.ndarray) -> np.ndarray:
+        """
+        :param x: observations, float32, shape (N, features)
+        :return: actions
+        """
+        for weight, bias in self._hidden:
+            x = np.dot(x, weight)
+            x += bias
+            np.tanh(x, out=x)
+        weight, bias = self._last
+        return self._sample_from(np.dot(x, weight) + bias)
+
+
+HEADS: dict[type[Distribution], type[Head]] = {
+    CategoricalDistribution: CategoricalHead,
+    DiagGaussianDistribution: DiagGaussianHead,
+    StateDependentNoiseDistribution: StateDependentNoiseHead,
+}
+
+
+class Passes:
+    """
+    The passes through a policy's networks that rollout and update need, for any policy: by its own methods.
+
+    To be made anew for each rollout and update, since modules and their hooks may change between.
+
+    :param policy: any actor-critic policy
+    """
+
+    def __init__(self, policy: ActorCriticPolicy):
+        self.policy = policy
+
+    def evaluate(
+        self, obs: PyTorchObs, actions: th.Tensor, with_values: bool
+    ) -> tuple[th.Tensor | None, th.Tensor, th.Tensor | None]:
+        """
+        :param obs: N observations
+        :param actions: N actions, as :class:`RolloutBuffer` stores them
+        :param with_values: whether the values are asked for
+        :return: values (None if not asked for), log probabilities, entropies (None without an analytical form), shape (N,)
+        """
+        values, log_prob, entropy = self.policy.evaluate_actions(obs, self._actions(actions))
+        return values.flatten() if with_values else None, log_prob, entropy
+
+    def values(self, obs: PyTorchObs) -> th.Tensor:
+        """:return: V(s), shape (N,)"""
+        return self.policy.predict_values(obs).flatten()
+
+    @th.no_grad()
+    def snapshot(self, obs: PyTorchObs, actions: th.Tensor) -> Any:
+        """:return: the policy at these observations, as :meth:`kl_divergence` compares it"""
+        return self.evaluate(obs, actions, with_values=False)[1]
+
+    def kl_divergence(self, before: Any, after: Any) -> float:
+        """
+        :param before: a snapshot
+        :param after: another one, later, at the same observations and actions
+        :return: KL(before || after), averaged over the steps; estimated without bias from log probabilities, as in
+            http://joschu.net/blog/kl-approx.html
+        """
+        log_ratio = after - before
+        return (th.exp(log_ratio) - 1 - log_ratio).mean().item()
+
+    def _actions(self, actions: th.Tensor) -> th.Tensor:
+        # Convert discrete action from float to long
+        return actions.long().flatten() if isinstance(self.policy.action_space, spaces.Discrete) else actions
+
+
+class SeparatePasses(Passes):
+    """
+    The same for a policy for which :func:`has_sb3_passes` holds, so that actions, log probabilities and values may be computed
+    separately: the same numbers, up to rounding, in less time.
+    """
+
+    def __init__(self, policy: ActorCriticPolicy):
+        super().__init__(policy)
+        extractors = (policy.pi_features_extractor, policy.vf_features_extractor)
+        flat = isinstance(policy.observation_space, spaces.Box) and not is_image_space(policy.observation_space)
+        #: What extract_features() comes down to in the most common case
+        self._only_flatten = flat and all(type(extractor) is FlattenExtractor for extractor in extractors)
+        #: Features that take time and serve actor and critic alike
+        self.shares_features = policy.share_features_extractor and not self._only_flatten
+        self._head = HEADS.get(type(policy.action_dist), Head)(policy)
+        mlp = policy.mlp_extractor
+        self._plain = type(mlp) is MlpExtractor and not any(map(_has_hooks, (mlp, mlp.policy_net, mlp.value_net)))
+        self._actor: list[Layer] = layers_of(*mlp.policy_net) if self._plain else [mlp.forward_actor]
+        critic: list[Layer] = layers_of(*mlp.value_net) if self._plain else [mlp.forward_critic]
+        self._critic = [*critic, *layers_of(policy.value_net)]
+
+    @cached_property
+    def _small_actor(self) -> SmallActor | None:
+        """None where the actor is not made of Linear and Tanh in turns, in single precision on a CPU."""
+        if not (self._plain and self._only_flatten and isinstance(self._head, NumPyHead)):
+            return None
+        modules = [*self.policy.mlp_extractor.policy_net, self.policy.action_net]
+        linears, activations = modules[::2], modules[1::2]
+        fits = all(map(_is_plain_linear, linears)) and all(type(module) is nn.Tanh for module in activations)
+        return None if not fits or any(map(_has_hooks, modules)) else SmallActor(linears, self._head)
+
+    def _features(self, obs: PyTorchObs, extractor: BaseFeaturesExtractor) -> th.Tensor:
+        if self._only_flatten:
+            return obs.float().flatten(1)  # type: ignore[union-attr]
+        return BaseModel.extract_features(self.policy, obs, extractor)
+
+    def sample(self, obs: PyTorchObs, with_values: bool) -> tuple[np.ndarray, th.Tensor | None]:
+        """
+        :param obs: observations of N environments
+        :param with_values: whether the values are asked for
+        :return: actions, the same ones from the same random state as ``policy.get_distribution(obs).get_actions()``; values
+            (None if not asked for), shape (N,), without gradient
+        """
+        if self._small_actor is not None and len(obs) <= self._small_actor.max_batch and not with_values:
+            x: th.Tensor = obs  # type: ignore[assignment]
+            return self._small_actor.sample(x.numpy().reshape(len(x), -1).astype(np.float32, copy=False)), None
+        with th.inference_mode():
+            features = self._features(obs, self.policy.pi_features_extractor)
+            actions = self._head.sample(_through(self._actor, features))
+            return actions, self._values(obs, features) if with_values else None
+
+    def evaluate(
+        self, obs: PyTorchObs, actions: th.Tensor, with_values: bool
+    ) -> tuple[th.Tensor | None, th.Tensor, th.Tensor | None]:
+        features = self._features(obs, self.policy.pi_features_extractor)
+        log_prob, entropy = self._head.evaluate(_through(self._actor, features), self._actions(actions))
+        return self._values(obs, features) if with_values else None, log_prob, entropy
+
+    def values(self, obs: PyTorchObs) -> th.Tensor:
+        return self._values(obs)
+
+    def _values(self, obs: PyTorchObs, features: th.Tensor | None = None) -> th.Tensor:
+        if features is None or not self.policy.share_features_extractor:
+            features = self._features(obs, self.policy.vf_features_extractor)
+        return _through(self._critic, features).flatten()
+
+    @th.no_grad()
+    def snapshot(self, obs: PyTorchObs, actions: th.Tensor) -> Any:
+        return self._head.parameters(_through(self._actor, self._features(obs, self.policy.pi_features_extractor)))
+
+    def kl_divergence(self, before: Any, after: Any) -> float:
+        return self._head.kl_divergence(before, after).mean().item()
+
+
+def _through(layers: list[Layer], x: th.Tensor) -> th.Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+def passes_of(policy: ActorCriticPolicy) -> Passes:
+    """:return: the passes of the policy, the fast ones where they are SB3's own"""
+    return SeparatePasses(policy) if has_sb3_passes(policy) else Passes(policy)

@@ -1,0 +1,277 @@
+"""The fast passes through a policy's networks must give the numbers of SB3's own methods."""
+
+import numpy as np
+import pytest
+import torch as th
+from envs import ACTION_SPACES, BOX
+from gymnasium import spaces
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, MlpExtractor
+from torch import nn
+
+from sb3_vpg import LogisticPolicy
+from sb3_vpg.passes import LARGEST_NUMPY_PRODUCT, Passes, SeparatePasses, passes_of
+
+DISCRETE = ACTION_SPACES["Discrete"]
+
+
+class OwnNetwork(MlpExtractor):
+    """Not known to the passes, hence called as a whole."""
+
+    def forward_actor(self, features):
+        return 0.5 * super().forward_actor(features)
+
+
+class OwnNetworkPolicy(ActorCriticPolicy):
+    def _build_mlp_extractor(self):
+        self.mlp_extractor = OwnNetwork(self.features_dim, self.net_arch, self.activation_fn, self.device)
+
+
+class OwnFeatures(BaseFeaturesExtractor):
+    def __init__(self, observation_space):
+        super().__init__(observation_space, features_dim=8)
+        self.linear = nn.Linear(3, 8)
+
+    def forward(self, observations):
+        return self.linear(observations).relu()
+
+
+def counting_hook(policy):
+    policy.calls = []
+    policy.action_net.register_forward_hook(lambda *_: policy.calls.append(1))
+    return policy
+
+
+def squared_hook(policy):
+    """A hook that changes what its layer gives."""
+    policy.mlp_extractor.policy_net[0].register_forward_hook(lambda module, args, output: output**2)
+    return policy
+
+
+def hook_of_all_layers(policy):
+    policy.mlp_extractor.policy_net.register_forward_hook(lambda module, args, output: output**2)
+    return policy
+
+
+def frozen(policy):
+    policy.mlp_extractor.policy_net[0].weight.requires_grad_(False)
+    return policy
+
+
+def without_bias(policy):
+    policy.mlp_extractor.policy_net[0] = nn.Linear(3, 64, bias=False)
+    policy.action_net = nn.Linear(64, 4, bias=False)
+    return policy
+
+
+def spectral_norm(policy):
+    nn.utils.parametrizations.spectral_norm(policy.mlp_extractor.policy_net[2])
+    return policy
+
+
+POLICIES = {
+    **{
+        name: lambda space=space, **kw: ActorCriticPolicy(BOX, space, lambda _: 0.1, **kw)
+        for name, space in ACTION_SPACES.items()
+    },
+    "gSDE": lambda **kw: ActorCriticPolicy(BOX, ACTION_SPACES["Box"], lambda _: 0.1, use_sde=True, **kw),
+    "squashed gSDE": lambda **kw: ActorCriticPolicy(
+        BOX, ACTION_SPACES["Box"], lambda _: 0.1, use_sde=True, squash_output=True, **kw
+    ),
+    "logistic": lambda **kw: LogisticPolicy(BOX, spaces.Discrete(2), lambda _: 0.1, **kw),
+    "own network": lambda **kw: OwnNetworkPolicy(BOX, DISCRETE, lambda _: 0.1, **kw),
+    "own features": lambda **kw: ActorCriticPolicy(BOX, DISCRETE, lambda _: 0.1, features_extractor_class=OwnFeatures, **kw),
+    "no layers": lambda **kw: ActorCriticPolicy(BOX, DISCRETE, lambda _: 0.1, net_arch=[], **kw),
+    "ReLU": lambda **kw: ActorCriticPolicy(BOX, DISCRETE, lambda _: 0.1, activation_fn=nn.ReLU, **kw),
+    "wide": lambda **kw: ActorCriticPolicy(BOX, ACTION_SPACES["Box"], lambda _: 0.1, net_arch=[512, 8], **kw),
+    "observed": lambda **kw: counting_hook(ActorCriticPolicy(BOX, DISCRETE, lambda _: 0.1, **kw)),
+    "changed by a hook": lambda **kw: squared_hook(ActorCriticPolicy(BOX, DISCRETE, lambda _: 0.1, **kw)),
+    "changed as a whole": lambda **kw: hook_of_all_layers(ActorCriticPolicy(BOX, DISCRETE, lambda _: 0.1, **kw)),
+    "frozen": lambda **kw: frozen(ActorCriticPolicy(BOX, DISCRETE, lambda _: 0.1, **kw)),
+    "without bias": lambda **kw: without_bias(ActorCriticPolicy(BOX, DISCRETE, lambda _: 0.1, **kw)),
+    "spectral norm": lambda **kw: spectral_norm(ActorCriticPolicy(BOX, DISCRETE, lambda _: 0.1, **kw)),
+}
+# Few observations go through NumPy, many through PyTorch
+FEW, MANY = 5, 200
+
+
+@pytest.fixture(params=[True, False], ids=["shared", "separate"])
+def share(request):
+    return request.param
+
+
+@pytest.fixture(params=POLICIES)
+def policy(request, share):
+    policy = POLICIES[request.param](share_features_extractor=share)
+    policy.set_training_mode(False)
+    # Far from the first weights, so that actions differ from state to state
+    th.manual_seed(0)
+    with th.no_grad():
+        for p in policy.parameters():
+            p += 0.5 * th.randn_like(p)
+    if policy.use_sde:
+        policy.reset_noise(MANY)
+    return policy
+
+
+def observations(n):
+    return th.as_tensor(np.random.default_rng(0).uniform(-1, 1, (n, 3)).astype(np.float32))
+
+
+def stored_actions(policy, n):
+    """As the rollout buffer keeps them."""
+    th.manual_seed(1)
+    with th.no_grad():
+        actions = policy.get_distribution(observations(n)).get_actions()
+    return actions.reshape(n, -1).to(th.float32)
+
+
+@pytest.mark.parametrize("n", [FEW, MANY])
+def test_actions_are_those_of_the_distribution_from_the_same_random_state(policy, n):
+    if policy.use_sde:
+        policy.reset_noise(n)
+    x = observations(n)
+    th.manual_seed(3)
+    with th.no_grad():
+        expected = policy.get_distribution(x).get_actions()
+    state = th.get_rng_state()
+    th.manual_seed(3)
+    actions, values = passes_of(policy).sample(x, with_values=False)
+    assert values is None
+    assert isinstance(actions, np.ndarray)
+    assert th.equal(th.get_rng_state(), state)
+    np.testing.assert_allclose(actions, expected.numpy(), rtol=1e-4, atol=1e-5)
+    assert n == FEW or len(np.unique(actions)) > 1
+
+
+@pytest.mark.parametrize("n", [FEW, MANY])
+def test_values_can_be_had_with_the_actions(policy, n):
+    if policy.use_sde:
+        policy.reset_noise(n)
+    x = observations(n)
+    with th.no_grad():
+        expected = policy.predict_values(x).flatten()
+    _, values = passes_of(policy).sample(x, with_values=True)
+    th.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
+    with th.no_grad():
+        th.testing.assert_close(passes_of(policy).values(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def gradients(policy, loss):
+    policy.zero_grad()
+    loss.backward()
+    return {name: None if p.grad is None else p.grad.clone() for name, p in policy.named_parameters()}
+
+
+@pytest.mark.parametrize("with_values", [True, False])
+def test_an_evaluation_and_its_gradients_are_those_of_the_policys_own(policy, with_values):
+    x, actions = observations(MANY), stored_actions(policy, MANY)
+    weights = th.as_tensor(np.random.default_rng(1).normal(size=(3, MANY)).astype(np.float32))
+
+    def evaluated(passes):
+        values, log_prob, entropy = passes.evaluate(x, actions, with_values)
+        assert log_prob.shape == (MANY,)
+        loss = (weights[0] * log_prob).mean()
+        if entropy is not None:
+            loss = loss + (weights[1] * entropy).mean()
+        assert (values is not None) == with_values
+        if values is not None:
+            loss = loss + (weights[2] * values**2).mean()
+        return [values, log_prob, entropy], gradients(policy, loss)
+
+    expected, expected_gradients = evaluated(Passes(policy))
+    fast, fast_gradients = evaluated(passes_of(policy))
+    for theirs, ours in zip(expected, fast):
+        assert (theirs is None) == (ours is None)
+        if theirs is not None:
+            th.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for name, theirs in expected_gradients.items():
+        ours = fast_gradients[name]
+        if theirs is None:
+            assert ours is None, name
+        elif ours is None:
+            # Not asked for, hence not part of the graph
+            assert not with_values
+            assert not theirs.any(), name
+        else:
+            th.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_the_kl_divergence_is_that_of_the_distributions(policy):
+    x, actions = observations(MANY), stored_actions(policy, MANY)
+    passes = passes_of(policy)
+
+    def distribution():
+        with th.no_grad():
+            return policy.get_distribution(x).distribution
+
+    def own_kl(before, after):
+        if isinstance(before, list):
+            return sum(th.distributions.kl_divergence(p, q) for p, q in zip(before, after))
+        kl = th.distributions.kl_divergence(before, after)
+        return kl.reshape(MANY, -1).sum(dim=1)
+
+    snapshot, before = passes.snapshot(x, actions), distribution()
+    assert passes.kl_divergence(snapshot, passes.snapshot(x, actions)) == pytest.approx(0, abs=1e-7)
+    with th.no_grad():
+        for p in policy.parameters():
+            p += 0.1 * th.randn_like(p)
+    expected = own_kl(before, distribution()).mean().item()
+    assert passes.kl_divergence(snapshot, passes.snapshot(x, actions)) == pytest.approx(expected, rel=1e-3)
+    assert expected > 1e-4
+
+
+def test_the_divergence_of_a_policy_with_passes_of_its_own_is_estimated_from_log_probabilities():
+    policy = ActorCriticPolicy(BOX, DISCRETE, lambda _: 0.1)
+    passes, fast = Passes(policy), passes_of(policy)
+    x = observations(1).repeat(100_000, 1)
+    actions = stored_actions(policy, 1)
+    with th.no_grad():
+        actions = policy.get_distribution(x).get_actions().reshape(-1, 1).float()
+        before, exact_before = passes.snapshot(x, actions), fast.snapshot(x, actions)
+        policy.action_net.bias += th.tensor([0.3, -0.3, 0.1, 0.0])[: len(policy.action_net.bias)]
+    exact = fast.kl_divergence(exact_before, fast.snapshot(x, actions))
+    assert passes.kl_divergence(before, passes.snapshot(x, actions)) == pytest.approx(exact, rel=0.05)
+
+
+def test_hooks_of_layers_are_called_in_every_pass():
+    policy = POLICIES["observed"]()
+    passes = passes_of(policy)
+    x = observations(FEW)
+    for n_calls, call in enumerate(
+        (
+            lambda: passes.sample(x, with_values=False),
+            lambda: passes.evaluate(x, th.zeros(FEW, 1), with_values=True),
+            lambda: passes.snapshot(x, th.zeros(FEW, 1)),
+        ),
+        start=1,
+    ):
+        call()
+        assert len(policy.calls) == n_calls
+
+
+def test_weights_that_change_between_two_samples_count(share):
+    """As they do where they are updated in place, by an optimizer or by loading."""
+    policy = POLICIES["Discrete"](share_features_extractor=share)
+    passes = passes_of(policy)
+    assert isinstance(passes, SeparatePasses)
+    for n in (FEW, MANY):
+        assert n * 64 * 64 <= LARGEST_NUMPY_PRODUCT or n == MANY
+        with th.no_grad():
+            policy.action_net.weight.zero_()
+            policy.action_net.bias.copy_(th.eye(len(policy.action_net.bias))[0] * 100)
+            assert (passes.sample(observations(n), with_values=False)[0] == 0).all()
+            policy.action_net.bias.copy_(th.eye(len(policy.action_net.bias))[1] * 100)
+        assert (passes.sample(observations(n), with_values=False)[0] == 1).all()
+
+
+def test_observations_of_any_shape_and_type_are_taken_as_the_policy_takes_them():
+    for space in (spaces.Box(-1, 1, (2, 3), np.float64), spaces.Box(-5, 5, (4,), np.int32), spaces.Discrete(5)):
+        policy = ActorCriticPolicy(space, DISCRETE, lambda _: 0.1)
+        for n in (FEW, MANY):
+            x = th.as_tensor(np.stack([space.sample() for _ in range(n)]))
+            th.manual_seed(0)
+            with th.no_grad():
+                expected = policy.get_distribution(x).get_actions()
+            th.manual_seed(0)
+            np.testing.assert_array_equal(passes_of(policy).sample(x, with_values=False)[0], expected.numpy())
