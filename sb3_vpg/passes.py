@@ -6,6 +6,7 @@ values. For policies whose passes are SB3's own they give the same numbers in le
 import copy
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import Any, TypeGuard
 
@@ -25,6 +26,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Flatten
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.autograd.function import once_differentiable
+
+from sb3_vpg.threads import one_thread
 
 Layer = Callable[[th.Tensor], th.Tensor]
 
@@ -212,6 +215,10 @@ class DiagGaussianHead(NumPyHead):
 LARGEST_NUMPY_PRODUCT = 2**18
 
 
+#: Weights of the largest layer for which PyTorch's threads, which share each operation, cost more than they save
+LARGEST_SMALL_LAYER = 2**16
+
+
 class SmallActor:
     """
     The actor in NumPy, on the memory of PyTorch's weights: for a few observations, calls cost more than arithmetic, and
@@ -256,8 +263,15 @@ class Passes:
     :param policy: any actor-critic policy
     """
 
+    #: Whether a pass gains by one thread, and may run in several at a time
+    small = False
+
     def __init__(self, policy: ActorCriticPolicy):
         self.policy = policy
+
+    def threads(self) -> AbstractContextManager[None]:
+        """:return: one thread for each operation while in this context, if the passes gain by it"""
+        return one_thread() if self.small else nullcontext()
 
     def evaluate(
         self, obs: PyTorchObs, actions: th.Tensor, with_values: bool
@@ -315,6 +329,15 @@ class SeparatePasses(Passes):
         self._actor: list[Layer] = layers_of(*mlp.policy_net) if self._plain else [mlp.forward_actor]
         critic: list[Layer] = layers_of(*mlp.value_net) if self._plain else [mlp.forward_critic]
         self._critic = [*critic, *layers_of(policy.value_net)]
+        self.small = self._is_small()
+
+    def _is_small(self) -> bool:
+        """No layer wide enough for several threads, nor one of the user's; no hook; no distribution that keeps its state."""
+        if not (self._plain and self._only_flatten and isinstance(self._head, NumPyHead)):
+            return False
+        parameters = list(self.policy.parameters())
+        hooks = any(map(_has_hooks, self.policy.modules())) or any(p._post_accumulate_grad_hooks for p in parameters)
+        return not hooks and all(p.is_cpu and p.numel() <= LARGEST_SMALL_LAYER for p in parameters)
 
     @cached_property
     def _small_actor(self) -> SmallActor | None:
@@ -341,7 +364,7 @@ class SeparatePasses(Passes):
         if self._small_actor is not None and len(obs) <= self._small_actor.max_batch and not with_values:
             x: th.Tensor = obs  # type: ignore[assignment]
             return self._small_actor.sample(x.numpy().reshape(len(x), -1).astype(np.float32, copy=False)), None
-        with th.inference_mode():
+        with self.threads(), th.inference_mode():
             features = self._features(obs, self.policy.pi_features_extractor)
             actions = self._head.sample(_through(self._actor, features))
             return actions, self._values(obs, features) if with_values else None
@@ -354,7 +377,8 @@ class SeparatePasses(Passes):
         return self._values(obs, features) if with_values else None, log_prob, entropy
 
     def values(self, obs: PyTorchObs) -> th.Tensor:
-        return self._values(obs)
+        with self.threads():
+            return self._values(obs)
 
     def _values(self, obs: PyTorchObs, features: th.Tensor | None = None) -> th.Tensor:
         if features is None or not self.policy.share_features_extractor:
@@ -363,7 +387,8 @@ class SeparatePasses(Passes):
 
     @th.no_grad()
     def snapshot(self, obs: PyTorchObs, actions: th.Tensor) -> Any:
-        return self._head.parameters(_through(self._actor, self._features(obs, self.policy.pi_features_extractor)))
+        with self.threads():
+            return self._head.parameters(_through(self._actor, self._features(obs, self.policy.pi_features_extractor)))
 
     def kl_divergence(self, before: Any, after: Any) -> float:
         return self._head.kl_divergence(before, after).mean().item()

@@ -1,6 +1,7 @@
 """Vanilla policy gradient for Stable-Baselines3."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from numbers import Integral, Real
 from typing import Any, ClassVar, NoReturn, TypeVar
@@ -25,6 +26,7 @@ from sb3_vpg.estimators import NORMALIZATIONS, Formulation, check_choice
 from sb3_vpg.passes import Passes, passes_of
 from sb3_vpg.policies import CnnPolicy, LogisticPolicy, MlpPolicy, MultiInputPolicy
 from sb3_vpg.rollout import RolloutCollector
+from sb3_vpg.threads import accumulate_gradients
 
 SelfVPG = TypeVar("SelfVPG", bound="VPG")
 Samples = RolloutBufferSamples | DictRolloutBufferSamples
@@ -372,24 +374,26 @@ class VPG(RolloutCollector):
         self._update_learning_rates()
 
         passes = passes_of(self.policy)
-        self.policy.optimizer.zero_grad()
-        losses, some_steps = self._accumulate_gradients(passes)
-        for name, loss in losses.items():
-            if not math.isfinite(loss):
-                self._raise_non_finite_update(name, loss)
-        policy_grad_norm = self._clip_gradients("policy gradient", self._actor_parameters)
-        value_grad_norm = self._clip_gradients("value gradient", self._critic_parameters)
-        # The two policies are compared in the mode in which they act
-        self.policy.set_training_mode(False)
-        policy_before = passes.snapshot(*some_steps)
-        self.policy.optimizer.step()
-        kl = passes.kl_divergence(policy_before, passes.snapshot(*some_steps))
-
-        if self.uses_value_function and self._critic_parameters and self.n_critic_updates > 1:
-            self.policy.set_training_mode(True)
-            for _ in range(self.n_critic_updates - 1):
-                self._fit_critic(passes)
+        n_threads = self._n_threads(passes)
+        with passes.threads():
+            self.policy.optimizer.zero_grad()
+            losses, some_steps = self._accumulate_gradients(passes, n_threads)
+            for name, loss in losses.items():
+                if not math.isfinite(loss):
+                    self._raise_non_finite_update(name, loss)
+            policy_grad_norm = self._clip_gradients("policy gradient", self._actor_parameters)
+            value_grad_norm = self._clip_gradients("value gradient", self._critic_parameters)
+            # The two policies are compared in the mode in which they act
             self.policy.set_training_mode(False)
+            policy_before = passes.snapshot(*some_steps)
+            self.policy.optimizer.step()
+            kl = passes.kl_divergence(policy_before, passes.snapshot(*some_steps))
+
+            if self.uses_value_function and self._critic_parameters and self.n_critic_updates > 1:
+                self.policy.set_training_mode(True)
+                for _ in range(self.n_critic_updates - 1):
+                    self._fit_critic(passes, n_threads)
+                self.policy.set_training_mode(False)
 
         self._n_updates += 1
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -431,7 +435,7 @@ class VPG(RolloutCollector):
         normalized = NORMALIZATIONS[self.normalize_advantage](advantages, everywhere, everywhere)
         return batch._replace(advantages=th.as_tensor(normalized.flatten()).to(batch.advantages))
 
-    def _accumulate_gradients(self, passes: Passes) -> tuple[dict[str, float], tuple[Any, th.Tensor]]:
+    def _accumulate_gradients(self, passes: Passes, n_threads: int = 1) -> tuple[dict[str, float], tuple[Any, th.Tensor]]:
         """
         Add the gradient of policy loss, entropy bonus and value loss over the whole batch to the parameters' gradients.
 
@@ -440,30 +444,31 @@ class VPG(RolloutCollector):
         n_steps, n_pieces = self._count()
         weight = 1 / n_pieces if self.loss_reduction == "trajectory" else 1 / n_steps
 
-        total: dict[str, Any] = {"entropy_loss": 0.0, "policy_loss": 0.0}
-        if self.uses_value_function:
-            total["value_loss"] = 0.0
-        for batch in self._chunks():
+        def loss_of(batch: Samples) -> tuple[th.Tensor, tuple[Samples, dict[str, th.Tensor]]]:
             values, log_prob, entropy = passes.evaluate(batch.observations, batch.actions, self.uses_value_function)
             # -mean(psi_t log pi(a_t | s_t))
-            policy_loss = -(batch.advantages * log_prob).sum() * weight
+            loss = policy_loss = -(batch.advantages * log_prob).sum() * weight
             # Approximate entropy when no analytical form
             entropy_sum = (-log_prob if entropy is None else entropy).sum()
-            loss = policy_loss
             if self.ent_coef != 0:
                 loss = loss - self.ent_coef * weight * entropy_sum
+            parts = {"entropy_loss": -entropy_sum.detach() / n_steps, "policy_loss": policy_loss.detach()}
             if values is not None:
                 value_loss = ((batch.returns - values) ** 2).sum() / n_steps
                 loss = loss + self.vf_coef * value_loss
-                total["value_loss"] += value_loss.detach()
-            loss.backward()
-            total["policy_loss"] += policy_loss.detach()
-            total["entropy_loss"] -= entropy_sum.detach() / n_steps
-        every = slice(None, None, -(-len(batch.actions) // KL_STEPS))
-        some_steps = (map_obs(lambda obs: obs[every], batch.observations), batch.actions[every])
-        return {name: float(loss) for name, loss in total.items()}, some_steps
+                parts["value_loss"] = value_loss.detach()
+            return loss, (batch, parts)
 
-    def _fit_critic(self, passes: Passes) -> None:
+        losses: dict[str, float] = defaultdict(float)
+        parameters = [*self._actor_parameters, *self._critic_parameters]
+        last_batch: Samples
+        for last_batch, parts in accumulate_gradients(loss_of, self._chunks(), parameters, n_threads):  # noqa: B007
+            for name, loss in parts.items():
+                losses[name] += float(loss)
+        every = slice(None, None, -(-len(last_batch.actions) // KL_STEPS))
+        return losses, (map_obs(lambda obs: obs[every], last_batch.observations), last_batch.actions[every])
+
+    def _fit_critic(self, passes: Passes, n_threads: int) -> None:
         """One pass of the value regression, moving only parameters that the actor does not use."""
         batches: Iterable[tuple[Iterable[Samples], int]]
         if self.critic_batch_size is None:
@@ -471,13 +476,20 @@ class VPG(RolloutCollector):
         else:
             batches = (([batch], len(batch.returns)) for batch in self.rollout_buffer.get(self.critic_batch_size))
         for chunks, n_steps in batches:
+
+            def loss_of(chunk: Samples, n_steps: int = n_steps) -> tuple[th.Tensor, None]:
+                return self.vf_coef * ((chunk.returns - passes.values(chunk.observations)) ** 2).sum() / n_steps, None
+
             self.policy.optimizer.zero_grad()
-            for chunk in chunks:
-                values = passes.values(chunk.observations)
-                value_loss = ((chunk.returns - values) ** 2).sum() / n_steps
-                (self.vf_coef * value_loss).backward(inputs=self._critic_parameters)
+            list(accumulate_gradients(loss_of, chunks, self._critic_parameters, n_threads))
             self._clip_gradients("value gradient", self._critic_parameters)
             self.policy.optimizer.step()
+
+    def _n_threads(self, passes: Passes) -> int:
+        """:return: how many chunks may go through the networks at a time"""
+        buffer = self.rollout_buffer
+        n_chunks = -(-buffer.n_recorded // buffer.chunk_size) if isinstance(buffer, VPGBufferMixin) else 1
+        return min(th.get_num_threads(), n_chunks) if passes.small else 1
 
     def _count(self) -> tuple[int, int]:
         """:return: number of steps and of episodes (whole or in part) in the batch"""
