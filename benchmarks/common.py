@@ -23,7 +23,7 @@ from scipy.stats import bootstrap, trim_mean
 T = TypeVar("T")
 
 
-def interquartile_mean(scores: Sequence[float]) -> str:
+def interquartile_mean(scores: Sequence[float], digits: int = 1) -> str:
     """
     Interquartile mean over seeds, and its 95 % percentile bootstrap interval
     (Agarwal et al., 2021, https://arxiv.org/abs/2108.13264).
@@ -31,11 +31,11 @@ def interquartile_mean(scores: Sequence[float]) -> str:
     x = np.asarray(scores, dtype=np.float64)
     mean = trim_mean(x, 0.25)
     if len(x) < 2 or np.ptp(x) == 0:
-        return f"{mean:.1f}"
+        return f"{mean:.{digits}f}"
     low, high = bootstrap(
         (x,), lambda s, axis: trim_mean(s, 0.25, axis=axis), method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
-    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def median_and_range(values: Sequence[float] | np.ndarray) -> str:

@@ -236,7 +236,9 @@ def print_table(env_id: str, results: list[dict[str, Any]]) -> None:
     for name, runs in groups.items():
         seconds = [result["seconds"] for result in runs if result["solved"]]
         solved, middle = f"{len(seconds)}/{len(runs)}", median(runs, "seconds")
-        iqm, low, high = (interquartile_mean(seconds), min(seconds), max(seconds)) if seconds else ("-", np.inf, np.inf)
+        iqm, low, high = (
+            (interquartile_mean(seconds, digits=2), min(seconds), max(seconds)) if seconds else ("-", np.inf, np.inf)
+        )
         ratio = f"{middle / median(groups['PPO'], 'seconds'):.2f}" if "PPO" in groups else ""
         failed = "" if len(seconds) == len(runs) else "  (IQM, min, max: of the solved)"
         print(

@@ -271,7 +271,7 @@ class Passes:
 
     def threads(self) -> AbstractContextManager[None]:
         """:return: one thread for each operation while in this context, if the passes gain by it"""
-        return one_thread() if self.small else nullcontext()
+        return one_thread() if th.get_num_threads() > 1 and self.small else nullcontext()
 
     def evaluate(
         self, obs: PyTorchObs, actions: th.Tensor, with_values: bool
@@ -329,9 +329,9 @@ class SeparatePasses(Passes):
         self._actor: list[Layer] = layers_of(*mlp.policy_net) if self._plain else [mlp.forward_actor]
         critic: list[Layer] = layers_of(*mlp.value_net) if self._plain else [mlp.forward_critic]
         self._critic = [*critic, *layers_of(policy.value_net)]
-        self.small = self._is_small()
 
-    def _is_small(self) -> bool:
+    @cached_property
+    def small(self) -> bool:  # type: ignore[override]
         """No layer wide enough for several threads, nor one of the user's; no hook; no distribution that keeps its state."""
         if not (self._plain and self._only_flatten and isinstance(self._head, NumPyHead)):
             return False

@@ -4,7 +4,7 @@ whole chunks of a batch.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
@@ -41,7 +41,7 @@ if hasattr(os, "register_at_fork"):
 def accumulate_gradients(
     loss_of: Callable[[Chunk], tuple[th.Tensor, Rest]],
     chunks: Iterable[Chunk],
-    parameters: Sequence[th.nn.Parameter],
+    parameters: Iterable[th.nn.Parameter],
     n_threads: int = 1,
 ) -> Iterator[Rest]:
     """
@@ -54,10 +54,12 @@ def accumulate_gradients(
     :param n_threads: number of chunks at a time
     :return: what ``loss_of`` told of each chunk, in order
     """
+    # Some may have been frozen since
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
     if n_threads == 1:
         for chunk in chunks:
             loss, rest = loss_of(chunk)
-            loss.backward(inputs=list(parameters))
+            loss.backward(inputs=parameters)
             yield rest
         return
 

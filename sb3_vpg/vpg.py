@@ -460,9 +460,10 @@ class VPG(RolloutCollector):
             return loss, (batch, parts)
 
         losses: dict[str, float] = defaultdict(float)
-        parameters = [*self._actor_parameters, *self._critic_parameters]
         last_batch: Samples
-        for last_batch, parts in accumulate_gradients(loss_of, self._chunks(), parameters, n_threads):  # noqa: B007
+        for last_batch, parts in accumulate_gradients(  # noqa: B007
+            loss_of, self._chunks(), self.policy.parameters(), n_threads
+        ):
             for name, loss in parts.items():
                 losses[name] += float(loss)
         every = slice(None, None, -(-len(last_batch.actions) // KL_STEPS))
@@ -487,9 +488,10 @@ class VPG(RolloutCollector):
 
     def _n_threads(self, passes: Passes) -> int:
         """:return: how many chunks may go through the networks at a time"""
-        buffer = self.rollout_buffer
-        n_chunks = -(-buffer.n_recorded // buffer.chunk_size) if isinstance(buffer, VPGBufferMixin) else 1
-        return min(th.get_num_threads(), n_chunks) if passes.small else 1
+        buffer, n_threads = self.rollout_buffer, th.get_num_threads()
+        if n_threads == 1 or not isinstance(buffer, VPGBufferMixin) or not passes.small:
+            return 1
+        return min(n_threads, -(-buffer.n_recorded // buffer.chunk_size))
 
     def _count(self) -> tuple[int, int]:
         """:return: number of steps and of episodes (whole or in part) in the batch"""

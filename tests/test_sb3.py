@@ -1113,6 +1113,27 @@ def test_a_network_with_batch_normalisation_sees_the_whole_batch_at_once(monkeyp
     assert not th.equal(before, norm.running_mean)
 
 
+@with_and_without_critic
+@pytest.mark.parametrize("frozen", [ACTOR[1], CRITIC[1]], ids=["actor", "critic"])
+def test_layers_can_be_frozen_and_thawed_at_any_time(formulation, frozen):
+    model = small_model(n_critic_updates=2, learning_rate=0.05, **formulation)
+
+    def learned():
+        before = weights(model)
+        model.learn(20)
+        return {name for name in changed(before, weights(model)) if name.startswith(frozen)}
+
+    layers = [p for name, p in model.policy.named_parameters() if name.startswith(frozen)]
+    in_use = bool(learned())
+    assert in_use == (frozen == ACTOR[1] or model.uses_value_function)
+    for p in layers:
+        p.requires_grad_(False)
+    assert not learned()
+    for p in layers:
+        p.requires_grad_(True)
+    assert bool(learned()) == in_use
+
+
 def adam(**kwargs):
     return {**SMALL, "optimizer_class": th.optim.Adam, "optimizer_kwargs": kwargs}
 
