@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from common import interquartile_mean, median_and_range
+from time_to_solve import by_contestant, median
 
 HERE = Path(__file__).parent
 RESULTS, DOCUMENT = HERE / "results", HERE.parent / "docs" / "performance.md"
@@ -54,21 +55,17 @@ def throughput(scenario: str, file: str = "throughput") -> str:
 
 
 def time_to_solve(env_id: str) -> str:
-    runs = results_of("time_to_solve_" + env_id)
+    groups = by_contestant(results_of("time_to_solve_" + env_id))
+    of_ppo = median(groups["PPO"], "seconds")
     rows = []
-    medians: dict[str, float] = {}
-    for name in dict.fromkeys(run["contestant"] for run in runs):
-        own = [run for run in runs if run["contestant"] == name]
-        solved = [run for run in own if run["solved"]]
-        seconds = [run["seconds"] for run in solved]
-        medians[name] = float(np.median([run["seconds"] if run["solved"] else np.inf for run in own]))
+    for name, runs in groups.items():
+        seconds = [run["seconds"] for run in runs if run["solved"]]
+        solved, middle = f"{len(seconds)}/{len(runs)}", median(runs, "seconds")
         figures = (
             [interquartile_mean(seconds, digits=2), f"{min(seconds):.2f}", f"{max(seconds):.2f}"] if seconds else ["-"] * 3
         )
-        steps = np.median([run["steps"] if run["solved"] else np.inf for run in own])
-        rows.append([name, own[0]["vec_env"], f"{len(solved)}/{len(own)}", *figures, f"{medians[name]:.2f}", f"{steps:,.0f}"])
-    for row in rows:
-        row.append(f"{medians[row[0]] / medians['PPO']:.3f}")
+        medians = [f"{middle:.2f}", f"{median(runs, 'steps'):,.0f}", f"{middle / of_ppo:.3f}"]
+        rows.append([name, runs[0]["vec_env"], solved, *figures, *medians])
     header = ["", "environments", "solved", "seconds, IQM [95 %]", "min", "max", "median", "median steps", "median / PPO's"]
     return table(header, rows)
 

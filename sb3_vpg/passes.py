@@ -31,6 +31,12 @@ from sb3_vpg.threads import one_thread
 
 Layer = Callable[[th.Tensor], th.Tensor]
 
+LOG_2_PI = math.log(2 * math.pi)
+#: OpenBLAS, NumPy's, does not heed PyTorch's number of threads, but has one thread for products of matrices up to this size
+LARGEST_NUMPY_PRODUCT = 2**18
+#: Weights of the largest layer for which PyTorch's threads, which share each operation, cost more than they save
+LARGEST_SMALL_LAYER = 2**16
+
 # A policy that overrides one of these may compute something else in forward() than the separate passes would.
 SB3_PASSES = (
     "forward",
@@ -114,9 +120,6 @@ def layers_of(*modules: nn.Module) -> list[Layer]:
             layers.append(module if _has_hooks(module) else module.forward)
         previous = module
     return layers
-
-
-LOG_2_PI = math.log(2 * math.pi)
 
 
 class Head:
@@ -209,14 +212,6 @@ class DiagGaussianHead(NumPyHead):
         (mean, log_std), (new_mean, new_log_std) = before, after
         squares = (log_std.exp() ** 2 + (mean - new_mean) ** 2) / (2 * new_log_std.exp() ** 2)
         return (new_log_std - log_std + squares - 0.5).sum(dim=1)
-
-
-#: OpenBLAS, NumPy's, does not heed PyTorch's number of threads, but has one thread for products of matrices up to this size
-LARGEST_NUMPY_PRODUCT = 2**18
-
-
-#: Weights of the largest layer for which PyTorch's threads, which share each operation, cost more than they save
-LARGEST_SMALL_LAYER = 2**16
 
 
 class SmallActor:

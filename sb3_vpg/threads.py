@@ -46,7 +46,7 @@ def accumulate_gradients(
 ) -> Iterator[Rest]:
     """
     Add the gradient of the sum of the losses of all chunks to ``grad`` of the parameters. The sums are taken in the order of
-    the chunks: the number of threads does not change the result.
+    the chunks: the number of threads does not change the result. With several, to be called within :func:`one_thread`.
 
     :param loss_of: the loss of a chunk, and what else is to be told of it; called in threads, if there are several
     :param chunks: parts of a batch
@@ -67,13 +67,12 @@ def accumulate_gradients(
         loss, rest = loss_of(chunk)
         return th.autograd.grad(loss, parameters, allow_unused=True), rest
 
-    with one_thread():
-        for gradient, rest in _pool(n_threads).map(gradient_of, chunks):
-            for parameter, part in zip(parameters, gradient):
-                if part is None:
-                    continue
-                if parameter.grad is None:
-                    # Optimizers expect it to lie in memory as the parameter does
-                    parameter.grad = th.zeros_like(parameter)
-                parameter.grad += part
-            yield rest
+    for gradient, rest in _pool(n_threads).map(gradient_of, chunks):
+        for parameter, part in zip(parameters, gradient):
+            if part is None:
+                continue
+            if parameter.grad is None:
+                # Optimizers expect it to lie in memory as the parameter does
+                parameter.grad = th.zeros_like(parameter)
+            parameter.grad += part
+        yield rest

@@ -475,6 +475,8 @@ class VPG(RolloutCollector):
         if self.critic_batch_size is None:
             batches = [(self._chunks(), self._count()[0])]
         else:
+            # One chunk each, which leaves nothing to other threads
+            n_threads = 1
             batches = (([batch], len(batch.returns)) for batch in self.rollout_buffer.get(self.critic_batch_size))
         for chunks, n_steps in batches:
 

@@ -225,7 +225,6 @@ def test_the_divergence_of_a_policy_with_passes_of_its_own_is_estimated_from_log
     policy = ActorCriticPolicy(BOX, DISCRETE, lambda _: 0.1)
     passes, fast = Passes(policy), passes_of(policy)
     x = observations(1).repeat(100_000, 1)
-    actions = stored_actions(policy, 1)
     with th.no_grad():
         actions = policy.get_distribution(x).get_actions().reshape(-1, 1).float()
         before, exact_before = passes.snapshot(x, actions), fast.snapshot(x, actions)
