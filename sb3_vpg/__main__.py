@@ -1,5 +1,6 @@
 """
-``python -m sb3_vpg train --env CartPole-v1``: rl_zoo3's commands with VPG registered explicitly, and as the default algorithm.
+``python -m sb3_vpg train --env CartPole-v1``: rl_zoo3's commands with VPG registered explicitly, and as the default algorithm;
+and one of our own, ``python -m sb3_vpg ablation``.
 """
 
 import importlib.util
@@ -14,10 +15,12 @@ COMMANDS = {
     "plot_train": "rl_zoo3.plots.plot_train",
     "plot_from_file": "rl_zoo3.plots.plot_from_file",
     "all_plots": "rl_zoo3.plots.all_plots",
+    "ablation": "sb3_vpg.ablation",
 }
 USAGE = f"""usage: python -m sb3_vpg COMMAND [ARGUMENTS]
 
-Runs a command of RL Baselines3 Zoo with VPG as one of its algorithms, and as the default one.
+Runs a command of RL Baselines3 Zoo with VPG as one of its algorithms, and as the default one; `ablation` is ours: it compares
+formulations over environments and seeds.
 COMMAND is one of {", ".join(COMMANDS)}; `python -m sb3_vpg COMMAND --help` lists its arguments."""
 # Commands whose --algo would else be ppo
 WITH_ALGO = ("train", "enjoy", "record_video", "record_training")
@@ -33,6 +36,8 @@ def main() -> None:
         sys.exit(f"{USAGE}\n\nerror: unknown command {command!r}")
     if importlib.util.find_spec("rl_zoo3") is None:
         sys.exit("This command needs RL Baselines3 Zoo: pip install 'sb3_vpg[zoo]'")
+    if command == "ablation" and importlib.util.find_spec("rliable") is None:
+        sys.exit("This command draws plots: pip install 'sb3_vpg[plots]'")
 
     from sb3_vpg.zoo import register
 

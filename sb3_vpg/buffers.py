@@ -51,6 +51,8 @@ class VPGBufferMixin(RolloutBuffer):
     mask: np.ndarray
     steps: np.ndarray
     ends: np.ndarray
+    #: what the formulation was given, once the advantages are computed
+    rollout: Rollout
     #: index within its episode of each environment's first step in the rollout, int, shape (N,)
     first_steps: np.ndarray
 
@@ -211,8 +213,8 @@ class VPGBufferMixin(RolloutBuffer):
         begins = np.maximum.accumulate(np.where(starts, rows, -1), axis=0)
         self.steps = np.where(begins >= 0, rows - begins, self.first_steps + rows)
 
-        rollout = Rollout(self.rewards, self.values, next_values, self._last, self.mask, self.steps)
-        advantages, returns = self.formulation(rollout)
+        self.rollout = Rollout(self.rewards, self.values, next_values, self._last, self.mask, self.steps)
+        advantages, returns = self.formulation(self.rollout)
         self.advantages = advantages.astype(np.float32)
         self.returns = returns.astype(np.float32)
 

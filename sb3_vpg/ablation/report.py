@@ -1,0 +1,637 @@
+"""
+The report of an ablation study: plots, and one markdown file of tables, from the results in one tidy table.
+
+Returns are put together as Agarwal et al. (2021), "Deep Reinforcement Learning at the Edge of the Statistical Precipice"
+(https://arxiv.org/abs/2108.13264), advise, with their library rliable: interquartile means over seeds with stratified
+bootstrap intervals, and performance profiles.
+"""
+
+import io
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
+from PIL import Image
+from rliable import library, metrics
+from scipy.stats import trim_mean
+
+from sb3_vpg.ablation.study import COLUMNS, PHASES
+
+MOMENTS = ["start", "middle", "end"]
+COSINES = {"pairwise_cosine": "pairwise cosine", "cosine_with_reference": "cosine with the reference"}
+
+# Of the bootstrap
+REPETITIONS = 2000
+PANELS_IN_A_ROW = 4
+GREY, COLOR = "0.55", "C0"
+SMALL, MEDIUM = 7, 9
+
+NOTHING = "-"
+NO_VALUES = pd.Series(dtype=np.float64)
+
+
+class Estimate(NamedTuple):
+    """An interquartile mean, the ends of its 95 % interval, and the number of seeds it is over."""
+
+    mean: float
+    low: float
+    high: float
+    n_seeds: int
+
+
+@dataclass(frozen=True)
+class Findings:
+    """
+    What the sections of a report read.
+
+    :param rows: the tidy table, without rows that have no value
+    :param score_ranges: of each environment, in the order of the report, the returns that count as 0 and 1
+    :param formulations: in the order of the report
+    :param first: the formulation with which the others are compared
+    :param repetitions: of the bootstrap
+    """
+
+    rows: pd.DataFrame
+    score_ranges: Mapping[str, tuple[float, float]]
+    formulations: Sequence[str]
+    first: str
+    repetitions: int
+
+    def values(self, phase: str, metric: str, environment: str, *further: str) -> dict[Any, pd.Series]:
+        """
+        :param further: columns to group by, besides the formulation
+        :return: for each formulation, or tuple of it and the further columns' values, the metric's values by seed
+        """
+        rows = self.rows.query("phase == @phase and metric == @metric and environment == @environment")
+        groups = rows.groupby(["formulation", *further] if further else "formulation")
+        return {key: group.set_index("seed")["value"].sort_index() for key, group in groups}
+
+    def normalized(self) -> dict[str, np.ndarray]:
+        """
+        :return: for each formulation that has runs in all environments, the normalised scores, of shape (seeds, environments),
+            of the seeds that all environments have
+        """
+        values = {environment: self.values("final", "final_return", environment) for environment in self.score_ranges}
+        scores = {}
+        for formulation in self.formulations:
+            columns = {
+                environment: (values[environment].get(formulation, NO_VALUES) - low) / (high - low)
+                for environment, (low, high) in self.score_ranges.items()
+            }
+            of_all = pd.DataFrame(columns).dropna().to_numpy()
+            if len(of_all):
+                scores[formulation] = of_all
+        return scores
+
+
+def checked(results: pd.DataFrame, score_ranges: Mapping[str, tuple[float, float]], first: str | None) -> pd.DataFrame:
+    """
+    :return: the rows that have a value
+    :raises ValueError: as ``write_report``
+    """
+    if set(results.columns) != set(COLUMNS):
+        wrong = sorted(set(results.columns).symmetric_difference(COLUMNS))
+        raise ValueError(f"the results have the columns {list(results.columns)}, not {COLUMNS}: {wrong}")
+    for column, known in [("phase", PHASES), ("environment", list(score_ranges))]:
+        unknown = sorted(set(results[column]) - set(known))
+        if unknown:
+            raise ValueError(f"the results have {column} {unknown}; known: {known}")
+    if first is not None and first not in set(results["formulation"]):
+        raise ValueError(f"first={first!r} is no formulation of the results: {list(results['formulation'].unique())}")
+    for environment, (low, high) in score_ranges.items():
+        if not low < high:
+            raise ValueError(f"the score range of {environment} must rise, not {low, high}")
+    keys = [column for column in COLUMNS if column != "value"]
+    twice = results[results.duplicated(keys)]
+    if len(twice):
+        raise ValueError(f"the results have a row twice: {twice.iloc[0][keys].to_dict()}")
+    rows = results.dropna(subset="value")
+    final = rows.query("phase == 'final'")
+    if not (final["metric"] == "final_return").any():
+        raise ValueError("the results have no final rows: phase 'final' with metric 'final_return' and a value")
+    for (environment, formulation), rates in final.groupby(["environment", "formulation"])["learning_rate"]:
+        if rates.nunique() > 1:
+            raise ValueError(f"final runs of {formulation} in {environment} have several learning rates: {rates.unique()}")
+    return rows
+
+
+# Estimates
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """rliable resamples with NumPy's global generator, whatever ``random_state`` it is given. It gets its own state back."""
+    state = np.random.get_state()  # noqa: NPY002
+    np.random.seed(0)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+
+
+def bootstrap(scores: np.ndarray, function: Callable[[np.ndarray], np.ndarray], repetitions: int) -> np.ndarray:
+    """
+    The stratified bootstrap: each column of the scores is resampled by itself.
+
+    :param scores: of shape (seeds, columns)
+    :param function: of such an array, returns one of shape (n,)
+    :return: of shape (3, n): the function of the scores, and the lower and upper ends of its 95 % percentile intervals
+    """
+    with seeded():
+        points, intervals = library.get_interval_estimates({"": scores}, function, reps=repetitions)
+    return np.vstack([points[""], intervals[""]])
+
+
+def interquartile_means(columns: Mapping[Any, np.ndarray], repetitions: int) -> dict[Any, Estimate]:
+    """
+    :param columns: arrays of one value for each seed; the number of seeds may differ
+    :return: for each array, its interquartile mean and interval
+    """
+    estimates = {}
+    for n_seeds in {len(column) for column in columns.values()}:
+        keys = [key for key, column in columns.items() if len(column) == n_seeds]
+        scores = np.stack([columns[key] for key in keys], axis=1)
+        points_and_ends = bootstrap(scores, lambda sample: trim_mean(sample, 0.25, axis=0), repetitions)
+        for key, (mean, low, high) in zip(keys, points_and_ends.T):
+            estimates[key] = Estimate(mean, low, high, n_seeds)
+    return estimates
+
+
+def final_returns(findings: Findings, environment: str) -> dict[Any, Estimate]:
+    """Of each formulation that has final runs in the environment."""
+    values = findings.values("final", "final_return", environment)
+    return interquartile_means({key: series.to_numpy() for key, series in values.items()}, findings.repetitions)
+
+
+def aggregates(findings: Findings) -> dict[str, Estimate]:
+    """Interquartile mean of the normalised scores over seeds and environments, of each formulation that has all of these."""
+    estimates = {}
+    for formulation, scores in findings.normalized().items():
+        point_and_ends = bootstrap(scores, lambda sample: np.array([metrics.aggregate_iqm(sample)]), findings.repetitions)
+        mean, low, high = point_and_ends[:, 0]
+        estimates[formulation] = Estimate(mean, low, high, len(scores))
+    return estimates
+
+
+def learning_rates(findings: Findings, environment: str) -> dict[str, float]:
+    """The learning rate of each formulation's final runs."""
+    rows = findings.rows.query("phase == 'final' and environment == @environment")
+    return dict(rows.groupby("formulation")["learning_rate"].first())
+
+
+def gradient_statistics(findings: Findings, environment: str, metric: str) -> dict[tuple[str, str], pd.Series]:
+    """
+    :return: values by seed for each (formulation, moment), the moment the nearest of start, middle and end of the training
+    """
+    budget = findings.rows.query("environment == @environment")["timesteps"].max()
+    values = findings.values("statistics", metric, environment, "timesteps")
+    moments: dict[tuple[str, str], pd.Series] = {}
+    for (formulation, timesteps), series in values.items():
+        key = (formulation, MOMENTS[round(2 * timesteps / budget)])
+        moments[key] = pd.concat([moments[key], series]) if key in moments else series
+    return moments
+
+
+def variance_ratios(findings: Findings, environment: str) -> tuple[str, dict[tuple[str, str], pd.Series]]:
+    """
+    :return: the formulation to whose variance all are relative, and the ratios at the same policy by seed, where they are
+        positive and finite
+    """
+    variances = gradient_statistics(findings, environment, "variance")
+    measured = {formulation for formulation, _ in variances}
+    candidates = [findings.first, *findings.formulations]
+    relative_to = next((formulation for formulation in candidates if formulation in measured), findings.first)
+    ratios = {}
+    for (formulation, moment), variance in variances.items():
+        ratio = (variance / variances.get((relative_to, moment), NO_VALUES)).dropna()
+        ratios[formulation, moment] = ratio[(ratio > 0) & np.isfinite(ratio)]
+    return relative_to, ratios
+
+
+# Text
+
+
+def number(value: float, digits: int) -> str:
+    """With so many digits after the point, and never minus zero."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def digits_for(scale: float) -> int:
+    """
+    :param scale: the range of scores, of which about a hundredth is to be seen
+    """
+    return max(0, 2 - math.floor(math.log10(scale)))
+
+
+def interval(estimate: Estimate, scale: float) -> str:
+    """
+    :param scale: as ``digits_for`` takes it
+    :return: the mean and, over more than one seed, the interval
+    """
+    mean, low, high = (number(value, digits_for(scale)) for value in estimate[:3])
+    return f"{mean} [{low}, {high}]" if estimate.n_seeds > 1 else mean
+
+
+def with_seeds(texts: Sequence[str], n_seeds: Sequence[int]) -> list[str]:
+    """
+    :return: the texts, with the number of seeds where it is less than that of others, and that of the others
+    """
+    most = max(n_seeds)
+    return [f"{text} (n = {n})" if 0 < n < most else text for text, n in zip(texts, n_seeds)] + [str(most)]
+
+
+def from_to(n_seeds: Sequence[int]) -> str:
+    return str(min(n_seeds)) if min(n_seeds) == max(n_seeds) else f"{min(n_seeds)} to {max(n_seeds)}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def picture(figure: Figure, title: str, file: Path) -> str:
+    """
+    Save a figure, with few colours, which makes the file a third as large.
+
+    :return: the markdown that shows it
+    """
+    full = io.BytesIO()
+    figure.savefig(full, format="png", dpi=100)
+    Image.open(full).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(file, optimize=True)
+    return f"![{title}]({file.name})"
+
+
+def file_name(text: str) -> str:
+    return re.sub(r"[^\w.-]", "_", text) + ".png"
+
+
+# Figures
+
+
+def grid_of_panels(names: Sequence[str], title: str) -> tuple[Figure, dict[str, Axes]]:
+    """
+    :return: a figure, and a panel for each name, all with the same axes
+    """
+    n_columns = min(len(names), PANELS_IN_A_ROW)
+    n_rows = math.ceil(len(names) / n_columns)
+    figure = Figure(figsize=(10, 0.7 + 1.6 * n_rows), layout="constrained")
+    panels = list(figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False).flat)
+    for name, panel in zip(names, panels):
+        panel.set_title(name, fontsize=SMALL + 1)
+        panel.tick_params(labelsize=SMALL)
+        panel.grid(alpha=0.3)
+    # The last of its column need not be in the last row
+    for panel in panels[len(names) - n_columns : len(names)]:
+        panel.tick_params(labelbottom=True)
+    for panel in panels[len(names) :]:
+        panel.set_visible(False)
+    figure.suptitle(title, fontsize=MEDIUM + 1)
+    return figure, dict(zip(names, panels))
+
+
+def draw_line(panel: Axes, x: np.ndarray, y: np.ndarray, color: str) -> None:
+    """
+    :param y: of shape (3, len(x)): the line, and the lower and upper ends of the band around it
+    """
+    panel.fill_between(x, y[1], y[2], color=color, alpha=0.25, linewidth=0)
+    panel.plot(x, y[0], color=color, linewidth=1.2)
+
+
+def small_multiples(
+    lines: Mapping[str, tuple[np.ndarray, np.ndarray, int]], first: str, title: str
+) -> tuple[Figure, list[Axes]]:
+    """
+    One panel for each formulation, with the line of the first one in grey in all of them.
+
+    :param lines: for each formulation x, y as ``draw_line`` takes it, and the number of seeds
+    """
+    named = title + (f" (grey: {first})" if first in lines else "")
+    figure, panels = grid_of_panels(list(lines), named)
+    for formulation, panel in panels.items():
+        if first in lines:
+            draw_line(panel, *lines[first][:2], GREY)
+        if formulation != first:
+            draw_line(panel, *lines[formulation][:2], COLOR)
+        panel.set_title(f"{formulation}, n = {lines[formulation][2]}", fontsize=SMALL + 1)
+    return figure, list(panels.values())
+
+
+# Sections: each returns its markdown
+
+
+def final_section(
+    findings: Findings, estimates: Mapping[str, Mapping[str, Estimate]], together: Mapping[str, Estimate]
+) -> str:
+    """
+    Final returns by formulation and environment, and the aggregate.
+
+    :param estimates: for each environment, as ``final_returns`` returns them
+    :param together: as ``aggregates`` returns them
+    """
+    rates = {environment: learning_rates(findings, environment) for environment in findings.score_ranges}
+    rows = []
+    for formulation in findings.formulations:
+        texts, n_seeds = [], []
+        for environment, (low, high) in findings.score_ranges.items():
+            estimate = estimates[environment].get(formulation)
+            n_seeds.append(estimate.n_seeds if estimate else 0)
+            rate = rates[environment].get(formulation)
+            texts.append(f"{interval(estimate, high - low)} at {rate:g}" if estimate else NOTHING)
+        if max(n_seeds) == 0:
+            continue
+        aggregate = together.get(formulation)
+        texts.append(interval(aggregate, 1.0) if aggregate else NOTHING)
+        n_seeds.append(aggregate.n_seeds if aggregate else 0)
+        rows.append([formulation, *with_seeds(texts, n_seeds)])
+    ranges = ", ".join(f"{environment} {low:g} to {high:g}" for environment, (low, high) in findings.score_ranges.items())
+    text = (
+        "Mean return of the training episodes in the last tenth of the budget: interquartile mean over seeds [95 % interval] "
+        "at the learning rate that the search chose. Normalised: the interquartile mean over all environments and seeds of "
+        f"the score for which these returns count as 0 and 1: {ranges}. "
+        "A formulation without runs in all environments has none."
+    )
+    missing = [environment for environment in findings.score_ranges if not estimates[environment]]
+    if missing:
+        text += f" No final runs yet: {', '.join(missing)}."
+    return f"{text}\n\n{table(['', *findings.score_ranges, 'normalised', 'seeds'], rows)}"
+
+
+def aggregate_section(estimates: Mapping[str, Estimate], folder: Path) -> str:
+    """
+    The aggregates of all formulations as intervals.
+
+    :param estimates: as ``aggregates`` returns them
+    """
+    if not estimates:
+        return "No formulation has final runs in all environments yet."
+    figure = Figure(figsize=(8, 0.8 + 0.22 * len(estimates)), layout="constrained")
+    axes = figure.subplots()
+    # Bars would end at the frame
+    axes.use_sticky_edges = False
+    for row, estimate in enumerate(estimates.values()):
+        axes.barh(row, estimate.high - estimate.low, left=estimate.low, height=0.7, color=COLOR, alpha=0.5)
+        axes.vlines(estimate.mean, row - 0.35, row + 0.35, color="black", linewidth=1.5)
+    axes.set_yticks(range(len(estimates)), [f"{name}, n = {e.n_seeds}" for name, e in estimates.items()], fontsize=SMALL + 1)
+    axes.set_ylim(len(estimates) - 0.4, -0.6)
+    axes.tick_params(axis="x", labelsize=SMALL + 1)
+    axes.set_xlabel("normalised score, interquartile mean and 95 % interval", fontsize=MEDIUM)
+    axes.grid(axis="x", alpha=0.3)
+    text = (
+        "The normalised scores of the table above, with their intervals; n is the number of seeds of each environment. "
+        "The intervals are about seeds, the environments are taken as given."
+    )
+    return f"{text}\n\n{picture(figure, 'Normalised scores', folder / 'aggregate.png')}"
+
+
+def profile_section(findings: Findings, folder: Path) -> str:
+    """Performance profiles (Agarwal et al., 2021, section 4.2)."""
+    scores = findings.normalized()
+    if not scores:
+        return "No formulation has final runs in all environments yet."
+    thresholds = np.linspace(0.0, max(1.0, max(np.max(array) for array in scores.values())), 101)
+
+    def shares_above(sample: np.ndarray, at: np.ndarray) -> np.ndarray:
+        return np.mean(sample[..., None] > at, axis=(0, 1))
+
+    lines = {}
+    for formulation, array in scores.items():
+        with seeded():
+            points, intervals = library.create_performance_profile(
+                {"": array}, thresholds, custom_profile_func=shares_above, reps=findings.repetitions
+            )
+        lines[formulation] = (thresholds, np.vstack([points[""], intervals[""]]), len(array))
+    figure, _ = small_multiples(lines, findings.first, "Share of runs with a normalised score above x")
+    figure.supxlabel("normalised score", fontsize=MEDIUM)
+    text = (
+        "The share of all runs, of all environments and seeds, whose normalised score is above a threshold, with bands of "
+        "95 %; higher is better. n is the number of seeds of each environment."
+    )
+    return f"{text}\n\n{picture(figure, 'Performance profiles', folder / 'performance_profiles.png')}"
+
+
+def curves_section(findings: Findings, folder: Path) -> str:
+    """Learning curves, one figure for each environment."""
+    pictures, missing = [], []
+    for environment in findings.score_ranges:
+        values = findings.values("final", "return", environment, "timesteps")
+        estimates = interquartile_means({key: series.to_numpy() for key, series in values.items()}, findings.repetitions)
+        lines = {}
+        for formulation in findings.formulations:
+            at = sorted(timesteps for name, timesteps in values if name == formulation)
+            if at:
+                y = np.array([estimates[formulation, timesteps][:3] for timesteps in at]).T
+                seeds = set().union(*(values[formulation, timesteps].index for timesteps in at))
+                lines[formulation] = (np.array(at), y, len(seeds))
+        if not lines:
+            missing.append(environment)
+            continue
+        title = f"{environment}: return while training"
+        figure, panels = small_multiples(lines, findings.first, title)
+        panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
+        figure.supxlabel("timesteps", fontsize=MEDIUM)
+        pictures.append(picture(figure, title, folder / file_name(f"learning_curves_{environment}")))
+    text = (
+        "Mean return of the training episodes that ended in each bin of timesteps: interquartile mean over seeds, with bands "
+        "of 95 %. n is the number of seeds; bins in which few episodes end may have fewer."
+    )
+    if missing:
+        text += f" No learning curves yet: {', '.join(missing)}."
+    return "\n\n".join([text, *pictures])
+
+
+def search_section(findings: Findings) -> str:
+    """What the search for learning rates found."""
+    parts, missing = [], []
+    for environment, (low, high) in findings.score_ranges.items():
+        values = findings.values("search", "final_return", environment, "learning_rate")
+        if not values:
+            missing.append(environment)
+            continue
+        chosen = learning_rates(findings, environment)
+        rates = sorted({key[1] for key in values})
+        rows = []
+        for formulation in findings.formulations:
+            columns = [values.get((formulation, rate), NO_VALUES) for rate in rates]
+            n_seeds = [len(column) for column in columns]
+            if max(n_seeds) == 0:
+                continue
+            texts = [number(column.mean(), digits_for(high - low)) if len(column) else NOTHING for column in columns]
+            if chosen.get(formulation) in rates:
+                at = rates.index(chosen[formulation])
+                texts[at] = f"**{texts[at]}**" if n_seeds[at] else NOTHING
+            rows.append([formulation, *with_seeds(texts, n_seeds)])
+        parts.append(f"**{environment}**\n\n{table(['learning rate', *(f'{rate:g}' for rate in rates), 'seeds'], rows)}")
+    text = "Mean over seeds of the final return with each learning rate of the search; bold: the rate of the final runs."
+    if missing:
+        text += f" No search yet: {', '.join(missing)}."
+    return "\n\n".join([text, *parts])
+
+
+def statistics_section(findings: Findings, folder: Path) -> str:
+    """Statistics of the gradient at the policies of reference runs, a table and a figure for each environment."""
+    parts, missing = [], []
+    for environment in findings.score_ranges:
+        if not findings.values("statistics", "pairwise_cosine", environment):
+            missing.append(environment)
+            continue
+        relative_to, ratios = variance_ratios(findings, environment)
+        columns = [ratios, *(gradient_statistics(findings, environment, metric) for metric in ("snr", *COSINES))]
+        summaries = [
+            lambda values: f"{np.exp(np.log(values).mean()):.3g}",
+            lambda values: f"{values.mean():.3g}",
+            *[lambda values: number(values.mean(), 3)] * len(COSINES),
+        ]
+        rows = []
+        for formulation in findings.formulations:
+            cells = [
+                (summary(values), len(values)) if len(values) else (NOTHING, 0)
+                for column, summary in zip(columns, summaries)
+                for values in (column.get((formulation, moment), NO_VALUES) for moment in MOMENTS)
+            ]
+            if any(n_seeds for _, n_seeds in cells):
+                *texts, n_seeds = with_seeds(*zip(*cells))
+                triples = [" / ".join(texts[i : i + len(MOMENTS)]) for i in range(0, len(texts), len(MOMENTS))]
+                rows.append([formulation, *triples, n_seeds])
+        header = ["start / middle / end", f"variance / that of {relative_to}", "SNR", *COSINES.values(), "seeds"]
+        title = f"{environment}: cosines of gradients"
+        shown = picture(cosine_figure(findings, environment, title), title, folder / file_name(f"cosines_{environment}"))
+        parts += [f"**{environment}**", table(header, rows), shown]
+    text = (
+        "The gradients of the formulations, measured on the same policies and episodes at the start, in the middle and at "
+        "the end of reference runs. Variance: the trace of the covariance of one update's gradient, as a ratio, its geometric "
+        "mean over seeds; it depends on the scale of what multiplies grad log pi, the other columns do not. SNR: signal to "
+        "noise. Pairwise cosine: between the gradients of two batches. Cosine with the reference: between the gradient of one "
+        "batch and that of the reference formulation on all data. These are means over seeds. In the figures, the lines go "
+        "from the lowest to the highest end of the seeds' 95 % bootstrap intervals."
+    )
+    if missing:
+        text += f" No gradient statistics yet: {', '.join(missing)}."
+    return "\n\n".join([text, *parts])
+
+
+def cosine_figure(findings: Findings, environment: str, title: str) -> Figure:
+    """Both cosines, by formulation and moment."""
+    values = {
+        metric + end: gradient_statistics(findings, environment, metric + end)
+        for metric in COSINES
+        for end in ("", "_low", "_high")
+    }
+    measured = {formulation for metric in COSINES for formulation, _ in values[metric]}
+    formulations = [formulation for formulation in findings.formulations if formulation in measured]
+    colors = dict(zip(MOMENTS, colormaps["viridis"]([0.0, 0.5, 0.85])))
+    figure = Figure(figsize=(10, 1.1 + 0.3 * len(formulations)), layout="constrained")
+    both = figure.subplots(1, len(COSINES), sharey=True)
+    for axes, (metric, label) in zip(both, COSINES.items()):
+        for i, (moment, color) in enumerate(colors.items()):
+            for row, formulation in enumerate(formulations):
+                ends = [values[metric + end].get((formulation, moment), NO_VALUES) for end in ("", "_low", "_high")]
+                if len(ends[0]) == 0:
+                    continue
+                y, together = row + 0.25 * (i - 1), pd.concat([series for series in ends if len(series)])
+                axes.hlines(y, together.min(), together.max(), color=color, linewidth=1.2)
+                axes.plot(ends[0].mean(), y, "o", color=color, markersize=3.5)
+        axes.axvline(0, color=GREY, linewidth=0.8)
+        axes.set_xlabel(label, fontsize=MEDIUM)
+        axes.tick_params(axis="x", labelsize=SMALL + 1)
+        axes.grid(axis="x", alpha=0.3)
+        for row in range(1, len(formulations), 2):
+            axes.axhspan(row - 0.5, row + 0.5, color="0.94", zorder=0)
+    both[0].set_yticks(range(len(formulations)), formulations, fontsize=SMALL + 1)
+    both[0].set_ylim(len(formulations) - 0.5, -0.5)
+    handles = [Line2D([], [], color=color, marker="o", markersize=3.5, label=moment) for moment, color in colors.items()]
+    figure.legend(handles=handles, loc="outside upper right", ncols=len(MOMENTS), fontsize=SMALL + 1)
+    figure.suptitle(title, fontsize=MEDIUM + 1)
+    return figure
+
+
+def rank_section(findings: Findings, estimates: Mapping[str, Mapping[str, Estimate]]) -> str:
+    """
+    Whether what has the more consistent gradient learns better.
+
+    :param estimates: for each environment, as ``final_returns`` returns them
+    """
+    rows = []
+    for environment in findings.score_ranges:
+        cosines = gradient_statistics(findings, environment, "pairwise_cosine")
+        both = [name for name in estimates[environment] if (name, "middle") in cosines]
+        if not both:
+            continue
+        ranks = pd.DataFrame(
+            {
+                "cosine": [cosines[name, "middle"].mean() for name in both],
+                "return": [estimates[environment][name].mean for name in both],
+            }
+        ).rank()
+        # Without spread there are no ranks to compare, and two formulations always agree or disagree fully
+        meant = len(both) > 2 and (ranks.nunique() > 1).all()
+        correlation = number(ranks["cosine"].corr(ranks["return"]), 2) if meant else NOTHING
+        n_seeds = [[len(cosines[name, "middle"]) for name in both], [estimates[environment][name].n_seeds for name in both]]
+        rows.append([environment, correlation, str(len(both)), *(from_to(counts) for counts in n_seeds)])
+    if not rows:
+        return "No formulation has both gradient statistics and final runs yet."
+    text = (
+        "Spearman's rank correlation, over formulations, of the pairwise cosine in the middle of the training (mean over "
+        "seeds) with the final return (interquartile mean over seeds): 1 if formulations whose gradients agree more always "
+        "learn better, 0 if the one says nothing about the other."
+    )
+    header = ["", "rank correlation", "formulations", "seeds of the cosine", "seeds of the return"]
+    return f"{text}\n\n{table(header, rows)}"
+
+
+def write_report(
+    results: pd.DataFrame,
+    score_ranges: Mapping[str, tuple[float, float]],
+    folder: Path,
+    first: str | None = None,
+    repetitions: int = REPETITIONS,
+) -> Path:
+    """
+    Write the report of a study, which may still be running: what is missing, the report says. The same results give the same
+    files.
+
+    :param results: Table with the columns ``COLUMNS``; formulations are reported in the order in which they appear
+    :param score_ranges: For each environment, in the order of the report, the returns that count as 0 and 1 where environments
+        are put together
+    :param folder: Where report.md and its pictures are written; made if need be
+    :param first: The formulation with which the others are compared: the grey line of the plots, the denominator of the
+        variances. Default: the first one in the results
+    :param repetitions: Of the bootstrap
+    :return: The path of report.md
+    :raises ValueError: if columns are missing or unknown, a phase, an environment or ``first`` is unknown, a range of scores
+        does not rise, a row is there twice, final runs of a formulation have several learning rates, or there are none
+    """
+    rows = checked(results, score_ranges, first)
+    formulations = list(results["formulation"].unique())
+    findings = Findings(rows, score_ranges, formulations, first or formulations[0], repetitions)
+    estimates = {environment: final_returns(findings, environment) for environment in score_ranges}
+    together = aggregates(findings)
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = {
+        "Final returns": final_section(findings, estimates, together),
+        "Normalised scores": aggregate_section(together, folder),
+        "Performance profiles": profile_section(findings, folder),
+        "Learning curves": curves_section(findings, folder),
+        "Learning rates": search_section(findings),
+        "Gradient statistics": statistics_section(findings, folder),
+        "Do better gradients mean better returns?": rank_section(findings, estimates),
+    }
+    introduction = (
+        "Intervals are 95 % percentile intervals of the bootstrap over seeds, stratified by environment, with "
+        f"{repetitions:,} repetitions ([Agarwal et al., 2021](https://arxiv.org/abs/2108.13264)). "
+        "Where a number is over fewer seeds than its row says, n is given."
+    )
+    parts = ["# Ablation study", introduction, *(f"## {heading}\n\n{text}" for heading, text in sections.items())]
+    path = folder / "report.md"
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,154 @@
+"""What an ablation study consists of: settings from a YAML file, and the runs they make."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import yaml
+
+from sb3_vpg.envs import register_environments
+from sb3_vpg.estimators import check_choice
+from sb3_vpg.vpg import check_number
+
+#: "search" (for the learning rate), "final", or "statistics" (of gradients)
+PHASES = ("search", "final", "statistics")
+#: Seeds of the search for the learning rate, which the other runs do not have
+FIRST_SEARCH_SEED = 1000
+
+
+class Run(NamedTuple):
+    """
+    One training run.
+
+    :param environment: id of the environment
+    :param formulation: name of the formulation
+    :param phase: one of :data:`PHASES`
+    :param seed: seed
+    :param learning_rate: learning rate of the actor
+    """
+
+    environment: str
+    formulation: str
+    phase: str
+    seed: int
+    learning_rate: float
+
+
+# Columns of the results: what run, and a row for each number that it gives
+COLUMNS = (*Run._fields, "timesteps", "metric", "value")
+Row = tuple[str, str, str, int, float, int, str, float]
+# The row with which the results of a run end
+LAST_METRIC = "seconds"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """
+    :param n_timesteps: budget of a run, steps of all environments together, >= 1
+    :param n_envs: number of environments, >= 1
+    :param score_range: returns that count as 0 and as 1
+    :param reward_scale: what rewards are multiplied by in training
+    :param keywords: further keywords of VPG for all formulations
+    """
+
+    n_timesteps: int
+    n_envs: int
+    score_range: tuple[float, float]
+    reward_scale: float = 1.0
+    keywords: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_number("n_timesteps", self.n_timesteps, low=1, integer=True)
+        check_number("n_envs", self.n_envs, low=1, integer=True)
+        check_number("reward_scale", self.reward_scale, low=0, low_included=False)
+        low, high = self.score_range
+        check_number("score_range", high, low=low, low_included=False)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """
+    :param policy_of: formulation whose training gives the policies
+    :param reference: formulation with whose gradient directions are compared
+    :param n_episodes: number of episodes, at least two batches of each formulation
+    """
+
+    policy_of: str
+    reference: str
+    n_episodes: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """
+    :param learning_rates: among which the search chooses
+    :param common: keywords of VPG for all runs
+    :param environments: by id
+    :param formulations: keywords of VPG that make up each formulation, by name
+    :param statistics: of gradients
+    """
+
+    learning_rates: Sequence[float]
+    common: Mapping[str, Any]
+    environments: Mapping[str, Environment]
+    formulations: Mapping[str, Mapping[str, Any]]
+    statistics: Statistics
+
+    def __post_init__(self) -> None:
+        for rate in self.learning_rates:
+            check_number("learning_rates", rate, low=0, low_included=False)
+        check_choice("statistics: policy_of", self.statistics.policy_of, self.formulations)
+        check_choice("statistics: reference", self.statistics.reference, self.formulations)
+
+    def keywords(self, env_id: str, formulation: str) -> dict[str, Any]:
+        """:return: keywords of VPG of a run, without learning rate and seed"""
+        return {**self.common, **self.environments[env_id].keywords, **self.formulations[formulation]}
+
+    def search_runs(self, env_id: str, formulations: Iterable[str], n_seeds: int) -> Iterator[Run]:
+        """:return: runs of the search for learning rates"""
+        for formulation in formulations:
+            for learning_rate in self.learning_rates:
+                for seed in range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + n_seeds):
+                    yield Run(env_id, formulation, "search", seed, learning_rate)
+
+    def final_runs(self, env_id: str, learning_rates: Mapping[str, float], n_seeds: int) -> Iterator[Run]:
+        """
+        :param learning_rates: of each formulation
+        :return: runs with these learning rates
+        """
+        for seed in range(n_seeds):
+            for formulation, learning_rate in learning_rates.items():
+                yield Run(env_id, formulation, "final", seed, learning_rate)
+
+    def statistics_runs(self, env_id: str, learning_rate: float, n_seeds: int) -> Iterator[Run]:
+        """:return: runs at whose start, middle and end gradients are measured"""
+        for seed in range(n_seeds):
+            yield Run(env_id, self.statistics.policy_of, "statistics", seed, learning_rate)
+
+
+def load_study(path: Path) -> Study:
+    """
+    :param path: YAML file, such as hyperparams/ablation/ladder.yml, which explains its keys
+    :return: the study
+    :raises ValueError: if something is missing, unknown or out of range
+    """
+    register_environments()
+    settings = yaml.safe_load(path.read_text())
+    expected = {"learning_rates", "common", "environments", "formulations", "statistics"}
+    if not isinstance(settings, dict) or set(settings) != expected:
+        given = sorted(settings) if isinstance(settings, dict) else settings
+        raise ValueError(f"{path}: expected the keys {', '.join(sorted(expected))}, got {given}")
+    for env_id in settings["environments"]:
+        if env_id not in gym.registry:
+            raise ValueError(f"{path}: there is no environment {env_id!r}")
+    own = ("n_timesteps", "n_envs", "score_range", "reward_scale")
+    environments = {
+        env_id: Environment(
+            **{key: value for key, value in entry.items() if key in own},
+            keywords={key: value for key, value in entry.items() if key not in own},
+        )
+        for env_id, entry in settings["environments"].items()
+    }
+    return Study(**{**settings, "environments": environments, "statistics": Statistics(**settings["statistics"])})

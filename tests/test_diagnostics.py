@@ -1,0 +1,407 @@
+"""
+Gradient statistics: by hand, against their definitions, against VPG's own update, and against the exact variance of a small
+MDP.
+"""
+
+import copy
+import math
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch as th
+from envs import ACTION_SPACES, OBSERVATION_SPACES, CountingEnv, SpacesEnv, policy_for
+from mdp import GAMMA, MDPEnv, action_probabilities, batches, gradient_of_batch, make_model, probability, trajectories
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_vpg import VPG
+from sb3_vpg.diagnostics import (
+    MAX_GROUPS,
+    GradientStatisticsCallback,
+    Measured,
+    batch_gradients,
+    collect_episodes,
+    episodes_in,
+    gradient_statistics,
+    rollout_statistics,
+    statistics_of,
+)
+from sb3_vpg.estimators import Formulation
+from sb3_vpg.passes import passes_of
+
+NAMES = [field.name for field in fields(statistics_of(th.eye(2)))]
+
+
+def values(statistics):
+    return {name: getattr(statistics, name).value for name in NAMES}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From gradients to statistics
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_two_orthogonal_gradients_are_all_noise():
+    statistics = values(statistics_of(th.tensor([[2.0, 0.0], [0.0, 2.0]])))
+    assert statistics == {
+        "mean_norm": pytest.approx(math.sqrt(2)),
+        "variance": pytest.approx(4.0),
+        "snr": 0.0,
+        "pairwise_cosine": 0.0,
+        "cosine_with_reference": 0.0,
+        "noise_scale": math.inf,
+    }
+
+
+def test_by_hand():
+    # g_i . g_j: 5, 2, 4 on the diagonal, 3, 2 (twice) beside it
+    gradients = th.tensor([[2.0, 1.0], [1.0, 1.0], [0.0, 2.0]])
+    statistics = values(statistics_of(gradients, n_episodes=4))
+    signal, mean_square = (3 + 2 + 2) / 3, 11 / 3
+    assert statistics["mean_norm"] == pytest.approx(5 / 3)
+    assert statistics["variance"] == pytest.approx(mean_square - signal)
+    assert statistics["snr"] == pytest.approx(signal / (mean_square - signal))
+    assert statistics["noise_scale"] == pytest.approx(4 * (mean_square - signal) / signal)
+    cosines = [3 / math.sqrt(10), 2 / math.sqrt(20), 2 / math.sqrt(8)]
+    assert statistics["pairwise_cosine"] == pytest.approx(np.mean(cosines))
+    # The sums of the others are (1, 3), (2, 3), (3, 2)
+    with_others = [5 / math.sqrt(5 * 10), 5 / math.sqrt(2 * 13), 4 / math.sqrt(4 * 13)]
+    assert statistics["cosine_with_reference"] == pytest.approx(np.mean(with_others))
+
+
+def test_equal_gradients_are_all_signal():
+    statistics = values(statistics_of(th.ones(3, 4)))
+    assert statistics["variance"] == pytest.approx(0, abs=1e-12)
+    assert statistics["pairwise_cosine"] == pytest.approx(1)
+    assert statistics["noise_scale"] == pytest.approx(0, abs=1e-12)
+    assert statistics["snr"] > 1e10
+
+
+def test_zero_gradients_have_no_signal_and_no_direction():
+    statistics = values(statistics_of(th.zeros(3, 4)))
+    assert statistics == {**dict.fromkeys(NAMES, 0.0), "noise_scale": math.inf}
+
+
+def test_reference_is_compared_on_other_data_only():
+    gradients, reference = th.tensor([[1.0, 0.0], [0.0, 1.0]]), th.tensor([[0.0, 3.0], [4.0, 0.0]])
+    # With its own row of the reference each gradient would be orthogonal
+    assert statistics_of(gradients, reference).cosine_with_reference.value == pytest.approx(1)
+
+
+def test_the_gradient_of_an_update_averages_several():
+    gradients = th.randn(8, 5, generator=th.Generator().manual_seed(0)) + 1
+    one, four = statistics_of(gradients), statistics_of(gradients, n_per_update=4, n_episodes=3)
+    assert four.variance.value == pytest.approx(one.variance.value / 4)
+    assert four.snr.value == pytest.approx(4 * one.snr.value)
+    assert four.noise_scale.value == pytest.approx(3 * one.noise_scale.value)
+
+
+def test_unbiased_and_intervals_cover_the_truth():
+    d, m, sigma, n_samples = 20, 32, 1.0, 300
+    mean = th.full((d,), 0.3)
+    truth = {"variance": d * sigma**2, "snr": 0.09 * d / (d * sigma**2), "noise_scale": 1 / 0.09}
+    generator = th.Generator().manual_seed(0)
+    samples = [
+        statistics_of(mean + sigma * th.randn(m, d, generator=generator), n_bootstrap=200, seed=i) for i in range(n_samples)
+    ]
+    variance = np.mean([sample.variance.value for sample in samples])
+    signal = np.mean([sample.snr.value * sample.variance.value for sample in samples])
+    assert variance == pytest.approx(truth["variance"], rel=0.01)
+    # The squared norm of the mean would be larger by d sigma^2 / m = 0.625
+    assert signal == pytest.approx(0.09 * d, abs=0.1)
+    for name, value in truth.items():
+        covered = np.mean([getattr(s, name).low <= value <= getattr(s, name).high for s in samples])
+        # Percentile intervals of 32 samples are somewhat too narrow
+        assert 0.85 < covered < 0.99, name
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (3,)])
+def test_one_gradient_has_no_variance(shape):
+    with pytest.raises(ValueError, match="m >= 2"):
+        statistics_of(th.ones(shape))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From episodes to gradients
+# ---------------------------------------------------------------------------------------------------------------
+
+FORMULATIONS = {
+    "total_return": {"estimator": "total_return"},
+    "reward_to_go": {"estimator": "reward_to_go"},
+    "gamma_t": {"estimator": "reward_to_go", "discount_state_distribution": True},
+    "mean": {"estimator": "reward_to_go", "baseline": "mean"},
+    "time": {"estimator": "reward_to_go", "baseline": "time"},
+    "leave_one_out": {"estimator": "reward_to_go", "baseline": "leave_one_out"},
+    "value": {"estimator": "reward_to_go", "baseline": "value"},
+    "td_residual": {"estimator": "td_residual"},
+    "gae": {"estimator": "gae", "gae_lambda": 0.7},
+    "batch": {"estimator": "reward_to_go", "normalize_advantage": "batch"},
+    "episode": {"estimator": "reward_to_go", "normalize_advantage": "episode"},
+}
+
+
+def as_measured(keywords, size, reduction="mean"):
+    keywords = {"gamma": GAMMA, "gae_lambda": 0.95, "normalize_advantage": False, **keywords}
+    return Measured(Formulation(**keywords), size, reduction)
+
+
+def flat_gradient(parameters):
+    return th.cat([p.grad.flatten() for p in parameters])
+
+
+@pytest.mark.parametrize("loss_reduction", ["mean", "trajectory"])
+@pytest.mark.parametrize("name", FORMULATIONS)
+def test_the_gradient_of_a_batch_is_that_of_the_update(name, loss_reduction):
+    env = DummyVecEnv([lambda: CountingEnv([3, 7, 1], time_limit=True), lambda: CountingEnv([4, 2])] * 3)
+    keywords = {"gae_lambda": 0.95, "normalize_advantage": False, "vf_coef": 0.0, **FORMULATIONS[name]}
+    model = VPG("MlpPolicy", env, n_episodes=1, gamma=GAMMA, loss_reduction=loss_reduction, seed=0, **keywords)
+    _, callback = model._setup_learn(0)
+    model.collect_rollouts(env, callback, model.rollout_buffer, 1)
+    model.policy.zero_grad()
+    model._accumulate_gradients(passes_of(model.policy))
+    measured = as_measured(FORMULATIONS[name], 6, loss_reduction)
+    gradient = batch_gradients(model.policy, episodes_in(model.rollout_buffer, 6), [measured])[0, 0]
+    expected = -flat_gradient(model._actor_parameters)
+    assert expected.abs().max() > 1e-3
+    th.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_first_episodes_of_each_environment_whatever_their_length():
+    lengths = [[1, 2], [5, 1], [2, 3]]
+    env = DummyVecEnv([lambda own=own: CountingEnv(own) for own in lengths])
+    model = VPG("MlpPolicy", env, seed=0)
+    episodes = collect_episodes(model, env, 5)
+    # Two of each, in order of environment; the sixth is not asked for. Rewards are 1, 2, 3 ...
+    assert episodes.rollout.mask.sum(axis=0).tolist() == [1, 2, 5, 1, 2]
+    assert episodes.rollout.rewards.T.tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 2, 0, 0, 0],
+        [1, 2, 3, 4, 5],
+        [1, 0, 0, 0, 0],
+        [1, 2, 0, 0, 0],
+    ]
+    observations = episodes.buffer.flat_observations(episodes.indices[episodes.rollout.mask])
+    steps, columns = episodes.rollout.mask.nonzero()
+    assert observations[:, 1].tolist() == steps.tolist()
+    assert observations[:, 0].tolist() == [columns.tolist()[i] % 2 for i in range(len(columns))]
+
+
+def exact_statistics(model, p_end, n_episodes):
+    """|G|^2 and tr(Sigma) of the gradient of a batch, by enumeration."""
+    mean, mean_square = 0.0, 0.0
+    for batch, weight in batches(model, p_end, n_episodes):
+        gradient = gradient_of_batch(model, batch)
+        mean, mean_square = mean + weight * gradient, mean_square + weight * (gradient @ gradient)
+    return mean @ mean, mean_square - mean @ mean
+
+
+OF_ONE_EPISODE = ("total_return", "reward_to_go", "gamma_t", "value", "td_residual", "gae", "episode")
+OF_TWO_EPISODES = ("mean", "time", "leave_one_out", "batch")
+P_END = 0.25
+
+
+@pytest.fixture(scope="module")
+def mdp_episodes():
+    model = make_model(1)
+    th.manual_seed(0)
+    env = DummyVecEnv([lambda: MDPEnv(P_END)] * 20)
+    env.seed(0)
+    return collect_episodes(model, env, 2000)
+
+
+@pytest.fixture(scope="module")
+def mdp_gradients(mdp_episodes):
+    """Gradients of batches of sampled episodes, by formulation."""
+    gradients = {}
+    for size, names in ((1, OF_ONE_EPISODE), (2, OF_TWO_EPISODES)):
+        measured = [as_measured(FORMULATIONS[name], size, "trajectory") for name in names]
+        gradients |= zip(names, batch_gradients(make_model(1).policy, mdp_episodes, measured))
+    return gradients
+
+
+@pytest.mark.parametrize("name", [*OF_ONE_EPISODE, *OF_TWO_EPISODES])
+def test_the_exact_variance_of_the_mdp_is_in_the_interval(name, mdp_gradients):
+    size = 1 if name in OF_ONE_EPISODE else 2
+    model = make_model(size, n_episodes=1, **{"gae_lambda": 0.95, **FORMULATIONS[name]})
+    signal, variance = exact_statistics(model, P_END, size)
+    statistics = statistics_of(mdp_gradients[name], n_episodes=size, confidence=0.99, n_bootstrap=500)
+    assert statistics.variance.low < variance < statistics.variance.high < 1.5 * statistics.variance.low
+    assert statistics.snr.low < signal / variance < statistics.snr.high
+    assert statistics.noise_scale.low < size * variance / signal < statistics.noise_scale.high
+
+
+def test_the_environment_is_the_enumerated_mdp(mdp_episodes):
+    pi = action_probabilities(make_model(1))
+    discounted = GAMMA ** np.arange(3)[:, None] * mdp_episodes.rollout.rewards
+    expected = sum(probability(t, pi) * (GAMMA ** np.arange(len(t.states)) * t.rewards).sum() for t in trajectories(P_END))
+    assert discounted.sum(axis=0).mean() == pytest.approx(expected, abs=0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Any policy, any algorithm
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def spaces_env(observation, action, n_envs=2):
+    return DummyVecEnv([lambda: SpacesEnv(OBSERVATION_SPACES[observation], ACTION_SPACES[action])] * n_envs)
+
+
+@pytest.mark.parametrize(
+    ("observation", "action", "kwargs"),
+    [
+        *(("Box", action, {}) for action in ACTION_SPACES),
+        *((observation, "Discrete", {}) for observation in OBSERVATION_SPACES if observation != "Box"),
+        ("Box", "Box", {"use_sde": True}),
+        ("image", "Box", {"policy_kwargs": {"share_features_extractor": False}}),
+    ],
+)
+def test_many_weightings_at_once_as_one_by_one(observation, action, kwargs):
+    env = spaces_env(observation, action)
+    policy = policy_for(OBSERVATION_SPACES[observation])
+    model = A2C(policy, env, seed=0, **kwargs)
+    episodes = collect_episodes(model, env, 4)
+    measured = [as_measured(keywords, 2) for keywords in FORMULATIONS.values()]
+    together = batch_gradients(model.policy, episodes, measured)
+    assert together.shape[:2] == (len(measured), 2)
+    assert together.abs().amax(dim=(1, 2)).min() > 0
+    for one, gradients in zip(measured, together):
+        alone = batch_gradients(model.policy, episodes, [one])[0]
+        th.testing.assert_close(gradients, alone, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", [A2C, PPO, VPG])
+def test_any_algorithm_and_the_model_is_left_alone(algorithm):
+    env = spaces_env("Box", "Discrete")
+    model = algorithm("MlpPolicy", env, n_steps=32, seed=0).learn(64)
+    before, timesteps = copy.deepcopy(model.policy.state_dict()), model.num_timesteps
+    measured = {name: as_measured(keywords, 4) for name, keywords in FORMULATIONS.items()}
+    options = {"n_episodes": 16, "reference": "value", "seed": 3, "n_bootstrap": 50}
+    one, two = (gradient_statistics(model, spaces_env("Box", "Discrete"), measured, **options) for _ in range(2))
+    assert one == two
+    assert list(one) == list(measured)
+    assert model.num_timesteps == timesteps
+    assert all(th.equal(value, before[name]) for name, value in model.policy.state_dict().items())
+    model.learn(32, reset_num_timesteps=False)
+
+
+def test_little_memory_gives_the_same_statistics():
+    env = spaces_env("Box", "Box")
+    model = VPG("MlpPolicy", env, seed=0)
+    measured = {name: as_measured(keywords, size) for size in (2, 4) for name, keywords in FORMULATIONS.items()}
+    options = {"n_episodes": 16, "reference": "gae", "n_bootstrap": 20}
+    many = gradient_statistics(model, spaces_env("Box", "Box"), measured, seed=1, **options)
+    few = gradient_statistics(model, spaces_env("Box", "Box"), measured, seed=1, max_bytes=1, **options)
+    for name in measured:
+        assert values(many[name]) == pytest.approx(values(few[name]), rel=1e-3)
+
+
+def test_more_episodes_in_a_batch_less_variance():
+    env = make_vec_env("CartPole-v1", 8, seed=0)
+    model = VPG("MlpPolicy", env, seed=0)
+    measured = {f"{size}": as_measured({"estimator": "reward_to_go"}, size) for size in (4, 16)}
+    statistics = gradient_statistics(model, env, measured, n_episodes=256, seed=0)
+    ratio = statistics["4"].variance.value / statistics["16"].variance.value
+    assert 2.5 < ratio < 6.5
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Callback
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Recorder(BaseCallback):
+    """What the logger holds at the beginning of each rollout, that is after the update before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.logged = []
+
+    def _on_rollout_start(self):
+        self.logged.append(dict(self.logger.name_to_value))
+
+    def _on_step(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"n_steps": 16},
+        {"n_episodes": 2, "estimator": "reward_to_go", "baseline": "leave_one_out"},
+        {"n_episodes": 2, "loss_reduction": "trajectory", "estimator": "total_return"},
+        {"n_steps": 200},
+    ],
+    ids=str,
+)
+def test_the_mean_is_the_gradient_of_the_update(kwargs):
+    env = DummyVecEnv([lambda: CountingEnv([3, 5]), lambda: CountingEnv([4])])
+    model = VPG("MlpPolicy", env, seed=0, gamma=0.9, **kwargs)
+    recorder = Recorder()
+    model.learn(1000, callback=[recorder, GradientStatisticsCallback(1)], log_interval=10_000)
+    assert len(recorder.logged) > 2
+    for logged in recorder.logged[1:]:
+        assert logged["gradient/mean_norm"] == pytest.approx(logged["train/policy_grad_norm"], rel=1e-3)
+        assert {name.removeprefix("gradient/") for name in logged if name.startswith("gradient/")} == set(NAMES)
+
+
+def test_every_third_rollout():
+    recorder = Recorder()
+    model = VPG("MlpPolicy", DummyVecEnv([lambda: CountingEnv([3])] * 2), n_steps=8, seed=0)
+    norms = []
+
+    class Norms(Recorder):
+        def _on_rollout_start(self):
+            norms.append(self.logger.name_to_value.pop("gradient/mean_norm", None))
+
+    model.learn(16 * 7, callback=[recorder, GradientStatisticsCallback(3), Norms()], log_interval=10_000)
+    assert [norm is not None for norm in norms] == [False, True, False, False, True, False, False]
+
+
+def test_training_is_the_same_with_the_callback():
+    def weights(callback):
+        env = make_vec_env("CartPole-v1", 4, seed=0)
+        model = VPG("MlpPolicy", env, n_steps=32, seed=0).learn(1000, callback=callback)
+        return th.nn.utils.parameters_to_vector(model.policy.parameters())
+
+    assert th.equal(weights(None), weights(GradientStatisticsCallback(1)))
+
+
+def test_many_pieces_are_taken_together():
+    model = VPG("MlpPolicy", DummyVecEnv([lambda: CountingEnv([1, 2])] * 2), n_steps=3 * MAX_GROUPS, seed=0)
+    model.learn(6 * MAX_GROUPS)
+    assert model.rollout_buffer.n_pieces == 4 * MAX_GROUPS
+    statistics = rollout_statistics(model)
+    assert statistics.noise_scale.value == pytest.approx(4 * MAX_GROUPS / statistics.snr.value)
+
+
+def test_one_piece_logs_nothing():
+    model = VPG("MlpPolicy", DummyVecEnv([lambda: CountingEnv([100])]), n_steps=16, seed=0)
+    recorder = Recorder()
+    model.learn(64, callback=[recorder, GradientStatisticsCallback(1)])
+    assert not any(name.startswith("gradient/") for logged in recorder.logged for name in logged)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Bad input
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_named():
+    env = spaces_env("Box", "Discrete")
+    model = VPG("MlpPolicy", env, seed=0)
+    measured = {"rtg": as_measured({"estimator": "reward_to_go"}, 4)}
+    with pytest.raises(ValueError, match=r"reference='gae'.*'rtg'"):
+        gradient_statistics(model, env, measured, reference="gae")
+    with pytest.raises(ValueError, match=r"n_episodes=7 .*4 episodes of 'rtg'"):
+        gradient_statistics(model, env, measured, n_episodes=7)
+    with pytest.raises(ValueError, match="episodes_per_batch=0"):
+        Measured(Formulation(), 0)
+    with pytest.raises(ValueError, match="loss_reduction='sum'"):
+        Measured(Formulation(), 4, "sum")
+    with pytest.raises(ValueError, match="every_n_rollouts=0"):
+        GradientStatisticsCallback(0)
+    with pytest.raises(ValueError, match="is for VPG"):
+        A2C("MlpPolicy", env).learn(10, callback=GradientStatisticsCallback())
