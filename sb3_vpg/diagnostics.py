@@ -27,7 +27,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_vpg.buffers import VPGBufferMixin, VPGDictRolloutBuffer, VPGRolloutBuffer
 from sb3_vpg.estimators import Array, Formulation, Rollout, check_choice, piece_index
-from sb3_vpg.passes import Passes
+from sb3_vpg.passes import Passes, passes_of
 from sb3_vpg.rollout import RolloutCollector
 from sb3_vpg.vpg import LOSS_REDUCTIONS, VPG, check_number
 
@@ -165,19 +165,18 @@ def _cosines_with_others(products: Array, gradients: th.Tensor, reference: th.Te
 def actor_parameters(policy: ActorCriticPolicy, buffer: VPGBufferMixin) -> list[th.nn.Parameter]:
     """:return: the policy's parameters on which the log probability of an action depends"""
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    log_prob = log_probabilities(policy, buffer, np.arange(1))
+    log_prob = log_probabilities(Passes(policy), buffer, np.arange(1))
     gradients = th.autograd.grad(log_prob.sum(), parameters, allow_unused=True)
     return [p for p, gradient in zip(parameters, gradients) if gradient is not None]
 
 
-def log_probabilities(policy: ActorCriticPolicy, buffer: VPGBufferMixin, indices: Array) -> th.Tensor:
+def log_probabilities(passes: Passes, buffer: VPGBufferMixin, indices: Array) -> th.Tensor:
     samples = buffer._get_samples(indices)
-    # Not the fast passes: their own layer can be differentiated once, and not in a batch
-    return Passes(policy).evaluate(samples.observations, samples.actions, with_values=False)[1]
+    return passes.evaluate(samples.observations, samples.actions, with_values=False)[1]
 
 
 def weighted_score(
-    policy: ActorCriticPolicy,
+    passes: Passes,
     parameters: list[th.nn.Parameter],
     buffer: VPGBufferMixin,
     indices: Array,
@@ -186,7 +185,8 @@ def weighted_score(
     """
     ``sum_t w_t grad log pi(a_t | s_t)`` for several weightings w of the same steps: one pass forward, one vectorised back.
 
-    :param policy: any policy of SB3's on-policy algorithms
+    :param passes: through the policy; with several weightings by its own methods, since the fused layer of the fast passes has
+        no vectorised pass back
     :param parameters: with respect to which
     :param buffer: a rollout
     :param indices: which steps of it, counted in order of time, then of environment, shape (n,)
@@ -195,13 +195,14 @@ def weighted_score(
     """
     # The pass back takes memory for all weightings at once
     chunk_size = max(1, buffer.chunk_size // len(weights))
-    total = th.zeros(len(weights), sum(p.numel() for p in parameters), device=policy.device)
+    several = len(weights) > 1
+    total = th.zeros(len(weights), sum(p.numel() for p in parameters), device=parameters[0].device)
     for start in range(0, len(indices), chunk_size):
         chunk = slice(start, start + chunk_size)
-        log_prob = log_probabilities(policy, buffer, indices[chunk])
+        log_prob = log_probabilities(passes, buffer, indices[chunk])
         directions = th.as_tensor(weights[:, chunk], dtype=log_prob.dtype, device=log_prob.device)
-        gradients = th.autograd.grad(log_prob, parameters, directions, is_grads_batched=True)
-        total += th.cat([gradient.flatten(start_dim=1) for gradient in gradients], dim=1)
+        gradients = th.autograd.grad(log_prob, parameters, directions if several else directions[0], is_grads_batched=several)
+        total += th.cat([gradient.reshape(len(weights), -1) for gradient in gradients], dim=1)
     return total
 
 
@@ -389,7 +390,8 @@ def batch_gradients(policy: ActorCriticPolicy, episodes: Episodes, measured: Seq
     :return: the policy gradient of each batch (ascent direction), shape (len(measured), batches, parameters of the actor)
     """
     policy.set_training_mode(False)
-    parameters, buffer = actor_parameters(policy, episodes.buffer), episodes.buffer
+    passes, buffer = Passes(policy), episodes.buffer
+    parameters = actor_parameters(policy, buffer)
     size = measured[0].episodes_per_batch
     n_batches = episodes.indices.shape[1] // size
     gradients = []
@@ -398,7 +400,7 @@ def batch_gradients(policy: ActorCriticPolicy, episodes: Episodes, measured: Seq
         rollout = Rollout(*(array[:, columns] for array in episodes.rollout))
         recorded = rollout.mask
         weights = np.stack([psi(one, rollout)[recorded] for one in measured])
-        gradients.append(weighted_score(policy, parameters, buffer, episodes.indices[:, columns][recorded], weights))
+        gradients.append(weighted_score(passes, parameters, buffer, episodes.indices[:, columns][recorded], weights))
     return th.stack(gradients, dim=1)
 
 
@@ -470,11 +472,12 @@ def rollout_statistics(model: VPG, n_bootstrap: int = 0) -> GradientStatistics |
     # The mean over groups is then the gradient of the update
     scale = len(groups) / (buffer.n_pieces if model.loss_reduction == "trajectory" else buffer.n_recorded)
     weights = scale * buffer.advantages.reshape(1, -1)
-    parameters, pieces = actor_parameters(model.policy, buffer), steps_of_pieces(buffer)
+    passes, pieces = passes_of(model.policy), steps_of_pieces(buffer)
+    parameters = actor_parameters(model.policy, buffer)
     gradients = []
     for group in groups:
         indices = np.concatenate([pieces[piece] for piece in group])
-        gradients.append(weighted_score(model.policy, parameters, buffer, indices, weights[:, indices])[0])
+        gradients.append(weighted_score(passes, parameters, buffer, indices, weights[:, indices])[0])
     return statistics_of(
         th.stack(gradients),
         n_per_update=len(groups),

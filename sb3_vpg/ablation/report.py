@@ -557,35 +557,38 @@ def cosine_figure(findings: Findings, environment: str, title: str) -> Figure:
 
 def rank_section(findings: Findings, estimates: Mapping[str, Mapping[str, Estimate]]) -> str:
     """
-    Whether what has the more consistent gradient learns better.
+    Whether what has the more consistent gradient, or the one with the right direction, learns better.
 
     :param estimates: for each environment, as ``final_returns`` returns them
     """
     rows = []
     for environment in findings.score_ranges:
-        cosines = gradient_statistics(findings, environment, "pairwise_cosine")
-        both = [name for name in estimates[environment] if (name, "middle") in cosines]
+        cosines = {metric: gradient_statistics(findings, environment, metric) for metric in COSINES}
+        both = [name for name in estimates[environment] if all((name, "middle") in values for values in cosines.values())]
         if not both:
             continue
         ranks = pd.DataFrame(
             {
-                "cosine": [cosines[name, "middle"].mean() for name in both],
+                **{metric: [values[name, "middle"].mean() for name in both] for metric, values in cosines.items()},
                 "return": [estimates[environment][name].mean for name in both],
             }
         ).rank()
         # Without spread there are no ranks to compare, and two formulations always agree or disagree fully
         meant = len(both) > 2 and (ranks.nunique() > 1).all()
-        correlation = number(ranks["cosine"].corr(ranks["return"]), 2) if meant else NOTHING
-        n_seeds = [[len(cosines[name, "middle"]) for name in both], [estimates[environment][name].n_seeds for name in both]]
-        rows.append([environment, correlation, str(len(both)), *(from_to(counts) for counts in n_seeds)])
+        correlations = [number(ranks[metric].corr(ranks["return"]), 2) if meant else NOTHING for metric in COSINES]
+        n_seeds = [
+            [len(cosines["pairwise_cosine"][name, "middle"]) for name in both],
+            [estimates[environment][name].n_seeds for name in both],
+        ]
+        rows.append([environment, *correlations, str(len(both)), *(from_to(counts) for counts in n_seeds)])
     if not rows:
         return "No formulation has both gradient statistics and final runs yet."
     text = (
-        "Spearman's rank correlation, over formulations, of the pairwise cosine in the middle of the training (mean over "
-        "seeds) with the final return (interquartile mean over seeds): 1 if formulations whose gradients agree more always "
-        "learn better, 0 if the one says nothing about the other."
+        "Spearman's rank correlation, over formulations, of the two cosines in the middle of the training (means over seeds) "
+        "with the final return (interquartile mean over seeds): 1 if formulations whose gradients agree more, with each other "
+        "or with the reference, always learn better, 0 if the one says nothing about the other."
     )
-    header = ["", "rank correlation", "formulations", "seeds of the cosine", "seeds of the return"]
+    header = ["", *COSINES.values(), "formulations", "seeds of the cosines", "seeds of the return"]
     return f"{text}\n\n{table(header, rows)}"
 
 
