@@ -7,6 +7,7 @@ the log probabilities at every step; and it can collect pieces of fixed length o
 contract with callbacks, environments, policies and buffers.
 """
 
+import copy
 from typing import Any, NoReturn
 
 import numpy as np
@@ -42,9 +43,19 @@ class RolloutCollector(OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         super()._setup_model()
+        # Whether the environments have moved since they were all reset
+        self._moved = True
         # Index within its episode of the next step of each environment; kept when training is continued
         if np.shape(getattr(self, "_episode_steps", ())) != (self.n_envs,):
             self._episode_steps = np.zeros(self.n_envs, dtype=np.int64)
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
+        self._keep_statistics()
+        before = self._last_obs
+        total_timesteps, callback = super()._setup_learn(*args, **kwargs)
+        if self._last_obs is not before:
+            self._moved = False
+        return total_timesteps, callback
 
     def collect_rollouts(
         self,
@@ -82,8 +93,9 @@ class RolloutCollector(OnPolicyAlgorithm):
         values_at_each_step = self.uses_value_function and (separate is None or separate.shares_features)
         whole_episodes = self.n_episodes is not None or self.partial_episodes_mode == "finish"
 
-        self._start_rollout(env, rollout_buffer, fresh=whole_episodes)
+        # Before anything is drawn for the rollout: a model that is saved here goes on with the same rollout
         callback.on_rollout_start()
+        self._start_rollout(env, rollout_buffer, fresh=whole_episodes)
 
         n_steps = 0
         n_finished = np.zeros(env.num_envs, dtype=np.int64)
@@ -129,12 +141,14 @@ class RolloutCollector(OnPolicyAlgorithm):
         return True
 
     def _start_rollout(self, env: VecEnv, rollout_buffer: RolloutBuffer, fresh: bool) -> None:
-        """Empty the buffer and, if all episodes must be ``fresh``, reset the environments that are in the middle of one."""
-        if fresh and not np.all(self._last_episode_starts):
+        """Empty the buffer and, if all episodes must be ``fresh``, reset the environments."""
+        self._check_finite("observation", self._last_obs)
+        self._keep_statistics()
+        if fresh and self._moved:
             self._last_obs = env.reset()  # type: ignore[assignment]
             self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
+            self._check_finite("observation", self._last_obs)
         self._episode_steps[self._last_episode_starts] = 0
-        self._check_finite("observation", self._last_obs)
 
         rollout_buffer.reset()
         if isinstance(rollout_buffer, VPGBufferMixin):
@@ -229,6 +243,7 @@ class RolloutCollector(OnPolicyAlgorithm):
 
     def _move_on(self, new_obs: VecEnvObs, dones: np.ndarray) -> None:
         """The next step begins where the last one ended."""
+        self._moved = True
         self._last_obs = new_obs  # type: ignore[assignment]
         self._last_episode_starts = dones
         self._episode_steps += 1
@@ -274,9 +289,17 @@ class RolloutCollector(OnPolicyAlgorithm):
             step, env_index = np.argwhere(~np.isfinite(rows))[0]
             self._raise_non_finite(quantity, rows[step, env_index], env_index, f"step {step} of the rollout")
 
+    def _keep_statistics(self) -> None:
+        """Remember what VecNormalize knows, which has seen a number that is not finite before it can be refused."""
+        if self._vec_normalize_env is not None:
+            names = ("obs_rms", "ret_rms")
+            self._statistics = copy.deepcopy({name: getattr(self._vec_normalize_env, name, None) for name in names})
+
     def _raise_non_finite(self, quantity: str, value: Any, env_index: int, step: str) -> NoReturn:
         # Continuing to train must begin with a reset
         self._last_obs = None
+        if self._vec_normalize_env is not None:
+            vars(self._vec_normalize_env).update(self._statistics)
         raise ValueError(
             f"Non-finite {quantity} in environment {env_index} at {step} (timestep {self.num_timesteps}): {value}. "
             "No weight has been changed by it, the model can be saved. Look for the cause in the environment, its wrappers or "

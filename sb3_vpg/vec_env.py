@@ -20,6 +20,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
 from sb3_vpg.envs.cartpole import SameStepCartPoleVectorEnv
+from sb3_vpg.envs.vector import SeparatelySeededVectorEnv
 
 # Vectorised environments that gymnasium offers with next-step autoreset only, and what stands in for them
 SAME_STEP_FORMS: dict[type[VectorEnv], type[VectorEnv]] = {CartPoleVectorEnv: SameStepCartPoleVectorEnv}
@@ -142,10 +143,13 @@ class NativeVecEnv(VecEnv):
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """
-        An attribute of the vectorised environment that has one value for all environments.
+        An attribute of the vectorised environment that has one value for all environments, or "np_random", the generators of
+        the environments.
 
         :raises AttributeError: if it has no such attribute, or it is an array
         """
+        if attr_name == "np_random" and isinstance(self.vector_env, SeparatelySeededVectorEnv):
+            return [self.vector_env.generators[i] for i in self._get_indices(indices)]
         # The vectorised environment's own spaces are for all environments together
         prefix = "single_" if attr_name in ("observation_space", "action_space") else ""
         value = getattr(self.vector_env, prefix + attr_name)
@@ -157,11 +161,15 @@ class NativeVecEnv(VecEnv):
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """
-        Set an attribute of the vectorised environment.
+        Set an attribute of the vectorised environment, or "np_random", the generators of the environments that are meant.
 
         :raises AttributeError: if it has no such attribute
         :raises NotImplementedError: if not all environments are meant
         """
+        if attr_name == "np_random" and isinstance(self.vector_env, SeparatelySeededVectorEnv):
+            for i in self._get_indices(indices):
+                self.vector_env.generators[i] = value
+            return
         self._refuse_some(f"set {attr_name!r}", indices)
         if not hasattr(self.vector_env, attr_name):
             raise AttributeError(f"{self.vector_env} has no attribute {attr_name!r}")

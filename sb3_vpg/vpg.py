@@ -1,9 +1,11 @@
 """Vanilla policy gradient for Stable-Baselines3."""
 
+import io
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch as th
 from gymnasium import spaces
 from gymnasium.vector.utils import create_empty_array
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import (
     DictRolloutBufferSamples,
@@ -25,7 +28,9 @@ from sb3_vpg.buffers import VPGBufferMixin, VPGDictRolloutBuffer, VPGRolloutBuff
 from sb3_vpg.estimators import NORMALIZATIONS, Formulation, check_choice
 from sb3_vpg.passes import Passes, passes_of
 from sb3_vpg.policies import CnnPolicy, LogisticPolicy, MlpPolicy, MultiInputPolicy
+from sb3_vpg.random_states import get_random_states, set_random_states
 from sb3_vpg.rollout import RolloutCollector
+from sb3_vpg.saving import check_model_file, model_path, replacing
 from sb3_vpg.threads import accumulate_gradients
 
 SelfVPG = TypeVar("SelfVPG", bound="VPG")
@@ -179,6 +184,10 @@ class VPG(RolloutCollector):
         self.critic_batch_size = critic_batch_size
         self.critic_learning_rate = critic_learning_rate
 
+        # Whether the next training is to go on with the random numbers of a saved one
+        self._resumes = False
+        self._random_states: dict[str, Any] = {}
+
         if _init_setup_model:
             self._setup_model()
 
@@ -206,7 +215,7 @@ class VPG(RolloutCollector):
         self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate) if own else self.lr_schedule  # type: ignore[arg-type]
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_formulation", "_actor_parameters", "_critic_parameters"]
+        return [*super()._excluded_save_params(), "_formulation", "_actor_parameters", "_critic_parameters", "_statistics"]
 
     def _resolve_keywords(self) -> None:
         """
@@ -543,6 +552,68 @@ class VPG(RolloutCollector):
             reset_num_timesteps=reset_num_timesteps,
             progress_bar=progress_bar,
         )
+
+    def _setup_learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        reset_num_timesteps: bool = True,
+        tb_log_name: str = "VPG",
+        progress_bar: bool = False,
+    ) -> tuple[int, BaseCallback]:
+        if self._resumes and not reset_num_timesteps and self.env is not None:
+            set_random_states(self._random_states, self.env)
+        self._resumes = False
+        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        super().set_random_seed(seed)
+        # These are the random numbers that are wanted
+        self._resumes = False
+
+    # ------------------------------------------------------------------------------------------------------------
+    # Saving
+    # ------------------------------------------------------------------------------------------------------------
+
+    def save(
+        self,
+        path: str | Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """
+        Save all the attributes of the object and the model parameters in a zip-file, with the states of the random number
+        generators. A file of that name stays as it is until the new one is whole, whatever happens in between.
+
+        :param path: path to the file where the rl agent should be saved
+        :param exclude: name of parameters that should be excluded in addition to the default ones
+        :param include: name of parameters that might be excluded but should be included anyway
+        """
+        self._random_states = get_random_states(self.env)
+        if isinstance(path, (str, Path)):
+            with replacing(model_path(path)) as file:
+                super().save(file, exclude, include)
+        else:
+            super().save(path, exclude, include)
+
+    @classmethod
+    def load(cls: type[SelfVPG], path: str | Path | io.BufferedIOBase, *args: Any, **kwargs: Any) -> SelfVPG:
+        """
+        Load the model from a zip-file. Parameters and return value are those of SB3's ``load``. The first
+        ``learn(reset_num_timesteps=False)`` goes on with the random numbers that would have come next, in the environments,
+        too, if their number is the same; not if a ``seed`` is given here, or by ``set_random_seed``.
+
+        Loading unpickles, and a pickle can execute anything: load only files you trust. ``set_parameters`` of a model that you
+        have constructed yourself takes weights alone; see the README.
+
+        :raises FileNotFoundError: if there is no such file
+        :raises ValueError: if the file is damaged, or not a model of VPG; nothing has been unpickled then
+        """
+        check_model_file(path, keyword="estimator")
+        model = super().load(path, *args, **kwargs)
+        # A file of before random states were saved has none
+        model._resumes = bool(model._random_states) and kwargs.get("seed") is None
+        return model
 
 
 def check_number(

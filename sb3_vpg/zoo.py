@@ -8,11 +8,14 @@ they are imported, or :func:`register` does so explicitly, as ``python -m sb3_vp
 import functools
 import importlib
 import inspect
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import gymnasium as gym
 import yaml
@@ -100,9 +103,59 @@ def _add_default_config(exp_manager: ModuleType) -> None:
             hyperparams["critic_learning_rate"] = schedule["learning_rate"]
         return hyperparams
 
+    original_load, original_learn = manager._load_pretrained_agent, manager.learn
+
+    @functools.wraps(original_load)
+    def load_and_continue(self: Any, *args: Any, **kwargs: Any) -> Any:
+        model = original_load(self, *args, **kwargs)
+        if self.algo == "vpg":
+            model.__class__ = ContinuedVPG
+            # The zoo always gives a seed
+            model._resumes = bool(model._random_states)
+        return model
+
+    @functools.wraps(original_learn)
+    def learn_until_terminated(self: Any, model: Any) -> None:
+        """The zoo saves the model when it is interrupted from the keyboard: let the system's SIGTERM do the same."""
+        with terminated_like_interrupted() if self.algo == "vpg" else nullcontext():
+            original_learn(self, model)
+
     init_with_own_config.knows_vpg = True  # type: ignore[attr-defined]
     manager.__init__ = init_with_own_config
     manager._preprocess_schedules = staticmethod(with_critic_schedule)
+    manager._load_pretrained_agent = load_and_continue
+    manager.learn = learn_until_terminated
+
+
+class ContinuedVPG(VPG):
+    """VPG as the zoo's ``-i model.zip`` continues it: counters, schedules and random numbers go on."""
+
+    def learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> "ContinuedVPG":
+        """
+        :param total_timesteps: of the run that was interrupted and this one together; of this one alone, if the other had come
+            to its end
+        """
+        if self.num_timesteps < total_timesteps:
+            total_timesteps -= self.num_timesteps
+        return super().learn(total_timesteps, *args, **{**kwargs, "reset_num_timesteps": False})
+
+
+@contextmanager
+def terminated_like_interrupted() -> Iterator[None]:
+    """In this context SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+
+    def interrupt(*_: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        # Only the main thread may handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _own_config(algo: str, env_id: str) -> str | None:

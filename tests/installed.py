@@ -15,9 +15,15 @@ def call(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> 
     :param env: environment variables on top of those of the tests
     :return: the finished process, whatever its exit status
     """
+    return subprocess.run(
+        list(map(str, command)), cwd=cwd, env=variables_for(env), capture_output=True, text=True, timeout=300
+    )
+
+
+def variables_for(env: dict[str, str] | None = None) -> dict[str, str]:
+    """Environment variables for a process, with these on top of those of the tests."""
     variables = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "SB3_VPG_"))}
-    variables |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", **(env or {})}
-    return subprocess.run(list(map(str, command)), cwd=cwd, env=variables, capture_output=True, text=True, timeout=300)
+    return variables | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", **(env or {})}
 
 
 def output_of(process: subprocess.CompletedProcess[str]) -> str:
@@ -73,6 +79,11 @@ class Environment:
     def run(self, *arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """Run the environment's Python with these arguments, in the folder ``cwd``."""
         return call(self.python, *arguments, cwd=self.cwd, env=env)
+
+    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
+        """The same, without waiting for its end."""
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen([str(self.python), *map(str, arguments)], cwd=self.cwd, env=variables_for(), **pipes)
 
     def evaluate(self, expression: str, env: dict[str, str] | None = None) -> str:
         """

@@ -14,7 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from torch import nn
 
 from sb3_vpg import VPG
@@ -314,9 +314,11 @@ in_all_modes = pytest.mark.parametrize("mode", ALL_MODES.values(), ids=ALL_MODES
 @in_all_modes
 @pytest.mark.parametrize("value", [nan, inf, -inf])
 def test_a_non_finite_reward_stops_training_before_the_update(value, mode):
-    # Episodes of 3, 5, 3, 5 steps and rollouts of 8: the fourth reward of the fourth episode is in the second rollout
+    # Episodes of 3, 5, 3, 5 steps and rollouts of 8: the fourth reward of the fourth episode is in the second rollout, which
+    # begins with the third episode, or after another reset, if it is made of whole ones, with the fourth
     model = small_model(faulty("reward", 3, 4, value), **mode)
-    assert_stops_unharmed(model, rf"[Nn]on-finite reward in environment 1 at step 6 of the rollout .*: {value}\.")
+    step = 6 if model.partial_episodes_mode in ("bootstrap", "truncate") else 3
+    assert_stops_unharmed(model, rf"[Nn]on-finite reward in environment 1 at step {step} of the rollout .*: {value}\.")
     assert model._n_updates == 1
     goes_on(model)
 
@@ -514,3 +516,23 @@ def test_where_episodes_may_be_cut_they_may_go_on_for_ever(partial_episodes, mon
     monkeypatch.setattr(VPG, "max_episode_steps", 20)
     model = small_model(CountingEnv((inf,)), partial_episodes=partial_episodes).learn(80)
     assert model._n_updates == 10
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# VecNormalize sees what is not finite before VPG can refuse it
+# ---------------------------------------------------------------------------------------------------------------
+
+
+# SB3's running variance of something infinite
+@pytest.mark.filterwarnings("ignore:invalid value encountered in (scalar )?subtract:RuntimeWarning")
+@pytest.mark.parametrize("value", [nan, inf])
+@pytest.mark.parametrize("quantity", ["reward", "observation"])
+@in_all_modes
+def test_the_statistics_of_vec_normalize_stay_finite(mode, quantity, value):
+    env = VecNormalize(faulty(quantity, 3, 4, value))
+    model = small_model(env, **mode)
+    assert_stops_unharmed(model, r"[Nn]on-finite")
+    statistics = (env.obs_rms.mean, env.obs_rms.var, env.ret_rms.mean, env.ret_rms.var)
+    assert all(np.isfinite(statistic).all() for statistic in statistics)
+    model.learn(64, reset_num_timesteps=False)
+    assert np.isfinite(model.rollout_buffer.observations).all()

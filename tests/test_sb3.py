@@ -435,7 +435,7 @@ def test_a_loaded_model_predicts_and_goes_on_training_the_same(formulation, crit
         np.testing.assert_array_equal(loaded.predict(observations, deterministic=deterministic)[0], expected)
 
     for m in (model, loaded):
-        set_random_seed(5)
+        m.set_random_seed(5)
         m.learn(40, reset_num_timesteps=False)
     assert model.num_timesteps == loaded.num_timesteps
     assert model._n_updates == loaded._n_updates > 1

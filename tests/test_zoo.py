@@ -6,6 +6,8 @@ checkout, with the package imported from an installed wheel.
 import importlib.util
 import json
 import re
+import signal
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -83,6 +85,54 @@ def test_training_goes_on_from_a_trained_agent(installed: Environment, trained: 
     output = output_of(installed.run(*zoo_command(*TRAIN_CARTPOLE, "-n", "300", "-f", "continued", "-i", agent)))
     assert "Loading pretrained agent" in output
     assert (installed.cwd / "continued/vpg/CartPole-v1_1/CartPole-v1.zip").is_file()
+
+
+COUNTERS_OF = """
+import json, pickle, sys
+from sb3_vpg import VPG
+model = VPG.load(sys.argv[1])
+with open(sys.argv[2], "rb") as file:
+    statistics = pickle.load(file)
+rates = {group["role"]: group["lr"] for group in model.policy.optimizer.param_groups}
+print(json.dumps([model.num_timesteps, model._n_updates, statistics.obs_rms.count, rates]))
+"""
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_interrupted_is_saved_and_goes_on(installed: Environment, signal_number: signal.Signals):
+    logs = f"interrupted_{signal_number.name}"
+    folder = installed.cwd / logs / "vpg" / "Pendulum-v1_1"
+    pendulum = ("train", "--algo", "vpg", "--env", "Pendulum-v1", "--eval-freq", "-1", "-f", logs)
+    process = installed.start(*zoo_command(*pendulum, "-n", "1000000"))
+    deadline = time.monotonic() + 120
+    # A line for what it is, one for the columns, one for an episode
+    monitor = folder / "0.monitor.csv"
+    while not monitor.is_file() or len(monitor.read_text().splitlines()) < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal_number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+
+    def counters(run: int) -> tuple[int, int, float, dict[str, float]]:
+        folder = installed.cwd / logs / "vpg" / f"Pendulum-v1_{run}"
+        files = (folder / "Pendulum-v1.zip", folder / "Pendulum-v1" / "vecnormalize.pkl")
+        done = installed.run("-c", COUNTERS_OF, *files)
+        output_of(done)
+        return tuple(json.loads(done.stdout))
+
+    timesteps, n_updates, n_observations, rates = counters(1)
+    assert timesteps >= 800
+    # So that the run that goes on ends with an update at its very end, where the schedule is at 0
+    total = timesteps + 640
+    output_of(installed.run(*zoo_command(*pendulum, "-n", str(total), "-i", str(folder / "Pendulum-v1.zip"))))
+    timesteps_then, n_updates_then, n_observations_then, rates_then = counters(2)
+    assert timesteps_then == total
+    # Four environments x 16 steps for each update
+    assert n_updates_then == n_updates + 10
+    assert n_observations_then > n_observations
+    assert 0.0 == rates_then["actor"] < rates["actor"] == pytest.approx(0.002, rel=0.1)
 
 
 @pytest.mark.parametrize("command", ["train", "enjoy", "record_video", "record_training"])

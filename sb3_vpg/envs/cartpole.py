@@ -48,5 +48,5 @@ class SameStepCartPoleVectorEnv(CartPoleVectorEnv, SeparatelySeededVectorEnv):
     def _start(self, indices: npt.NDArray[np.integer[Any]]) -> None:
         """Begin a new episode in these environments."""
         for i in indices:
-            self.state[:, i] = self._generators[i].uniform(self.low, self.high, 4)
+            self.state[:, i] = self.generators[i].uniform(self.low, self.high, 4)
         self.steps[indices] = 0

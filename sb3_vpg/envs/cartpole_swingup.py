@@ -326,7 +326,7 @@ class CartPoleSwingUpVectorEnv(_StartSpread, SeparatelySeededVectorEnv[npt.NDArr
         """Begin a new episode in these environments."""
         std = self._start_std if std is None else std
         for i in indices:
-            self.state[:, i] = self._generators[i].normal(mean, std, 4)  # type: ignore[index]
+            self.state[:, i] = self.generators[i].normal(mean, std, 4)  # type: ignore[index]
         self._steps[indices] = 0
         self._last_actions[indices] = 0.0
 
