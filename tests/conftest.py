@@ -1,10 +1,17 @@
 """Shared by all tests."""
 
+import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch as th
 from installed import CHECKOUT, Environment, build_wheel
+
+# The same cases each time, few of them; HYPOTHESIS_PROFILE=thorough tries many others, and keeps what fails
+hypothesis.settings.register_profile("default", max_examples=50, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("thorough", max_examples=5000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(autouse=True, scope="session")
