@@ -5,6 +5,7 @@ draws what it would have drawn.
 
 import base64
 import random
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,10 @@ def get_random_states(env: VecEnv | None) -> dict[str, Any]:
         "cuda": [encode(state.numpy()) for state in th.cuda.get_rng_state_all()] if th.cuda.is_initialized() else [],
         "environments": [],
     }
-    if env is not None:
-        states["environments"] = [generator.bit_generator.state for generator in env.get_attr("np_random")]
+    # Without those of environments that have none of their own, or whose processes have ended
+    with suppress(AttributeError, EOFError, OSError):
+        if env is not None:
+            states["environments"] = [generator.bit_generator.state for generator in env.get_attr("np_random")]
     return states
 
 

@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
 
 from sb3_vpg.buffers import NumpyObs, VPGBufferMixin
+from sb3_vpg.failures import LOST_WORKER, failed_environment
 from sb3_vpg.passes import Passes, SeparatePasses, passes_of
 
 
@@ -52,7 +53,10 @@ class RolloutCollector(OnPolicyAlgorithm):
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
         self._keep_statistics()
         before = self._last_obs
-        total_timesteps, callback = super()._setup_learn(*args, **kwargs)
+        try:
+            total_timesteps, callback = super()._setup_learn(*args, **kwargs)
+        except LOST_WORKER as error:
+            self._raise_failed(self.env, error)  # type: ignore[arg-type]
         if self._last_obs is not before:
             self._moved = False
         return total_timesteps, callback
@@ -83,7 +87,8 @@ class RolloutCollector(OnPolicyAlgorithm):
         :param n_rollout_steps: Number of steps to collect per environment, see above
         :return: False if the callback ended the training
         :raises ValueError: if an observation, action, reward or value is not finite
-        :raises RuntimeError: if an episode does not end within ``max_episode_steps``, where whole episodes are asked for
+        :raises RuntimeError: if an environment raises or its process ends; if an episode does not end within
+            ``max_episode_steps``, where whole episodes are asked for
         """
         if self.policy.training:
             self.policy.set_training_mode(False)
@@ -110,7 +115,10 @@ class RolloutCollector(OnPolicyAlgorithm):
             actions, values, log_probs = self._sample_actions(obs_tensor, separate, values_at_each_step)
             clipped_actions = self._clip_actions(actions)
 
-            new_obs, rewards, dones, infos = env.step(clipped_actions)
+            try:
+                new_obs, rewards, dones, infos = env.step(clipped_actions)
+            except Exception as error:
+                self._raise_failed(env, error)
 
             self.num_timesteps += env.num_envs
 
@@ -145,7 +153,10 @@ class RolloutCollector(OnPolicyAlgorithm):
         self._check_finite("observation", self._last_obs)
         self._keep_statistics()
         if fresh and self._moved:
-            self._last_obs = env.reset()  # type: ignore[assignment]
+            try:
+                self._last_obs = env.reset()  # type: ignore[assignment]
+            except Exception as error:
+                self._raise_failed(env, error)
             self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
             self._check_finite("observation", self._last_obs)
         self._episode_steps[self._last_episode_starts] = 0
@@ -305,6 +316,17 @@ class RolloutCollector(OnPolicyAlgorithm):
             "No weight has been changed by it, the model can be saved. Look for the cause in the environment, its wrappers or "
             "a too large learning rate; stable_baselines3.common.vec_env.VecCheckNan helps to find it."
         )
+
+    def _raise_failed(self, env: VecEnv, error: Exception) -> NoReturn:
+        index, what = failed_environment(env, error)
+        which = "An environment" if index is None else f"Environment {index}"
+        step = "" if index is None else f" at step {self._episode_steps[index]} of its episode"
+        # Continuing to train must begin with a reset
+        self._last_obs = None
+        raise RuntimeError(
+            f"{which} failed{step} (timestep {self.num_timesteps}): {what}. "
+            "No weight has been changed by it, the model can be saved."
+        ) from error
 
     def _check_endless(self, recording: np.ndarray) -> None:
         """:raises RuntimeError: if the episode of an environment that is being recorded is too long"""

@@ -146,16 +146,17 @@ class NativeVecEnv(VecEnv):
         An attribute of the vectorised environment that has one value for all environments, or "np_random", the generators of
         the environments.
 
-        :raises AttributeError: if it has no such attribute, or it is an array
+        :raises AttributeError: if it has no such attribute, or it is an array, or one generator for all
         """
         if attr_name == "np_random" and isinstance(self.vector_env, SeparatelySeededVectorEnv):
             return [self.vector_env.generators[i] for i in self._get_indices(indices)]
         # The vectorised environment's own spaces are for all environments together
         prefix = "single_" if attr_name in ("observation_space", "action_space") else ""
         value = getattr(self.vector_env, prefix + attr_name)
-        if isinstance(value, np.ndarray):
+        if isinstance(value, np.ndarray | np.random.Generator):
+            kind = "array" if isinstance(value, np.ndarray) else "generator"
             raise AttributeError(
-                f"{attr_name!r} is one array for all environments: read `vector_env.{attr_name}` of NativeVecEnv instead"
+                f"{attr_name!r} is one {kind} for all environments: read `vector_env.{attr_name}` of NativeVecEnv instead"
             )
         return [value for _ in self._get_indices(indices)]
 

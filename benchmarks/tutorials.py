@@ -1,0 +1,169 @@
+"""
+The tutorials that the package grew out of, hyperparams/tutorials, each beside the number that the tutorial reports.
+
+    python benchmarks/tutorials.py                      # all of them
+    python benchmarks/tutorials.py logistic --plots     # the two pictures of docs/tutorials.md
+    python benchmarks/tutorials.py swingup -params normalize_advantage:True
+
+For each: interquartile mean over seeds, and its 95 % bootstrap interval, of the number as the tutorial counts it, of the mean
+return with the noise of the policy and of the deterministic one, 100 episodes each; how many seeds reach what is claimed;
+median seconds of training.
+"""
+
+import argparse
+import contextlib
+import io
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from common import in_processes, interquartile_mean, result_line, save
+
+ROOT = Path(__file__).parent.parent
+N_EPISODES = 100
+
+
+class Outcome(NamedTuple):
+    """
+    :param last_rollout: rewards of the last rollout / episodes that ended in it; None where a callback has cut it short
+    :param training: returns of the training's episodes, in order
+    :param sampled: returns of the trained policy, with its noise
+    :param deterministic: returns of the trained policy, without
+    """
+
+    last_rollout: float | None
+    training: list[float]
+    sampled: list[float]
+    deterministic: list[float]
+    steps: int
+    seconds: float
+
+
+class Tutorial(NamedTuple):
+    """
+    :param counts: what the tutorial's number is, in words
+    :param count: the number as the tutorial counts it
+    :param claim: what the tutorial reports or, where it reports nothing, the return at which the environment counts as solved
+    :param vec_env: for --vec-env; one environment alone is faster without arrays
+    """
+
+    env: str
+    counts: str
+    count: Callable[[Outcome], float]
+    claim: float
+    vec_env: str = "native"
+
+
+def last_rollout(outcome: Outcome) -> float:
+    return outcome.last_rollout
+
+
+def last_episodes(n: int) -> Callable[[Outcome], float]:
+    return lambda outcome: np.mean(outcome.training[-n:])
+
+
+def percent_of_200(outcome: Outcome) -> float:
+    return 100 * np.mean(np.array(outcome.sampled) == 200)
+
+
+PER_EPISODE = "rewards of the last rollout / episodes that ended in it"
+TUTORIALS = {
+    "logistic": Tutorial("CartPole-v0", "% of the evaluation episodes that reach 200", percent_of_200, 100, "dummy"),
+    "softmax": Tutorial("CartPole-v0", PER_EPISODE, last_rollout, 200),
+    "swingup": Tutorial("CartPoleSwingUp-v0", PER_EPISODE, last_rollout, 5.8),
+    "standardised": Tutorial("CartPole-v0", "mean of the last 10 episodes", last_episodes(10), 195, "dummy"),
+    "value_baseline": Tutorial("CartPole-v1", "mean of the last 100 episodes", last_episodes(100), 475),
+    "spinning_up": Tutorial("CartPole-v1", "mean of the last 100 episodes", last_episodes(100), 475),
+}
+
+
+class Job(NamedTuple):
+    name: str
+    seed: int
+    params: dict[str, Any]
+
+
+def run(job: Job) -> Outcome:
+    from rl_zoo3.exp_manager import ExperimentManager
+    from stable_baselines3.common.env_util import make_vec_env
+    from stable_baselines3.common.evaluation import evaluate_policy
+    from stable_baselines3.common.monitor import load_results
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    from sb3_vpg.vec_env import NativeVecEnv
+
+    tutorial = TUTORIALS[job.name]
+    settings = {"config": str(ROOT / f"hyperparams/tutorials/{job.name}.yml"), "hyperparams": job.params, "seed": job.seed}
+    settings |= {"eval_freq": -1, "log_interval": -1, "device": "cpu", "verbose": 0}
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        start = time.perf_counter()
+        manager = ExperimentManager(argparse.Namespace(), "vpg", tutorial.env, folder, **settings)
+        manager.vec_env_class = {"native": NativeVecEnv, "dummy": DummyVecEnv}[tutorial.vec_env]
+        model, _ = manager.setup_experiment()
+        manager.learn(model)
+        seconds = time.perf_counter() - start
+        training = load_results(manager.save_path)["r"].tolist()
+    rollout = model.rollout_buffer
+    per_episode = np.sum(rollout.rewards) / rollout.n_episodes if rollout.full else None
+    env = make_vec_env(tutorial.env, N_EPISODES, seed=10_000 + job.seed, vec_env_cls=NativeVecEnv)
+    sampled, deterministic = (
+        evaluate_policy(model, env, N_EPISODES, deterministic, return_episode_rewards=True)[0]
+        for deterministic in (False, True)
+    )
+    return Outcome(per_episode, training, sampled, deterministic, model.num_timesteps, seconds)
+
+
+def plot(outcome: Outcome, seed: int) -> None:
+    """Draw the pictures of the first tutorial: returns over the training, and those of the evaluation."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    axes.plot(outcome.training, ".", markersize=2, label="episode")
+    smooth = np.convolve(outcome.training, np.full(50, 1 / 50), mode="valid")
+    axes.plot(np.arange(49, len(outcome.training)), smooth, label="mean of the last 50")
+    axes.set(xlabel="episode", ylabel="return", title=f"CartPole-v0, logistic policy, training, seed {seed}")
+    axes.legend(loc="lower right")
+    figure.savefig(ROOT / "docs" / "tutorial_logistic_training.png", dpi=100)
+
+    figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+    axes.hist(outcome.sampled, bins=np.linspace(0, 205, 42))
+    axes.set(xlabel="return", ylabel="episodes", title=f"{N_EPISODES} evaluation episodes after it, actions sampled")
+    figure.savefig(ROOT / "docs" / "tutorial_logistic_evaluation.png", dpi=100)
+
+
+def main() -> None:
+    from rl_zoo3.utils import StoreDict
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tutorials", nargs="*", default=list(TUTORIALS), help=f"of {', '.join(TUTORIALS)}")
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help="more than 1 makes the seconds less telling")
+    parser.add_argument("-params", "--hyperparams", nargs="+", action=StoreDict, default={}, help="as for rl_zoo3.train")
+    parser.add_argument("--plots", action="store_true", help="draw the first seed of the logistic policy, into docs/")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/tutorials.json")
+    args = parser.parse_args()
+
+    seeds = range(args.first_seed, args.first_seed + args.seeds)
+    jobs = [Job(name, seed, args.hyperparams) for name in args.tutorials for seed in seeds]
+    outcomes = in_processes(run, jobs, args.processes)
+    lines = []
+    for name in args.tutorials:
+        tutorial, group = TUTORIALS[name], [next(outcomes) for _ in seeds]
+        counted = [float(tutorial.count(outcome)) for outcome in group]
+        means = {kind: [float(np.mean(getattr(outcome, kind))) for outcome in group] for kind in ("sampled", "deterministic")}
+        seconds, steps = [outcome.seconds for outcome in group], [outcome.steps for outcome in group]
+        details = ", ".join(f"{kind} {interquartile_mean(means[kind])}" for kind in means)
+        print(f"{tutorial.counts}; {np.median(steps) / 1e6:.3g} M steps (median)")
+        print(result_line(name, counted, seconds, tutorial.claim, details), flush=True)
+        lines.append({"tutorial": name, "counted": counted, **means, "steps": steps, "seconds": seconds})
+        save(args, lines)
+        if args.plots and name == "logistic":
+            plot(group[0], seeds[0])
+
+
+if __name__ == "__main__":
+    main()
