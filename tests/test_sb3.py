@@ -956,6 +956,34 @@ def test_each_learning_rate_scales_the_steps_of_its_own_parameters():
     assert changed(weights(start), weights(both)) == set(weights(start))
 
 
+def test_the_entropy_bonus_raises_the_entropy_and_a_negative_one_lowers_it():
+    observations = th.as_tensor(np.stack([BOX.sample() for _ in range(50)]))
+    entropies = []
+    for ent_coef in (-1.0, 0.0, 1.0):
+        model = small_model(policy_kwargs=SGD, learning_rate=0.1, max_grad_norm=None, ent_coef=ent_coef)
+        with th.no_grad():
+            # Away from the uniform policy, which has all the entropy there is
+            model.policy.action_net.bias.copy_(th.tensor([1.0, 0.0, -1.0]))
+        model.learn(100)
+        with th.no_grad():
+            entropies.append(model.policy.get_distribution(observations).entropy().mean().item())
+    assert entropies[0] + 0.05 < entropies[1] < entropies[2] - 0.05
+
+
+def test_vf_coef_scales_the_steps_of_the_critic():
+    def steps(vf_coef):
+        model = small_model(policy_kwargs=SGD, learning_rate=0.01, max_grad_norm=None, vf_coef=vf_coef)
+        before = weights(model)
+        after = weights(model.learn(20))
+        return {name: after[name] - before[name] for name in before}
+
+    half, two = steps(0.5), steps(2.0)
+    for name, step in half.items():
+        expected = 4 * step if name.startswith(CRITIC) else step
+        th.testing.assert_close(two[name], expected, rtol=1e-3, atol=1e-6)
+        assert step.abs().max() > 0
+
+
 def test_a_huge_value_loss_does_not_scale_the_policy_gradient_down():
     without, huge = (small_model(policy_kwargs=SGD, vf_coef=c, max_grad_norm=0.5).learn(20) for c in (0.0, 1e6))
     assert_same_weights(without, huge, ACTOR)
