@@ -10,7 +10,7 @@ from installed import CHECKOUT, Environment, build_wheel
 
 # The same cases each time, few of them; HYPOTHESIS_PROFILE=thorough tries many others, and keeps what fails
 hypothesis.settings.register_profile("default", max_examples=50, deadline=None, derandomize=True, database=None)
-hypothesis.settings.register_profile("thorough", max_examples=5000, deadline=None)
+hypothesis.settings.register_profile("thorough", max_examples=1000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 

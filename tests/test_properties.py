@@ -1,7 +1,7 @@
 """
 What must hold for any rollout: estimators, buffers and collection on random shapes, borders, masks and rewards.
 
-``HYPOTHESIS_PROFILE=thorough pytest tests/test_properties.py`` tries a hundred times as many cases.
+``HYPOTHESIS_PROFILE=thorough pytest tests/test_properties.py`` tries twenty times as many cases.
 """
 
 import numpy as np

@@ -3,6 +3,7 @@
 import argparse
 import os
 import shutil
+import sys
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -21,17 +22,20 @@ from sb3_vpg.zoo import HYPERPARAMS
 def main() -> None:
     """Run the command line."""
     args = parse_arguments()
-    study = load_study(args.config)
-    environments = args.env or list(study.environments)
-    formulations = args.formulation or list(study.formulations)
-    for env_id in environments:
-        check_choice("--env", env_id, study.environments)
-    for formulation in formulations:
-        check_choice("--formulation", formulation, study.formulations)
+    try:
+        study = load_study(args.config)
+        environments = args.env or list(study.environments)
+        formulations = args.formulation or list(study.formulations)
+        for env_id in environments:
+            check_choice("--env", env_id, study.environments)
+        for formulation in formulations:
+            check_choice("--formulation", formulation, study.formulations)
 
-    args.folder.mkdir(parents=True, exist_ok=True)
-    keep_settings(args.config, args.folder / "study.yml")
-    results = Results(args.folder / "results.csv")
+        args.folder.mkdir(parents=True, exist_ok=True)
+        keep_settings(args.config, args.folder / "study.yml")
+        results = Results(args.folder / "results.csv")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     try:
         run_study(study, results, environments, formulations, args)
     except KeyboardInterrupt:
