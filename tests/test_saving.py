@@ -15,7 +15,7 @@ import pytest
 import torch as th
 from envs import CountingEnv, SpacesEnv
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import CheckpointCallback
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
@@ -260,27 +260,35 @@ ENVIRONMENTS = {
 }
 
 
+class Until(BaseCallback):
+    """
+    :param until: number of updates to stop at
+    :param save_at: number of updates to save the model and VecNormalize's statistics at
+    """
+
+    def __init__(self, until, save_at=None, folder=None):
+        super().__init__()
+        self.until, self.save_at, self.folder = until, save_at, folder
+
+    def _on_rollout_start(self):
+        if self.model._n_updates == self.save_at:
+            self.model.save(self.folder / "between")
+            if self.model.get_vec_normalize_env() is not None:
+                self.model.get_vec_normalize_env().save(self.folder / "between.pkl")
+
+    def _on_step(self):
+        return self.model._n_updates < self.until
+
+
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 @pytest.mark.parametrize("keywords", [{"n_episodes": 2}, {"estimator": "reward_to_go", "n_steps": 30}], ids=str)
 def test_a_run_that_goes_on_from_a_file_gives_the_same_weights(name, keywords, tmp_path):
     """Between two updates, in another process as it were: new environments, other seeds, other random numbers in between."""
 
-    class SaveAt(CheckpointCallback):
-        def __init__(self, n_updates):
-            super().__init__(save_freq=1, save_path=str(tmp_path))
-            self.n_updates = n_updates
-
-        def _on_rollout_start(self):
-            if self.model._n_updates == self.n_updates:
-                self.model.save(tmp_path / "between")
-
-        def _on_step(self):
-            return self.model._n_updates < 6
-
     make_env = ENVIRONMENTS[name]
     env = make_env(0)
     uninterrupted = small_model(env, learning_rate=lambda left: 0.01 * left, **keywords)
-    uninterrupted.learn(10**6, callback=SaveAt(3))
+    uninterrupted.learn(10**6, callback=Until(6, save_at=3, folder=tmp_path))
     env.close()
 
     th.manual_seed(5)
@@ -288,7 +296,7 @@ def test_a_run_that_goes_on_from_a_file_gives_the_same_weights(name, keywords, t
     env = make_env(99)
     resumed = VPG.load(tmp_path / "between", env=env, device="cpu")
     assert resumed._n_updates == 3
-    resumed.learn(10**6 - resumed.num_timesteps, callback=SaveAt(None), reset_num_timesteps=False)
+    resumed.learn(10**6 - resumed.num_timesteps, callback=Until(6), reset_num_timesteps=False)
     env.close()
     assert resumed.num_timesteps == uninterrupted.num_timesteps
     assert th.equal(weights(resumed), weights(uninterrupted))
@@ -345,23 +353,10 @@ def test_vec_normalize_goes_on_too(tmp_path):
     def environment(seed):
         return VecNormalize(make_vec_env("Pendulum-v1", 2, seed=seed))
 
-    class Stop(CheckpointCallback):
-        def __init__(self, n_updates):
-            super().__init__(save_freq=1, save_path=str(tmp_path))
-            self.n_updates = n_updates
-
-        def _on_rollout_start(self):
-            if self.model._n_updates == self.n_updates:
-                self.model.save(tmp_path / "between")
-                self.model.get_vec_normalize_env().save(tmp_path / "between.pkl")
-
-        def _on_step(self):
-            return self.model._n_updates < 4
-
     uninterrupted = small_model(environment(0), n_episodes=1)
-    uninterrupted.learn(10**6, callback=Stop(2))
+    uninterrupted.learn(10**6, callback=Until(4, save_at=2, folder=tmp_path))
     env = VecNormalize.load(tmp_path / "between.pkl", make_vec_env("Pendulum-v1", 2, seed=7))
     resumed = VPG.load(tmp_path / "between", env=env, device="cpu")
-    resumed.learn(10**6 - resumed.num_timesteps, callback=Stop(None), reset_num_timesteps=False)
+    resumed.learn(10**6 - resumed.num_timesteps, callback=Until(4), reset_num_timesteps=False)
     assert th.equal(weights(resumed), weights(uninterrupted))
     np.testing.assert_array_equal(env.obs_rms.mean, uninterrupted.get_vec_normalize_env().obs_rms.mean)
