@@ -282,6 +282,27 @@ def test_what_is_collected_is_what_happened(lengths, mode, n_steps, time_limit, 
         )
 
 
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.booleans())
+@pytest.mark.parametrize("normalize", [False, "batch", "episode"])
+@pytest.mark.parametrize(
+    ("estimator", "baseline"),
+    [("reward_to_go", None), ("reward_to_go", "mean"), ("reward_to_go", "value"), ("td_residual", None), ("gae", None)],
+    ids=str,
+)
+def test_a_fixed_length_that_holds_whole_episodes_is_a_rollout_of_these(estimator, baseline, normalize, lengths, time_limit):
+    def advantages(**keywords):
+        env = DummyVecEnv([lambda: CountingEnv(lengths, time_limit=time_limit)])
+        policy_kwargs = {"net_arch": []}
+        model = VPG("MlpPolicy", env, estimator=estimator, baseline=baseline, policy_kwargs=policy_kwargs, seed=0, **keywords)
+        _, callback = model._setup_learn(10**6)
+        model.collect_rollouts(env, callback, model.rollout_buffer, model.n_steps)
+        return model.rollout_buffer.advantages
+
+    fixed = advantages(n_steps=sum(lengths), partial_episodes="truncate", normalize_advantage=normalize)
+    whole = advantages(n_episodes=len(lengths), normalize_advantage=normalize)
+    np.testing.assert_array_equal(fixed, whole)
+
+
 @pytest.mark.parametrize("n_envs", [1, 300])
 @pytest.mark.parametrize("estimator", ["reward_to_go", "gae"])
 @pytest.mark.parametrize("normalize", [False, "batch", "episode"])
