@@ -32,6 +32,7 @@ SETTINGS = {
         "gae": {"estimator": "gae"},
         "gae_8_steps": {"estimator": "gae", "n_episodes": None, "n_steps": 8},
     },
+    "steps": [["reward_to_go", "gae"], ["gae", "gae_8_steps"]],
     "statistics": {"policy_of": "gae", "reference": "reward_to_go", "n_episodes": 8},
 }
 # Two formulations, one of them also where gradients are measured
@@ -178,18 +179,19 @@ def test_the_ladder_has_each_step_once_and_most_differ_in_one_keyword():
     study = load_study(LADDER)
     formulations = study.formulations
     assert len({yaml.safe_dump(dict(f), sort_keys=True) for f in formulations.values()}) == len(formulations)
-    steps = {
+    changed = {
         ("total_return", "total_return_discounted"): {"gamma"},
         ("total_return_discounted", "reward_to_go"): {"estimator"},
         ("reward_to_go", "batch_normalized"): {"normalize_advantage"},
         ("reward_to_go", "episode_normalized"): {"normalize_advantage"},
         ("reward_to_go", "mean_baseline"): {"baseline"},
         ("reward_to_go", "time_baseline"): {"baseline"},
-        ("reward_to_go", "leave_one_out"): {"baseline"},
+        ("time_baseline", "leave_one_out"): {"baseline"},
         ("reward_to_go", "value_baseline"): {"baseline"},
-        ("td_residual", "gae_0.8"): {"estimator", "gae_lambda"},
-        ("gae_0.8", "gae_0.95"): {"gae_lambda"},
-        ("gae_0.95", "gae_0.99"): {"gae_lambda"},
+        ("value_baseline", "gae_0.99"): {"estimator", "baseline", "gae_lambda"},
+        ("gae_0.99", "gae_0.95"): {"gae_lambda"},
+        ("gae_0.95", "gae_0.8"): {"gae_lambda"},
+        ("gae_0.8", "td_residual"): {"estimator", "gae_lambda"},
         ("gae_0.95", "gae_normalized"): {"normalize_advantage"},
         ("batch_normalized", "batch_normalized_4_episodes"): {"n_episodes"},
         ("gae_normalized", "gae_normalized_4_episodes"): {"n_episodes"},
@@ -197,8 +199,9 @@ def test_the_ladder_has_each_step_once_and_most_differ_in_one_keyword():
         ("batch_normalized", "gamma_t"): {"discount_state_distribution"},
         ("batch_normalized", "trajectory_sum"): {"loss_reduction"},
     }
-    assert set().union(*steps) == set(formulations)
-    for (one, other), expected in steps.items():
+    assert {tuple(step) for step in study.steps} == set(changed)
+    assert set().union(*changed) == set(formulations)
+    for (one, other), expected in changed.items():
         a, b = (study.keywords("CartPole-v1", name) for name in (one, other))
         assert {key for key in {*a, *b} if a.get(key) != b.get(key)} == expected, (one, other)
 
@@ -248,6 +251,8 @@ def test_a_learning_curve_is_the_mean_of_the_episodes_of_each_bin(tmp_path: Path
         ({"statistics": {**SETTINGS["statistics"], "policy_of": "ppo"}}, "policy_of='ppo'"),
         ({"environments": {"NoSuch-v0": SETTINGS["environments"]["CartPole-v1"]}}, "'NoSuch-v0'"),
         ({"seeds": 3}, "expected the keys"),
+        ({"steps": [["gae", "ppo"]]}, "steps='ppo'"),
+        ({"steps": [["gae"]]}, "must be two formulations"),
         ({"environments": {"CartPole-v1": {"n_timesteps": 0, "n_envs": 1, "score_range": [0, 1]}}}, "n_timesteps=0"),
         ({"environments": {"CartPole-v1": {"n_timesteps": 9, "n_envs": 1, "score_range": [1, 0]}}}, "score_range=0"),
     ],

@@ -164,6 +164,26 @@ def test_first_is_what_variances_are_relative_to():
     assert report.variance_ratios(in_memory(whole_study(), first="partial"), "Near")[0] == "plain"
 
 
+def test_a_step_is_told_by_score_variance_and_cosine():
+    text = report.steps_section(in_memory(whole_study()), [("plain", "clever"), ("clever", "nowhere")])
+    scores, ratios, cosines = (part for part in text.split("\n\n") if part.startswith("|"))
+    # Interquartile means 3 and 7 of Near, whose scores are
+    low, high = RANGES["Near"]
+    assert (
+        cells(scores, "plain -> clever")[list(RANGES).index("Near")].strip("*").startswith(f"{(7 - 3) / (high - low):+.2f} [")
+    )
+    assert cells(ratios, "plain -> clever")[list(RANGES).index("Near")] == "2 / 0.5 / 0.5"
+    assert cells(cosines, "plain -> clever")[list(RANGES).index("Near")] == "+0.50 / -0.25 / +0.00"
+    assert set(cells(scores, "clever -> nowhere")) == {"-"}
+
+
+def test_a_difference_without_doubt_is_bold():
+    few, many = np.array([1.0, 1, 2, 2]), np.array([5.0, 5, 6, 6])
+    assert report.difference(few, many, 100).startswith("**+4.00 [")
+    assert report.difference(many, few, 100).startswith("**-4.00 [")
+    assert report.difference(few, few, 100).startswith("+0.00 [-")
+
+
 def test_rank_correlation(text):
     # Cosines .5, .25 or .875, .375 and returns 3, 7, 3: ranks 3, 1, 2 or 2, 3, 1 and 1.5, 3, 1.5
     ranks = section(text, "Do better gradients mean better returns?")
@@ -216,6 +236,7 @@ def test_study_that_has_just_begun(tmp_path):
         "Learning curves": "No learning curves yet: Far.",
         "Learning rates": "No search yet: Far, Near.",
         "Gradient statistics": "No gradient statistics yet: Far, Near.",
+        "Step by step": "No steps were asked for.",
         "Do better gradients mean better returns?": "No formulation has both gradient statistics and final runs yet.",
     }
     assert report_headings(text) == list(said)

@@ -43,7 +43,7 @@ def main() -> None:
         return
     of_study = results.of(study)
     score_ranges = {env_id: study.environments[env_id].score_range for env_id in of_study.environment.unique()}
-    print(f"Report: {write_report(of_study, score_ranges, args.folder)}")
+    print(f"Report: {write_report(of_study, score_ranges, args.folder, study.steps)}")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -214,9 +214,14 @@ def variance_ratios(findings: Findings, environment: str) -> tuple[str, dict[tup
     relative_to = next((formulation for formulation in candidates if formulation in measured), findings.first)
     ratios = {}
     for (formulation, moment), variance in variances.items():
-        ratio = (variance / variances.get((relative_to, moment), NO_VALUES)).dropna()
-        ratios[formulation, moment] = ratio[(ratio > 0) & np.isfinite(ratio)]
+        ratios[formulation, moment] = ratio_by_seed(variance, variances.get((relative_to, moment), NO_VALUES))
     return relative_to, ratios
+
+
+def ratio_by_seed(values: pd.Series, of: pd.Series) -> pd.Series:
+    """:return: the ratios, by seed, that are positive and finite"""
+    ratio = (values / of).dropna()
+    return ratio[(ratio > 0) & np.isfinite(ratio)]
 
 
 # Text
@@ -555,6 +560,65 @@ def cosine_figure(findings: Findings, environment: str, title: str) -> Figure:
     return figure
 
 
+def steps_section(findings: Findings, steps: Sequence[Sequence[str]]) -> str:
+    """
+    What each step from one formulation to another does to the score, the variance and the cosine.
+
+    :param steps: pairs of formulations
+    """
+    if not steps:
+        return "No steps were asked for."
+    compared = {
+        f"{before} -> {after}": [compare(findings, environment, before, after) for environment in findings.score_ranges]
+        for before, after in steps
+    }
+    header = ["", *findings.score_ranges]
+    scores, ratios, cosines = (
+        table(header, [[name, *(texts[i] for texts in of_environments)] for name, of_environments in compared.items()])
+        for i in range(3)
+    )
+    return "\n\n".join(
+        [
+            "What the second formulation has more than the first. Normalised score: the difference of the interquartile means "
+            "over seeds [its 95 % interval], bold where that excludes 0.",
+            scores,
+            "Variance of one update's gradient, as a ratio (geometric mean over seeds), at start / middle / end. Steps that "
+            "change the scale of what multiplies grad log pi (normalisation, gamma^t, the sum over trajectories) change it, "
+            "too, and say nothing here: see the cosines.",
+            ratios,
+            "Pairwise cosine, the difference, at start / middle / end.",
+            cosines,
+        ]
+    )
+
+
+def compare(findings: Findings, environment: str, before: str, after: str) -> tuple[str, str, str]:
+    """:return: difference of normalised scores, ratio of variances and difference of cosines from one formulation to another"""
+    low, high = findings.score_ranges[environment]
+    returns = findings.values("final", "final_return", environment)
+    variance = gradient_statistics(findings, environment, "variance")
+    cosine = gradient_statistics(findings, environment, "pairwise_cosine")
+    ratios, changes = [], []
+    for moment in MOMENTS:
+        ratio = ratio_by_seed(variance.get((after, moment), NO_VALUES), variance.get((before, moment), NO_VALUES))
+        ratios.append(f"{np.exp(np.log(ratio).mean()):.2g}" if len(ratio) else NOTHING)
+        change = (cosine.get((after, moment), NO_VALUES) - cosine.get((before, moment), NO_VALUES)).dropna()
+        changes.append(f"{change.mean():+.2f}" if len(change) else NOTHING)
+    first, second = (((returns.get(one, NO_VALUES) - low) / (high - low)).to_numpy() for one in (before, after))
+    return difference(first, second, findings.repetitions), " / ".join(ratios), " / ".join(changes)
+
+
+def difference(before: np.ndarray, after: np.ndarray, repetitions: int) -> str:
+    """:return: difference of the interquartile means, with its percentile bootstrap interval"""
+    if len(before) < 2 or len(after) < 2:
+        return NOTHING
+    rng = np.random.default_rng(0)
+    resampled = [trim_mean(rng.choice(x, (repetitions, len(x))), 0.25, axis=1) for x in (before, after)]
+    low, high = np.quantile(resampled[1] - resampled[0], [0.025, 0.975])
+    text = f"{trim_mean(after, 0.25) - trim_mean(before, 0.25):+.2f} [{low:+.2f}, {high:+.2f}]"
+    return f"**{text}**" if low > 0 or high < 0 else text
+
+
 def rank_section(findings: Findings, estimates: Mapping[str, Mapping[str, Estimate]]) -> str:
     """
     Whether what has the more consistent gradient, or the one with the right direction, learns better.
@@ -596,6 +660,7 @@ def write_report(
     results: pd.DataFrame,
     score_ranges: Mapping[str, tuple[float, float]],
     folder: Path,
+    steps: Sequence[Sequence[str]] = (),
     first: str | None = None,
     repetitions: int = REPETITIONS,
 ) -> Path:
@@ -607,6 +672,7 @@ def write_report(
     :param score_ranges: For each environment, in the order of the report, the returns that count as 0 and 1 where environments
         are put together
     :param folder: Where report.md and its pictures are written; made if need be
+    :param steps: Pairs of formulations, to compare the second with the first
     :param first: The formulation with which the others are compared: the grey line of the plots, the denominator of the
         variances. Default: the first one in the results
     :param repetitions: Of the bootstrap
@@ -627,6 +693,7 @@ def write_report(
         "Learning curves": curves_section(findings, folder),
         "Learning rates": search_section(findings),
         "Gradient statistics": statistics_section(findings, folder),
+        "Step by step": steps_section(findings, steps),
         "Do better gradients mean better returns?": rank_section(findings, estimates),
     }
     introduction = (

@@ -87,6 +87,7 @@ class Study:
     :param common: keywords of VPG for all runs
     :param environments: by id
     :param formulations: keywords of VPG that make up each formulation, by name
+    :param steps: pairs of formulations, to compare the second with the first
     :param statistics: of gradients
     """
 
@@ -94,11 +95,17 @@ class Study:
     common: Mapping[str, Any]
     environments: Mapping[str, Environment]
     formulations: Mapping[str, Mapping[str, Any]]
+    steps: Sequence[Sequence[str]]
     statistics: Statistics
 
     def __post_init__(self) -> None:
         for rate in self.learning_rates:
             check_number("learning_rates", rate, low=0, low_included=False)
+        for step in self.steps:
+            if len(step) != 2:
+                raise ValueError(f"steps: {step} must be two formulations")
+            for name in step:
+                check_choice("steps", name, self.formulations)
         check_choice("statistics: policy_of", self.statistics.policy_of, self.formulations)
         check_choice("statistics: reference", self.statistics.reference, self.formulations)
 
@@ -136,7 +143,7 @@ def load_study(path: Path) -> Study:
     """
     register_environments()
     settings = yaml.safe_load(path.read_text())
-    expected = {"learning_rates", "common", "environments", "formulations", "statistics"}
+    expected = {"learning_rates", "common", "environments", "formulations", "steps", "statistics"}
     if not isinstance(settings, dict) or set(settings) != expected:
         given = sorted(settings) if isinstance(settings, dict) else settings
         raise ValueError(f"{path}: expected the keys {', '.join(sorted(expected))}, got {given}")
