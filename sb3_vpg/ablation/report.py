@@ -593,7 +593,7 @@ def steps_section(findings: Findings, steps: Sequence[Sequence[str]]) -> str:
 
 
 def compare(findings: Findings, environment: str, before: str, after: str) -> tuple[str, str, str]:
-    """:return: difference of normalised scores, ratio of variances and difference of cosines from one formulation to another"""
+    """:return: difference of normalised scores, ratio of variances, difference of cosines, from one formulation to another"""
     low, high = findings.score_ranges[environment]
     returns = findings.values("final", "final_return", environment)
     variance = gradient_statistics(findings, environment, "variance")
