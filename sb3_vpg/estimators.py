@@ -71,7 +71,8 @@ def discounted_sum(x: Array, discounts: Array) -> Array:
     _check_shapes(x=x, discounts=discounts)
     y = np.array(x, dtype=np.float64)
     d = np.array(discounts, dtype=np.float64)
-    product = np.empty_like(d)
+    # Zeros, not whatever lies in memory: rows near the end are never read, but multiplied, which may warn
+    product = np.zeros_like(d)
     stride, n_steps = 1, len(y)
     while stride < n_steps and d[:-stride].any():
         head = product[:-stride]

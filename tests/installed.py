@@ -1,6 +1,7 @@
 """The package as users have it: built as a wheel and installed in an environment of its own, away from the checkout."""
 
 import os
+import signal
 import subprocess
 import sys
 import venv
@@ -34,6 +35,11 @@ def output_of(process: subprocess.CompletedProcess[str]) -> str:
     output = process.stdout + process.stderr
     assert process.returncode == 0, f"{process.args} failed with {process.returncode}:\n{output}"
     return output
+
+
+def heed_interruptions() -> None:
+    """For a process that is to be interrupted: a shell lets what it starts in the background ignore that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def build_wheel(source: Path, folder: Path) -> Path:
@@ -83,7 +89,8 @@ class Environment:
     def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
         """The same, without waiting for its end."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen([str(self.python), *map(str, arguments)], cwd=self.cwd, env=variables_for(), **pipes)
+        command = [str(self.python), *map(str, arguments)]
+        return subprocess.Popen(command, cwd=self.cwd, env=variables_for(), preexec_fn=heed_interruptions, **pipes)
 
     def evaluate(self, expression: str, env: dict[str, str] | None = None) -> str:
         """

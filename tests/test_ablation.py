@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from installed import CHECKOUT, output_of
+from installed import CHECKOUT, heed_interruptions, output_of
 
 from sb3_vpg.ablation.__main__ import keep_settings
 from sb3_vpg.ablation.results import Results
@@ -146,7 +146,13 @@ def test_other_settings_do_not_go_into_the_same_folder(study_folder: Path):
 
 def test_interrupted_it_keeps_what_has_ended(tmp_path: Path):
     config, folder = written(SETTINGS, tmp_path), tmp_path / "out"
-    process = subprocess.Popen(command(config, folder, *ARGUMENTS), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command(config, folder, *ARGUMENTS),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed_interruptions,
+    )
     results = folder / "results.csv"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (results.is_file() and LAST_METRIC in results.read_text()):

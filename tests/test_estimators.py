@@ -302,3 +302,11 @@ def test_unrecorded_steps_change_nothing_and_get_nothing(estimator, baseline, no
 def test_wrong_shapes_are_refused_not_broadcast(shapes):
     with pytest.raises(ValueError, match=r"shape \(T, N\)"):
         est.discounted_sum(np.zeros(shapes[0]), np.zeros(shapes[1]))
+
+
+def test_what_lies_in_memory_is_not_computed_with(monkeypatch):
+    monkeypatch.setattr(np, "empty_like", lambda array: np.full_like(array, np.inf))
+    with np.errstate(all="raise"):
+        np.testing.assert_array_equal(
+            est.discounted_sum(np.ones((9, 1)), np.array([[1.0]] * 8 + [[0.0]]))[:, 0], np.arange(9, 0, -1)
+        )
