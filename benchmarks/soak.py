@@ -72,7 +72,7 @@ def plot(readings: np.ndarray, path: Path) -> None:
     for panel, column, label in zip(panels, readings.T[1:], ("memory [MiB]", "open files", "processes")):
         panel.plot(readings[:, 0], column)
         panel.set_ylabel(label)
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.2 * max(1, column.max()))
         panel.grid(alpha=0.3)
     panels[-1].set_xlabel("updates")
     figure.savefig(path, dpi=100)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from installed import CHECKOUT, heed_interruptions, output_of
+from installed import CHECKOUT, Environment, heed_interruptions, output_of
 
 from sb3_vpg.ablation.__main__ import keep_settings
 from sb3_vpg.ablation.results import Results
@@ -77,6 +77,12 @@ def runs_in(results: pd.DataFrame) -> set[Run]:
 # ---------------------------------------------------------------------------------------------------------------
 # A study from the command line
 # ---------------------------------------------------------------------------------------------------------------
+
+
+def test_an_installed_package_has_the_ladder_and_names_what_it_does_not_know(installed: Environment):
+    process = installed.run("-m", "sb3_vpg", "ablation", "--env", "CartPole-v7")
+    assert process.returncode == 1
+    assert "error: --env='CartPole-v7' is not allowed; choose one of 'CartPole-v1', 'Acrobot-v1'" in process.stderr
 
 
 def test_search_then_final_runs_then_statistics(finished: Path):
