@@ -31,7 +31,7 @@ def get_random_states(env: VecEnv | None) -> dict[str, Any]:
         "environments": [],
     }
     # Without those of environments that have none of their own, or whose processes have ended
-    with suppress(AttributeError, EOFError, OSError):
+    with suppress(AttributeError, NotImplementedError, EOFError, OSError):
         if env is not None:
             states["environments"] = [generator.bit_generator.state for generator in env.get_attr("np_random")]
     return states

@@ -360,3 +360,15 @@ def test_vec_normalize_goes_on_too(tmp_path):
     resumed.learn(10**6 - resumed.num_timesteps, callback=Until(4), reset_num_timesteps=False)
     assert th.equal(weights(resumed), weights(uninterrupted))
     np.testing.assert_array_equal(env.obs_rms.mean, uninterrupted.get_vec_normalize_env().obs_rms.mean)
+
+
+@pytest.mark.parametrize("error", [AttributeError, NotImplementedError, EOFError, BrokenPipeError])
+def test_environments_that_do_not_tell_their_generators_do_not_keep_a_model_from_being_saved(error, tmp_path, monkeypatch):
+    model = small_model()
+
+    def get_attr(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(model.env, "get_attr", get_attr)
+    model.save(tmp_path / "model")
+    VPG.load(tmp_path / "model", env=make_vec_env("CartPole-v1", 2)).learn(16, reset_num_timesteps=False)
