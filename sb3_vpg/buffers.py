@@ -291,3 +291,8 @@ class VPGRolloutBuffer(VPGBufferMixin, RolloutBuffer):
 
 class VPGDictRolloutBuffer(VPGBufferMixin, DictRolloutBuffer):  # type: ignore[misc]
     """VPG's buffer for Dict observations, see :class:`VPGBufferMixin`."""
+
+
+def buffer_class_for(observation_space: spaces.Space) -> type[RolloutBuffer]:
+    """:return: VPG's buffer for such observations"""
+    return VPGDictRolloutBuffer if isinstance(observation_space, spaces.Dict) else VPGRolloutBuffer

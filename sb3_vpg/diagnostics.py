@@ -17,15 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
-from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_vpg.buffers import VPGBufferMixin, VPGDictRolloutBuffer, VPGRolloutBuffer
+from sb3_vpg.buffers import VPGBufferMixin, buffer_class_for
 from sb3_vpg.estimators import Array, Formulation, Rollout, check_choice, piece_index
 from sb3_vpg.passes import Passes, passes_of
 from sb3_vpg.rollout import RolloutCollector
@@ -270,9 +268,7 @@ class _EpisodeCollector(RolloutCollector):
         self.policy = model.policy
         self.n_episodes = n_episodes
         self._episode_steps = np.zeros(self.n_envs, dtype=np.int64)
-        is_dict = isinstance(self.observation_space, spaces.Dict)
-        buffer_class: type[RolloutBuffer] = VPGDictRolloutBuffer if is_dict else VPGRolloutBuffer
-        self.rollout_buffer = buffer_class(
+        self.rollout_buffer = buffer_class_for(self.observation_space)(
             self.n_steps, self.observation_space, self.action_space, self.device, n_envs=self.n_envs
         )
         self.set_logger(Logger(folder=None, output_formats=[]))

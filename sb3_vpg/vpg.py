@@ -24,7 +24,7 @@ from stable_baselines3.common.type_aliases import (
 )
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
 
-from sb3_vpg.buffers import VPGBufferMixin, VPGDictRolloutBuffer, VPGRolloutBuffer, map_obs
+from sb3_vpg.buffers import VPGBufferMixin, VPGRolloutBuffer, buffer_class_for, map_obs
 from sb3_vpg.estimators import NORMALIZATIONS, Formulation, check_choice
 from sb3_vpg.passes import Passes, passes_of
 from sb3_vpg.policies import CnnPolicy, LogisticPolicy, MlpPolicy, MultiInputPolicy
@@ -198,8 +198,7 @@ class VPG(RolloutCollector):
     def _setup_model(self) -> None:
         self._resolve_keywords()
         if self.rollout_buffer_class is None:
-            is_dict = isinstance(self.observation_space, spaces.Dict)
-            self.rollout_buffer_class = VPGDictRolloutBuffer if is_dict else VPGRolloutBuffer
+            self.rollout_buffer_class = buffer_class_for(self.observation_space)
         super()._setup_model()
         if isinstance(self.rollout_buffer, VPGBufferMixin):
             self.rollout_buffer.formulation = self._formulation

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from installed import CHECKOUT, Environment, heed_interruptions, output_of
+from installed import CHECKOUT, Environment, call, heed_interruptions, output_of
 
 from sb3_vpg.ablation.__main__ import keep_settings
 from sb3_vpg.ablation.results import Results
@@ -52,8 +52,7 @@ def command(config: Path, folder: Path, *arguments: str) -> list[str]:
 
 
 def ablation(config: Path, folder: Path, *arguments: str) -> str:
-    done = subprocess.run(command(config, folder, *arguments), capture_output=True, text=True, check=False, cwd=folder.parent)
-    return output_of(done)
+    return output_of(call(*command(config, folder, *arguments), cwd=folder.parent))
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,12 @@ def read(file: Path | io.StringIO) -> pd.DataFrame:
     return pd.read_csv(file, float_precision="round_trip")
 
 
+def best_learning_rates(results: pd.DataFrame, environment: str) -> dict[str, float]:
+    search = results.query("environment == @environment and phase == 'search' and metric == 'final_return'")
+    means = search.groupby(["formulation", "learning_rate"]).value.mean()
+    return {str(name): float(rates.droplevel(0).idxmax()) for name, rates in means.groupby(level=0)}
+
+
 class Results:
     """
     A tidy CSV file: the columns of :data:`sb3_vpg.ablation.study.COLUMNS`, a row for each number. Each run is added as it
@@ -56,9 +62,7 @@ class Results:
         :return: for each formulation whose search is done, the learning rate with the highest mean return at the end, the
             lower one of two that are equal
         """
-        search = read(self.path).query("environment == @environment and phase == 'search' and metric == 'final_return'")
-        means = search.groupby(["formulation", "learning_rate"]).value.mean()
-        return {str(name): float(rates.droplevel(0).idxmax()) for name, rates in means.groupby(level=0)}
+        return best_learning_rates(read(self.path), environment)
 
     def of(self, study: Study) -> pd.DataFrame:
         """
@@ -72,6 +76,6 @@ class Results:
             key=lambda names: names.map((environments if names.name == "environment" else formulations).index),
             kind="stable",
         )
-        chosen = {env_id: self.chosen_learning_rates(env_id) for env_id in environments}
+        chosen = {env_id: best_learning_rates(results, env_id) for env_id in environments}
         rates = [chosen[run.environment].get(run.formulation) for run in results.itertuples()]
         return results[(results.phase != "final") | (results.learning_rate == rates)]

@@ -130,10 +130,7 @@ def measure(study: Study, run: Run) -> list[Row]:
             seed=EVALUATION_SEED + run.seed,
         )
         for name, one in statistics.items():
-            rows += [
-                (run.environment, name, run.phase, run.seed, run.learning_rate, timesteps, metric, value)
-                for metric, value in numbers_of(one).items()
-            ]
+            rows += [(*run._replace(formulation=name), timesteps, metric, value) for metric, value in numbers_of(one).items()]
     # One for each formulation that has rows, and for the run itself
     seconds = (environment.n_timesteps, LAST_METRIC, time.perf_counter() - start)
     return rows + [(*run._replace(formulation=name), *seconds) for name in dict.fromkeys([*measured, run.formulation])]
