@@ -6,19 +6,26 @@ RL Baselines3 Zoo's own training command, algorithm against algorithm: each with
 For each algorithm: interquartile mean over seeds of the mean return of the final model (deterministic, 100 episodes of the
 environment itself: no keyword arguments of the entry, no normalised reward) [95 % bootstrap interval], mean length of these
 episodes, the return of the policy with its noise, environment steps of the training, median wall-clock seconds of
-`rl_zoo3.train` as a whole process.
+`rl_zoo3.train` as a whole process. `--output runs.jsonl` keeps what each run gave, with its learning curve, as it ends; called
+again, only what is missing there is run.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from common import in_processes, interquartile_mean, result_line
+
+#: Points of a learning curve
+N_POINTS = 100
 
 
 class Job(NamedTuple):
@@ -34,6 +41,8 @@ class Result(NamedTuple):
     score_with_noise: float
     steps: int
     seconds: float
+    #: mean return of the episodes that ended in each hundredth of the training; None where none did
+    curve: list[float | None]
 
 
 def train(job: Job, folder: str) -> None:
@@ -44,6 +53,17 @@ def train(job: Job, folder: str) -> None:
     done = subprocess.run([*command, *job.train_arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(done.args)}\n{done.stdout}\n{done.stderr}")
+
+
+def learning_curve(folder: str) -> list[float | None]:
+    """:return: from the monitor files of a training, see :class:`Result`"""
+    from stable_baselines3.common.monitor import load_results
+    from stable_baselines3.common.results_plotter import ts2xy
+
+    steps, returns = ts2xy(load_results(folder), "timesteps")
+    parts = np.minimum(steps * N_POINTS // steps[-1], N_POINTS - 1)
+    groups = [returns[parts == part] for part in range(N_POINTS)]
+    return [round(float(np.mean(group)), 2) if len(group) else None for group in groups]
 
 
 def run(job: Job, n_episodes: int = 100) -> Result:
@@ -65,7 +85,32 @@ def run(job: Job, n_episodes: int = 100) -> Result:
             for deterministic in (True, False)
         )
         env.close()
-    return Result(np.mean(returns), np.mean(lengths), np.mean(noisy_returns), model.num_timesteps, seconds)
+        curve = learning_curve(log_path)
+    means = (float(np.mean(x)) for x in (returns, lengths, noisy_returns))
+    return Result(*means, model.num_timesteps, seconds, curve)
+
+
+def results_of(jobs: list[Job], processes: int, output: Path | None) -> Iterator[Result]:
+    """
+    :param output: where the results are kept, one JSON object in a line; those that are there already are taken from it
+    :return: the results of the jobs, in order
+    """
+    kept: dict[Job, Result] = {}
+    if output is not None and output.exists():
+        for line in map(json.loads, output.read_text().splitlines()):
+            job, result = ({name: line[name] for name in kind._fields} for kind in (Job, Result))
+            kept[Job(**job | {"train_arguments": tuple(job["train_arguments"])})] = Result(**result)
+    missing = [job for job in jobs if job not in kept]
+    new = in_processes(run, missing, processes)
+    for job in jobs:
+        if job in kept:
+            yield kept[job]
+            continue
+        result = next(new)
+        if output is not None:
+            with output.open("a") as file:
+                file.write(json.dumps({**job._asdict(), **result._asdict()}) + "\n")
+        yield result
 
 
 def main() -> None:
@@ -76,16 +121,17 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--threshold", type=float, help="count the seeds that reach it")
     parser.add_argument("--processes", type=int, default=1, help="more than 1 makes the wall-clock less telling")
+    parser.add_argument("--output", type=Path, help="keep the results in this file, and do not run again what it has")
     parser.add_argument("--train-arguments", default="", help="further arguments of rl_zoo3.train, in one string")
     args = parser.parse_args()
 
     further = tuple(args.train_arguments.split())
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     groups = {(env, algo): [Job(algo, env, seed, further) for seed in seeds] for env in args.env for algo in args.algo}
-    results = in_processes(run, [job for jobs in groups.values() for job in jobs], args.processes)
+    results = results_of([job for jobs in groups.values() for job in jobs], args.processes, args.output)
     print(f"{args.seeds} seeds {args.train_arguments}")
     for (env, algo), jobs in groups.items():
-        scores, lengths, noisy_scores, steps, seconds = zip(*(next(results) for _ in jobs))
+        scores, lengths, noisy_scores, steps, seconds, _ = zip(*(next(results) for _ in jobs))
         details = f"length {np.mean(lengths):.0f}, with noise {interquartile_mean(noisy_scores)}, {steps[0] / 1e6:.3g} M steps"
         print(result_line(f"{env} {algo}", scores, seconds, args.threshold, details), flush=True)
 

@@ -12,7 +12,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples, TensorDict
 
-from sb3_vpg.estimators import Formulation, Rollout
+from sb3_vpg.estimators import ONE_PROCESS, Collectives, Formulation, Rollout
 
 NumpyObs = np.ndarray | dict[str, np.ndarray]
 In = TypeVar("In")
@@ -187,6 +187,7 @@ class VPGBufferMixin(RolloutBuffer):
         last_values: th.Tensor,
         dones: np.ndarray,
         terminal_values: np.ndarray | None = None,
+        over: Collectives = ONE_PROCESS,
     ) -> None:
         """
         Compute ``advantages`` and ``returns`` (the targets of the value function) by the formulation.
@@ -196,6 +197,7 @@ class VPGBufferMixin(RolloutBuffer):
         :param dones: whether the last step ended an episode, shape (N,)
         :param terminal_values: values of :meth:`terminal_observations`; None for 0, which treats a time limit like
             termination
+        :param over: the processes that share the batch, if there are several
         """
         if not self.full:
             self.finish()
@@ -214,7 +216,7 @@ class VPGBufferMixin(RolloutBuffer):
         self.steps = np.where(begins >= 0, rows - begins, self.first_steps + rows)
 
         self.rollout = Rollout(self.rewards, self.values, next_values, self._last, self.mask, self.steps)
-        advantages, returns = self.formulation(self.rollout)
+        advantages, returns = self.formulation(self.rollout, over)
         self.advantages = advantages.astype(np.float32)
         self.returns = returns.astype(np.float32)
 

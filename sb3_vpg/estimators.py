@@ -44,6 +44,24 @@ class Rollout(NamedTuple):
     steps: Array
 
 
+class Collectives:
+    """
+    Sums and maxima over a batch of which each of several processes has a part. With one process, as here, they are its own;
+    :mod:`sb3_vpg.distributed` has those of several.
+    """
+
+    def sum(self, x: Array) -> Array:
+        """:return: the sum over the processes, elementwise"""
+        return x
+
+    def max(self, x: Array) -> Array:
+        """:return: the maximum over the processes, elementwise"""
+        return x
+
+
+ONE_PROCESS = Collectives()
+
+
 def _check_shapes(**arrays: Array) -> None:
     shapes = {name: np.shape(array) for name, array in arrays.items()}
     if len(set(shapes.values())) > 1 or any(len(shape) != 2 for shape in shapes.values()):
@@ -178,28 +196,31 @@ def gae(rewards: Array, values: Array, next_values: Array, last: Array, gamma: f
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def mean_baseline(psi: Array, mask: Array) -> Array:
+def mean_baseline(psi: Array, mask: Array, over: Collectives = ONE_PROCESS) -> Array:
     """
     Average of psi over all recorded steps of the batch. Each step is part of its own baseline.
 
     :param psi: what the estimator gives, shape (T, N)
     :param mask: True where the step was recorded, shape (T, N)
+    :param over: the processes that share the batch
     :return: the baseline, shape (T, N)
     :raises ValueError: if the shapes differ or are not (T, N)
     """
     _check_shapes(psi=psi, mask=mask)
-    return np.full(np.shape(psi), np.mean(psi, where=mask))
+    total, n = over.sum(np.array([np.sum(psi, where=mask), mask.sum()]))
+    return np.full(np.shape(psi), total / n)
 
 
-def _sum_and_count_over_episodes(psi: Array, mask: Array, steps: Array) -> tuple[Array, Array]:
+def _sum_and_count_over_episodes(psi: Array, mask: Array, steps: Array, over: Collectives) -> tuple[Array, Array]:
     """Sum of psi over the episodes that reach the same step index, and their number; both of shape (T, N)."""
     index = steps[mask]
-    sums, counts = np.bincount(index, weights=psi[mask]), np.bincount(index)
+    longest = int(over.max(index.max(initial=0))) + 1
+    sums, counts = over.sum(np.stack([np.bincount(index, weights, longest) for weights in (psi[mask], None)]))
     steps = np.where(mask, steps, 0)
     return sums[steps], counts[steps]
 
 
-def time_baseline(psi: Array, mask: Array, steps: Array) -> Array:
+def time_baseline(psi: Array, mask: Array, steps: Array, over: Collectives = ONE_PROCESS) -> Array:
     """
     Average of psi at the same step index over all episodes of the batch that reach it. With K episodes the expected
     gradient is scaled by about 1 - 1/K, since each episode is part of its own baseline.
@@ -207,15 +228,16 @@ def time_baseline(psi: Array, mask: Array, steps: Array) -> Array:
     :param psi: what the estimator gives, shape (T, N)
     :param mask: True where the step was recorded, shape (T, N)
     :param steps: index of the step within its episode, shape (T, N)
+    :param over: the processes that share the batch
     :return: the baseline, shape (T, N)
     :raises ValueError: if the shapes differ or are not (T, N)
     """
     _check_shapes(psi=psi, mask=mask, steps=steps)
-    sums, counts = _sum_and_count_over_episodes(psi, mask, steps)
+    sums, counts = _sum_and_count_over_episodes(psi, mask, steps, over)
     return sums / counts.clip(min=1)
 
 
-def leave_one_out_baseline(psi: Array, mask: Array, steps: Array) -> Array:
+def leave_one_out_baseline(psi: Array, mask: Array, steps: Array, over: Collectives = ONE_PROCESS) -> Array:
     """
     Average of psi at the same step index over the *other* episodes of the batch that reach it, 0 where there is none
     (Kool et al., 2019, https://openreview.net/forum?id=r1lgTGL5DE). Unbiased.
@@ -223,11 +245,12 @@ def leave_one_out_baseline(psi: Array, mask: Array, steps: Array) -> Array:
     :param psi: what the estimator gives, shape (T, N)
     :param mask: True where the step was recorded, shape (T, N)
     :param steps: index of the step within its episode, shape (T, N)
+    :param over: the processes that share the batch
     :return: the baseline, shape (T, N)
     :raises ValueError: if the shapes differ or are not (T, N)
     """
     _check_shapes(psi=psi, mask=mask, steps=steps)
-    sums, counts = _sum_and_count_over_episodes(psi, mask, steps)
+    sums, counts = _sum_and_count_over_episodes(psi, mask, steps, over)
     return np.where(counts > 1, (sums - psi) / (counts - 1).clip(min=1), 0.0)
 
 
@@ -265,13 +288,14 @@ def normalize_within(advantages: Array, mask: Array, groups: Array) -> Array:
     return normalized
 
 
-def normalize_batch(advantages: Array, mask: Array, last: Array) -> Array:
+def normalize_batch(advantages: Array, mask: Array, last: Array, over: Collectives = ONE_PROCESS) -> Array:
     """Standardise over all recorded steps of the batch: :func:`normalize_within` where all are one group."""
     _check_shapes(advantages=advantages, mask=mask, last=last)
     x = advantages[mask].astype(np.float64)
-    magnitude = np.abs(x).max(initial=0.0)
-    x -= x.sum() / max(len(x), 1)
-    std = np.sqrt(x @ x / max(len(x) - 1, 1))
+    magnitude = over.max(np.abs(x).max(initial=0.0))
+    total, n = over.sum(np.array([x.sum(), len(x)]))
+    x -= total / max(n, 1)
+    std = np.sqrt(over.sum(x @ x) / max(n - 1, 1))
     if std > MIN_RELATIVE_SPREAD * magnitude:
         x /= std + EPSILON
     normalized = np.zeros(np.shape(advantages))
@@ -279,7 +303,7 @@ def normalize_batch(advantages: Array, mask: Array, last: Array) -> Array:
     return normalized
 
 
-def normalize_episode(advantages: Array, mask: Array, last: Array) -> Array:
+def normalize_episode(advantages: Array, mask: Array, last: Array, over: Collectives = ONE_PROCESS) -> Array:
     """Standardise within each episode, or the piece of it in the rollout, see :func:`normalize_within`."""
     return normalize_within(advantages, mask, piece_index(last))
 
@@ -337,23 +361,25 @@ ESTIMATORS: dict[str, _Estimator] = {
 
 
 class _Baseline(NamedTuple):
-    baseline: Callable[[Array, Rollout], Array | float]
+    baseline: Callable[[Array, Rollout, Collectives], Array | float]
     value_function: bool
     whole_episodes: bool
 
 
 BASELINES: dict[str | None, _Baseline] = {
-    None: _Baseline(lambda psi, x: 0.0, value_function=False, whole_episodes=False),
-    "mean": _Baseline(lambda psi, x: mean_baseline(psi, x.mask), value_function=False, whole_episodes=False),
-    "time": _Baseline(lambda psi, x: time_baseline(psi, x.mask, x.steps), value_function=False, whole_episodes=True),
-    "leave_one_out": _Baseline(
-        lambda psi, x: leave_one_out_baseline(psi, x.mask, x.steps), value_function=False, whole_episodes=True
+    None: _Baseline(lambda psi, x, over: 0.0, value_function=False, whole_episodes=False),
+    "mean": _Baseline(lambda psi, x, over: mean_baseline(psi, x.mask, over), value_function=False, whole_episodes=False),
+    "time": _Baseline(
+        lambda psi, x, over: time_baseline(psi, x.mask, x.steps, over), value_function=False, whole_episodes=True
     ),
-    "value": _Baseline(lambda psi, x: x.values, value_function=True, whole_episodes=False),
+    "leave_one_out": _Baseline(
+        lambda psi, x, over: leave_one_out_baseline(psi, x.mask, x.steps, over), value_function=False, whole_episodes=True
+    ),
+    "value": _Baseline(lambda psi, x, over: x.values, value_function=True, whole_episodes=False),
 }
 
-NORMALIZATIONS: dict[bool | str, Callable[[Array, Array, Array], Array]] = {
-    False: lambda advantages, mask, last: advantages,
+NORMALIZATIONS: dict[bool | str, Callable[[Array, Array, Array, Collectives], Array]] = {
+    False: lambda advantages, mask, last, over: advantages,
     True: normalize_batch,
     "batch": normalize_batch,
     "episode": normalize_episode,
@@ -417,9 +443,10 @@ class Formulation:
         """Whether the formulation has a meaning for whole episodes only."""
         return ESTIMATORS[self.estimator].whole_episodes or BASELINES[self.baseline].whole_episodes
 
-    def __call__(self, rollout: Rollout) -> tuple[Array, Array]:
+    def __call__(self, rollout: Rollout, over: Collectives = ONE_PROCESS) -> tuple[Array, Array]:
         """
         :param rollout: arrays of shape (T, N)
+        :param over: the processes that share the batch, of which this is the part of one
         :return: what multiplies grad log pi at each step, zero where nothing was recorded, and the target of the value
             function: A_t + V(s_t) for "gae", r_t + gamma v'_t for "td_residual", G_t for the others;
             both float64 of shape (T, N)
@@ -431,8 +458,8 @@ class Formulation:
         psi = estimator.psi(rollout, self.gamma, self.gae_lambda)
         value_target = estimator.value_target(rollout, self.gamma, self.gae_lambda, psi)
         # td_residual and gae have subtracted V(s_t) already
-        baseline = 0.0 if estimator.value_function else BASELINES[self.baseline].baseline(psi, rollout)
-        advantages = NORMALIZATIONS[self.normalize_advantage](psi - baseline, mask, rollout.last)
+        baseline = 0.0 if estimator.value_function else BASELINES[self.baseline].baseline(psi, rollout, over)
+        advantages = NORMALIZATIONS[self.normalize_advantage](psi - baseline, mask, rollout.last, over)
         if self.discount_state_distribution and self.estimator != "total_return":
             advantages = advantages * self.gamma**rollout.steps
         return np.where(mask, advantages, 0.0), value_target

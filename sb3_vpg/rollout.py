@@ -22,6 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
 
 from sb3_vpg.buffers import NumpyObs, VPGBufferMixin
+from sb3_vpg.distributed import OneProcess
 from sb3_vpg.failures import LOST_WORKER, failed_environment
 from sb3_vpg.passes import Passes, SeparatePasses, passes_of
 
@@ -33,11 +34,13 @@ class RolloutCollector(OnPolicyAlgorithm):
     - ``uses_value_function``: whether values are needed at all
     - ``partial_episodes_mode``: "bootstrap", "finish" or "truncate"
     - ``n_episodes``: None, or the number of whole episodes of each environment
+    - ``processes``: those that train together, each with environments of its own
     """
 
     uses_value_function: bool
     partial_episodes_mode: str
     n_episodes: int | None
+    processes: OneProcess
 
     #: A longer episode is taken for one that never ends, where whole episodes are asked for.
     max_episode_steps = 100_000
@@ -88,8 +91,13 @@ class RolloutCollector(OnPolicyAlgorithm):
         :return: False if the callback ended the training
         :raises ValueError: if an observation, action, reward or value is not finite
         :raises RuntimeError: if an environment raises or its process ends; if an episode does not end within
-            ``max_episode_steps``, where whole episodes are asked for
+            ``max_episode_steps``, where whole episodes are asked for; if another rank raises
         """
+        with self.processes.failing_together():
+            return self._collect(env, callback, rollout_buffer, n_rollout_steps)
+
+    def _collect(self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int) -> bool:
+        """:meth:`collect_rollouts` of this process"""
         if self.policy.training:
             self.policy.set_training_mode(False)
         passes = passes_of(self.policy)
@@ -126,7 +134,7 @@ class RolloutCollector(OnPolicyAlgorithm):
             if not callback.on_step():
                 # Unlike SB3, so that training can go on from here
                 self._move_on(new_obs, dones)
-                return False
+                return self._end_rollout(False, (n_steps + 1) * env.num_envs)
 
             n_steps += 1
             self._record(rollout_buffer, actions, rewards, values, log_probs, dones, infos, recording)
@@ -143,7 +151,10 @@ class RolloutCollector(OnPolicyAlgorithm):
             if whole_episodes and n_steps > self.max_episode_steps:
                 self._check_endless(recording)
 
-        self._finish_rollout(rollout_buffer, new_obs, dones, passes, values_at_each_step)
+        last_values = self._finish_rollout(rollout_buffer, new_obs, dones, passes, values_at_each_step)
+        if not self._end_rollout(True, n_steps * env.num_envs):
+            return False
+        self._compute_advantages(rollout_buffer, last_values, dones, passes)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
@@ -230,8 +241,12 @@ class RolloutCollector(OnPolicyAlgorithm):
 
     def _finish_rollout(
         self, rollout_buffer: RolloutBuffer, new_obs: VecEnvObs, dones: np.ndarray, passes: Passes, has_values: bool
-    ) -> None:
-        """Fill in values, where the formulation has a value function and they are not there yet, and compute advantages."""
+    ) -> th.Tensor:
+        """
+        Fill in values, where the formulation has a value function and they are not there yet.
+
+        :return: V of the observations after the last step, where they are to be bootstrapped; else zeros, shape (N,)
+        """
         own_buffer = rollout_buffer if isinstance(rollout_buffer, VPGBufferMixin) else None
         if own_buffer is not None:
             own_buffer.finish()
@@ -241,14 +256,29 @@ class RolloutCollector(OnPolicyAlgorithm):
                 self._fill_in_values(own_buffer, passes)
             self._check_finite_rows("value", rollout_buffer.values)
 
-        # Value of the observation after the last step
-        last_values = th.zeros(len(dones))
-        if self.uses_value_function and self.partial_episodes_mode == "bootstrap":
-            with th.no_grad():
-                last_values = passes.values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
-            self._check_finite("value", last_values.cpu().numpy())
-        if own_buffer is not None:
-            own_buffer.compute_returns_and_advantage(last_values, dones, self._terminal_values(own_buffer, passes))
+        if not self.uses_value_function or self.partial_episodes_mode != "bootstrap":
+            return th.zeros(len(dones))
+        with th.no_grad():
+            last_values = passes.values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
+        self._check_finite("value", last_values.cpu().numpy())
+        return last_values
+
+    def _end_rollout(self, goes_on: bool, n_steps: int) -> bool:
+        """
+        :param goes_on: whether this process wants to go on
+        :param n_steps: its steps in the rollout, which have been counted already
+        :return: whether all processes want to go on
+        """
+        goes_on, n_steps_of_all = self.processes.end_rollout(goes_on, n_steps, self._vec_normalize_env)
+        self.num_timesteps += n_steps_of_all - n_steps
+        return goes_on
+
+    def _compute_advantages(
+        self, rollout_buffer: RolloutBuffer, last_values: th.Tensor, dones: np.ndarray, passes: Passes
+    ) -> None:
+        if isinstance(rollout_buffer, VPGBufferMixin):
+            terminal_values = self._terminal_values(rollout_buffer, passes)
+            rollout_buffer.compute_returns_and_advantage(last_values, dones, terminal_values, self.processes)
         else:
             rollout_buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
 

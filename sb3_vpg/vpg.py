@@ -1,6 +1,7 @@
 """Vanilla policy gradient for Stable-Baselines3."""
 
 import io
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,7 @@ from stable_baselines3.common.type_aliases import (
 )
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
 
+from sb3_vpg import distributed
 from sb3_vpg.buffers import VPGBufferMixin, VPGRolloutBuffer, buffer_class_for, map_obs
 from sb3_vpg.estimators import NORMALIZATIONS, Formulation, check_choice
 from sb3_vpg.passes import Passes, passes_of
@@ -196,6 +198,7 @@ class VPG(RolloutCollector):
     # ------------------------------------------------------------------------------------------------------------
 
     def _setup_model(self) -> None:
+        self.processes = distributed.current()
         self._resolve_keywords()
         if self.rollout_buffer_class is None:
             self.rollout_buffer_class = buffer_class_for(self.observation_space)
@@ -207,6 +210,11 @@ class VPG(RolloutCollector):
         self._fuse_optimizer()
         # Batch normalisation mixes the steps of a batch: such a network must see all of them at once
         self._in_chunks = not any(isinstance(module, th.nn.modules.batchnorm._BatchNorm) for module in self.policy.modules())
+        if not self._in_chunks and self.processes.size > 1:
+            raise ValueError(
+                "Batch normalisation in the policy's networks mixes the steps of a batch, of which each of "
+                f"{self.processes.size} ranks has a part; allowed: torch.nn.LayerNorm or GroupNorm, or one process"
+            )
 
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()
@@ -214,7 +222,14 @@ class VPG(RolloutCollector):
         self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate) if own else self.lr_schedule  # type: ignore[arg-type]
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_formulation", "_actor_parameters", "_critic_parameters", "_statistics"]
+        return [
+            *super()._excluded_save_params(),
+            "_formulation",
+            "_actor_parameters",
+            "_critic_parameters",
+            "_statistics",
+            "processes",
+        ]
 
     def _resolve_keywords(self) -> None:
         """
@@ -273,7 +288,7 @@ class VPG(RolloutCollector):
 
     def _check_single_episode(self, given: str) -> None:
         """With one episode per update, some formulations are zero at every step, or have nobody else to look at."""
-        if self.n_episodes is None or self.n_episodes * self.n_envs > 1:
+        if self.n_episodes is None or self.n_episodes * self.n_envs * self.processes.size > 1:
             return
         one = "n_episodes=1 with one environment gives one episode per update"
         if self.baseline in ("time", "leave_one_out"):
@@ -385,7 +400,8 @@ class VPG(RolloutCollector):
         n_threads = self._n_threads(passes)
         with passes.threads():
             self.policy.optimizer.zero_grad()
-            losses, some_steps = self._accumulate_gradients(passes, n_threads)
+            n_steps, n_pieces, n_episodes = self._count()
+            losses, some_steps = self._accumulate_gradients(passes, n_steps, n_pieces, n_threads)
             for name, loss in losses.items():
                 if not math.isfinite(loss):
                     self._raise_non_finite_update(name, loss)
@@ -400,7 +416,7 @@ class VPG(RolloutCollector):
             if self.uses_value_function and self._critic_parameters and self.n_critic_updates > 1:
                 self.policy.set_training_mode(True)
                 for _ in range(self.n_critic_updates - 1):
-                    self._fit_critic(passes, n_threads)
+                    self._fit_critic(passes, n_steps, n_threads)
                 self.policy.set_training_mode(False)
 
         self._n_updates += 1
@@ -416,7 +432,7 @@ class VPG(RolloutCollector):
             self.logger.record("train/explained_variance", explained_var)
             self.logger.record("train/value_grad_norm", value_grad_norm)
         if isinstance(buffer, VPGBufferMixin):
-            self.logger.record("train/episodes_per_update", buffer.n_episodes)
+            self.logger.record("train/episodes_per_update", n_episodes)
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
 
@@ -440,16 +456,19 @@ class VPG(RolloutCollector):
         """For a buffer that computes its advantages itself: they are normalised here, as with A2C."""
         advantages = batch.advantages.numpy(force=True).reshape(-1, 1)
         everywhere = np.ones(advantages.shape, dtype=bool)
-        normalized = NORMALIZATIONS[self.normalize_advantage](advantages, everywhere, everywhere)
+        normalized = NORMALIZATIONS[self.normalize_advantage](advantages, everywhere, everywhere, self.processes)
         return batch._replace(advantages=th.as_tensor(normalized.flatten()).to(batch.advantages))
 
-    def _accumulate_gradients(self, passes: Passes, n_threads: int = 1) -> tuple[dict[str, float], tuple[Any, th.Tensor]]:
+    def _accumulate_gradients(
+        self, passes: Passes, n_steps: int, n_pieces: int, n_threads: int = 1
+    ) -> tuple[dict[str, float], tuple[Any, th.Tensor]]:
         """
         Add the gradient of policy loss, entropy bonus and value loss over the whole batch to the parameters' gradients.
 
+        :param n_steps: number of steps in the batch
+        :param n_pieces: number of episodes (whole or in part) in it
         :return: the losses, by the names under which A2C logs them; observations and actions of some steps, evenly spaced
         """
-        n_steps, n_pieces = self._count()
         weight = 1 / n_pieces if self.loss_reduction == "trajectory" else 1 / n_steps
 
         def loss_of(batch: Samples) -> tuple[th.Tensor, tuple[Samples, dict[str, th.Tensor]]]:
@@ -474,18 +493,19 @@ class VPG(RolloutCollector):
         ):
             for name, loss in parts.items():
                 losses[name] += float(loss)
+        losses = self.processes.sum_gradients(self.policy.parameters(), losses)
         every = slice(None, None, -(-len(last_batch.actions) // KL_STEPS))
         return losses, (map_obs(lambda obs: obs[every], last_batch.observations), last_batch.actions[every])
 
-    def _fit_critic(self, passes: Passes, n_threads: int) -> None:
+    def _fit_critic(self, passes: Passes, n_steps: int, n_threads: int) -> None:
         """One pass of the value regression, moving only parameters that the actor does not use."""
         batches: Iterable[tuple[Iterable[Samples], int]]
         if self.critic_batch_size is None:
-            batches = [(self._chunks(), self._count()[0])]
+            batches = [(self._chunks(), n_steps)]
         else:
             # One chunk each, which leaves nothing to other threads
             n_threads = 1
-            batches = (([batch], len(batch.returns)) for batch in self.rollout_buffer.get(self.critic_batch_size))
+            batches = self._critic_batches(n_steps, self.critic_batch_size)
         for chunks, n_steps in batches:
 
             def loss_of(chunk: Samples, n_steps: int = n_steps) -> tuple[th.Tensor, None]:
@@ -493,8 +513,20 @@ class VPG(RolloutCollector):
 
             self.policy.optimizer.zero_grad()
             list(accumulate_gradients(loss_of, chunks, self._critic_parameters, n_threads))
+            self.processes.sum_gradients(self._critic_parameters, {})
             self._clip_gradients("value gradient", self._critic_parameters)
             self.policy.optimizer.step()
+
+    def _critic_batches(self, n_steps: int, batch_size: int) -> Iterator[tuple[list[Samples], int]]:
+        """
+        :return: minibatches of at most ``batch_size`` steps, of which each process has a part, none where it has run out of
+            steps; with the number of steps in them
+        """
+        n_batches = -(-n_steps // batch_size)
+        own = self.rollout_buffer.get(-(-batch_size * self._count_own()[0] // n_steps))
+        for batch in itertools.islice(itertools.chain(own, itertools.repeat(None)), n_batches):
+            parts: list[Samples] = [] if batch is None else [batch]
+            yield parts, int(self.processes.sum(np.array(sum(len(part.returns) for part in parts))))
 
     def _n_threads(self, passes: Passes) -> int:
         """:return: how many chunks may go through the networks at a time"""
@@ -503,13 +535,17 @@ class VPG(RolloutCollector):
             return 1
         return min(n_threads, -(-buffer.n_recorded // buffer.chunk_size))
 
-    def _count(self) -> tuple[int, int]:
-        """:return: number of steps and of episodes (whole or in part) in the batch"""
+    def _count(self) -> tuple[int, int, int]:
+        """:return: numbers of steps, of episodes (whole or in part) and of episodes that ended, in the batch"""
+        return tuple(self.processes.sum(np.array(self._count_own())).astype(int).tolist())
+
+    def _count_own(self) -> tuple[int, int, int]:
+        """:return: the same in the part of the batch that this process has"""
         buffer = self.rollout_buffer
         if isinstance(buffer, VPGBufferMixin):
-            return buffer.n_recorded, buffer.n_pieces
+            return buffer.n_recorded, buffer.n_pieces, buffer.n_episodes
         # Only reduced by "mean"
-        return buffer.buffer_size * buffer.n_envs, 1
+        return buffer.buffer_size * buffer.n_envs, 1, 0
 
     def _clip_gradients(self, name: str, parameters: list[th.nn.Parameter]) -> float:
         """
@@ -562,11 +598,30 @@ class VPG(RolloutCollector):
     ) -> tuple[int, BaseCallback]:
         if self._resumes and not reset_num_timesteps and self.env is not None:
             set_random_states(self._random_states, self.env)
+            if self.processes.rank > 0:
+                # The states are those of one process: the others go on with numbers that are drawn from them
+                self.set_random_seed(int(th.randint(2**31, ())))
         self._resumes = False
+        self._join_others(total_timesteps)
+        if self.processes.rank > 0:
+            # One tells for all
+            self.verbose, self.tensorboard_log, progress_bar = 0, None, False
         return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
 
+    def _join_others(self, total_timesteps: int) -> None:
+        """
+        :raises ValueError: if the process group is another one than when the model was made, or the ranks do not fit together
+        """
+        made_for, now = ((one.rank, one.size) for one in (self.processes, distributed.current()))
+        if made_for != now:
+            raise ValueError(
+                f"The model was made in rank {made_for[0]} of {made_for[1]}, but is to learn in rank {now[0]} of {now[1]}: "
+                "make or load it after torch.distributed.init_process_group(), or destroy_process_group()"
+            )
+        self.processes.begin(self, total_timesteps)
+
     def set_random_seed(self, seed: int | None = None) -> None:
-        super().set_random_seed(seed)
+        super().set_random_seed(self.processes.seed(seed, self.n_envs))
         # These are the random numbers that are wanted
         self._resumes = False
 

@@ -134,7 +134,7 @@ def gradient_of_batch(model, batch, last_state=None):
             last_values = model.policy.predict_values(th.tensor([last_state]))
     buffer.compute_returns_and_advantage(last_values, dones)
     model.policy.zero_grad()
-    model._accumulate_gradients(passes_of(model.policy))
+    model._accumulate_gradients(passes_of(model.policy), *model._count()[:2])
     return actor_gradient(model)
 
 

@@ -161,7 +161,7 @@ def test_the_gradient_of_a_batch_is_that_of_the_update(name, loss_reduction):
     _, callback = model._setup_learn(0)
     model.collect_rollouts(env, callback, model.rollout_buffer, 1)
     model.policy.zero_grad()
-    model._accumulate_gradients(passes_of(model.policy))
+    model._accumulate_gradients(passes_of(model.policy), *model._count()[:2])
     measured = as_measured(FORMULATIONS[name], 6, loss_reduction)
     gradient = batch_gradients(model.policy, episodes_in(model.rollout_buffer, 6), [measured])[0, 0]
     expected = -flat_gradient(model._actor_parameters)
