@@ -4,8 +4,11 @@ and one of our own, ``python -m sb3_vpg ablation``.
 """
 
 import importlib.util
+import os
 import runpy
 import sys
+import warnings
+from contextlib import ExitStack, redirect_stdout
 
 COMMANDS = {
     "train": "rl_zoo3.train",
@@ -39,14 +42,37 @@ def main() -> None:
     if command == "ablation" and importlib.util.find_spec("rliable") is None:
         sys.exit("This command draws plots: pip install 'sb3_vpg[plots]'")
 
-    from sb3_vpg.zoo import register
-
-    register()
     arguments = sys.argv[2:]
     if command in WITH_ALGO and not any(argument.split("=")[0] == "--algo" for argument in arguments):
         arguments = ["--algo", "vpg", *arguments]
     sys.argv = [f"sb3_vpg {command}", *arguments]
-    runpy.run_module(COMMANDS[command], run_name="__main__", alter_sys=True)
+    if command == "train" and "TORCHELASTIC_RUN_ID" in os.environ:
+        run_in_process_group(COMMANDS[command])
+    else:
+        run(COMMANDS[command])
+
+
+def run(module: str) -> None:
+    """Run a module as a command, with VPG in the zoo."""
+    from sb3_vpg.zoo import register
+
+    register()
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def run_in_process_group(module: str) -> None:
+    """The same in each of the processes that torchrun has started, the first of which speaks for all."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from sb3_vpg.distributed import joined
+
+    with joined() as processes, ExitStack() as silence:
+        if processes.rank > 0:
+            silence.enter_context(redirect_stdout(silence.enter_context(open(os.devnull, "w"))))
+            silence.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+        # torchrun shows the error of the process that failed first
+        record(run)(module)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 
 from sb3_vpg.envs.cartpole_swingup import START_STD
 
@@ -52,3 +52,19 @@ class ExploringStarts(BaseCallback):
 
     def _on_step(self) -> bool:
         return True
+
+
+class ProgressBarOfAllRanks(ProgressBarCallback):
+    """SB3's progress bar for a training in several processes: for the timesteps of all of them."""
+
+    def _on_training_start(self) -> None:
+        super()._on_training_start()
+        self.start = self.model.num_timesteps
+
+    def _on_step(self) -> bool:
+        self.pbar.update(self.model.num_timesteps - self.start - self.pbar.n)
+        return True
+
+    def _on_training_end(self) -> None:
+        self._on_step()
+        super()._on_training_end()

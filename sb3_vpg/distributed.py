@@ -141,6 +141,13 @@ class ProcessGroup(OneProcess):
             dist.all_gather_object(values, value)
         return values
 
+    def broadcast(self, value: Any) -> Any:
+        """:return: the value of rank 0"""
+        values = [value]
+        with self._reaching_others():
+            dist.broadcast_object_list(values, device=self._device)
+        return values[0]
+
     # --- Beginning
 
     def begin(self, model: "VPG", total_timesteps: int) -> None:
@@ -148,9 +155,7 @@ class ProcessGroup(OneProcess):
         statistics = running_statistics(model.get_vec_normalize_env())
         state = io.BytesIO()
         th.save(model.get_parameters(), state)
-        of_rank_0: list[Any] = [state.getvalue(), model.num_timesteps, model._n_updates, statistics]
-        with self._reaching_others():
-            dist.broadcast_object_list(of_rank_0, device=self._device)
+        of_rank_0 = self.broadcast((state.getvalue(), model.num_timesteps, model._n_updates, statistics))
         weights, model.num_timesteps, model._n_updates, common = of_rank_0
         model.set_parameters(th.load(io.BytesIO(weights), map_location=model.device, weights_only=True))
         for own, other in zip(statistics, common):
@@ -242,7 +247,11 @@ def joined() -> Iterator[OneProcess]:
     if th.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         th.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend, timeout=timedelta(seconds=float(os.environ.get(TIMEOUT_VARIABLE, TIMEOUT))))
+    timeout = timedelta(seconds=float(os.environ.get(TIMEOUT_VARIABLE, TIMEOUT)))
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    # When torchrun starts the processes again, the store still has the addresses of those before
+    store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
         yield current()
     finally:

@@ -224,7 +224,8 @@ def make_vector_form(envs: Sequence[gym.Env]) -> VectorEnv:
         if env.unwrapped.spec is None or (env.unwrapped.spec.id, env.unwrapped.spec.kwargs) != (spec.id, spec.kwargs):
             raise NoVectorFormError(f"the environments differ: {env.unwrapped.spec}, {spec}")
         for wrapper in wrappers_of(env):
-            if type(wrapper) not in KNOWN_WRAPPERS:
+            # rl_zoo3 puts a TimeLimit of its own in place of gymnasium's, maybe after KNOWN_WRAPPERS was made
+            if type(wrapper) not in (*KNOWN_WRAPPERS, gym.wrappers.TimeLimit):
                 raise NoVectorFormError(f"the wrapper {type(wrapper).__name__} has no vectorised form")
             if isinstance(wrapper, Monitor) and wrapper.reset_keywords:
                 raise NoVectorFormError("Monitor(reset_keywords=...) has no vectorised form")

@@ -1,0 +1,211 @@
+"""``torchrun ... -m sb3_vpg train``: one training in several processes, from an installed wheel, as users start it."""
+
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from installed import Environment, output_of
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc to find processes left behind"),
+]
+
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
+TRAIN = ("-m", "sb3_vpg", "train", "--env", "CartPole-v1")
+ENTRY = {
+    "n_timesteps": 4000,
+    "policy": "MlpPolicy",
+    "n_envs": 8,
+    "n_steps": 16,
+    "normalize": True,
+    "learning_rate": "lin_0.001",
+}
+TROUBLES = """
+import os
+import signal
+
+from stable_baselines3.common.callbacks import BaseCallback
+
+IN_RANK_1 = os.environ["RANK"] == "1"
+FIRST_ATTEMPT = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+
+
+class Trouble(BaseCallback):
+    def _on_step(self):
+        return not (IN_RANK_1 and self.num_timesteps >= 2000) or self.what_happens()
+
+
+class Stop(Trouble):
+    def what_happens(self):
+        return False
+
+
+class Fail(Trouble):
+    def what_happens(self):
+        raise KeyError("sensor lost")
+
+
+class DieOnce(Trouble):
+    def what_happens(self):
+        if FIRST_ATTEMPT:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return True
+"""
+
+
+def arguments(environment: Environment, name: str, *more: str, trouble: str | None = None, **entry: Any) -> tuple[str, ...]:
+    """
+    :param name: of the folder for logs
+    :param trouble: what happens to rank 1
+    :param entry: of the hyperparameter file
+    :return: arguments of a training
+    """
+    (environment.cwd / "troubles.py").write_text(TROUBLES)
+    entry = {**ENTRY, **entry, **({} if trouble is None else {"callback": [f"troubles.{trouble}"]})}
+    (environment.cwd / f"{name}.yml").write_text(yaml.safe_dump({"CartPole-v1": entry}))
+    return (*TRAIN, "-f", name, "-conf", f"{name}.yml", "--eval-freq", "-1", *more)
+
+
+def left_behind(name: str) -> list[str]:
+    """:return: command lines of processes of a training that are still there"""
+    lines = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(file.read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return [line for line in lines if f" -f {name} " in line]
+
+
+def load(environment: Environment, model: str) -> tuple[int, int]:
+    """:return: timesteps and updates of a saved model, loaded in one process"""
+    script = "import sys; from sb3_vpg import VPG; m = VPG.load(sys.argv[1]); print(m.num_timesteps, m._n_updates)"
+    process = environment.run("-c", script, model)
+    output_of(process)
+    n_timesteps, n_updates = map(int, process.stdout.split())
+    return n_timesteps, n_updates
+
+
+def test_one_folder_one_voice_and_counters_of_all(installed: Environment):
+    more = ("-tb", "tb", "--eval-freq", "1000", "--save-freq", "2000", "-P")
+    process = installed.run(*TORCHRUN, *arguments(installed, "together", *more))
+    output = output_of(process)
+    # Told once
+    for once in ("Seed:", "Loading hyperparameters from:", "Using 8 environments", "Log path:", "Saving to"):
+        assert output.count(once) == 1, output
+    assert "falls back" not in output
+    assert re.search(r"100% .* 4,096/4,000", output)
+
+    (folder,) = (installed.cwd / "together" / "vpg").iterdir()
+    # 8 environments and a rollout of 16 steps, in all
+    assert load(installed, str(folder / "CartPole-v1.zip")) == (4096, 32)
+    # Four environments in each rank, each with its file
+    assert {file.name for file in folder.glob("*.monitor.csv")} == {f"{i}.monitor.csv" for i in range(8)}
+    assert list(np.load(folder / "evaluations.npz")["timesteps"]) == pytest.approx([1000, 2000, 3000, 4000], abs=64)
+    checkpoints = sorted(int(file.stem.split("_")[2]) for file in folder.glob("rl_model_*_steps.zip"))
+    assert checkpoints == pytest.approx([2000, 4000], abs=64)
+    assert {file.name for file in folder.glob("*.pkl")} == {f"rl_model_vecnormalize_{n}_steps.pkl" for n in checkpoints}
+    assert len(list((installed.cwd / "tb").rglob("events.*"))) == 1
+    output = output_of(installed.run("-m", "sb3_vpg", "enjoy", "--no-render", "-f", "together", "-n", "500"))
+    assert "Mean reward" in output
+
+
+def test_a_callback_that_stops_one_rank_stops_all(installed: Environment):
+    output_of(installed.run(*TORCHRUN, *arguments(installed, "stopped", trouble="Stop")))
+    n_timesteps, _ = load(installed, "stopped/vpg/CartPole-v1_1/CartPole-v1.zip")
+    assert 2000 <= n_timesteps < 2000 + 2 * 128
+    assert left_behind("stopped") == []
+
+
+def test_an_exception_in_one_rank_ends_the_job_and_is_shown(installed: Environment):
+    start = time.monotonic()
+    process = installed.run(*TORCHRUN, *arguments(installed, "failed", trouble="Fail"))
+    assert process.returncode != 0
+    # By the rank itself, by the other, by torchrun
+    assert "KeyError: 'sensor lost'" in process.stderr
+    assert "RuntimeError: The rollout has failed in rank 1: KeyError: 'sensor lost'" in process.stderr
+    root_cause = process.stderr[process.stderr.index("Root Cause") :]
+    assert "sensor lost" in root_cause
+    assert left_behind("failed") == []
+    assert time.monotonic() - start < 120
+
+
+@pytest.mark.parametrize("save_freq", [500, -1])
+def test_after_a_kill_torchrun_goes_on_from_the_last_checkpoint(installed: Environment, save_freq: int):
+    name = f"killed_{save_freq}"
+    more = ("--save-freq", str(save_freq), "--seed", "1")
+    process = installed.run(*TORCHRUN, "--max-restarts", "1", *arguments(installed, name, *more, trouble="DieOnce"))
+    output = output_of(process)
+    assert "Rank 0 of 2 has lost the others: one of them has ended" in output
+    assert left_behind(name) == []
+    first, second = (installed.cwd / name / "vpg" / f"CartPole-v1_{i}" for i in (1, 2))
+    checkpoints = {int(file.stem.split("_")[2]): file for file in first.glob("rl_model_*_steps.zip")}
+    n_updates = load(installed, str(second / "CartPole-v1.zip"))[1]
+    if save_freq == -1:
+        assert not checkpoints
+        # There is nothing to go on from
+        assert n_updates == 32
+    else:
+        newest = max(checkpoints)
+        assert newest == pytest.approx(2000, abs=128)
+        assert f"rl_model_vecnormalize_{newest}_steps.pkl" in output
+        _, done = load(installed, str(checkpoints[newest]))
+        # -n is the budget of both attempts together
+        assert n_updates == pytest.approx(32, abs=1)
+        assert done > 10
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_job_saves_its_model(installed: Environment, signal_number: signal.Signals):
+    name = f"interrupted_job_{signal_number.name}"
+    process = installed.start(*TORCHRUN, *arguments(installed, name, n_timesteps=1_000_000))
+    monitor = installed.cwd / name / "vpg" / "CartPole-v1_1" / "0.monitor.csv"
+    deadline = time.monotonic() + 120
+    while not monitor.is_file() or len(monitor.read_text().splitlines()) < 10:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal_number)
+    try:
+        output, _ = process.communicate(timeout=90)
+    finally:
+        process.kill()
+    assert output.count("Saving to") == 1, output
+    assert load(installed, f"{name}/vpg/CartPole-v1_1/CartPole-v1.zip")[1] > 0
+    assert left_behind(name) == []
+
+
+REFUSED = {
+    "environments that cannot be dealt out": (
+        ("-params", "n_envs:3"),
+        "n_envs=3 cannot be dealt out to 2 ranks; allowed: a mul",
+    ),
+    "another algorithm": (
+        ("--algo", "ppo", "-conf", "ppo.yml"),
+        "torchrun is for training VPG: other algorithms train in one",
+    ),
+    "a search": (("-optimize",), "a search for hyperparameters runs in as many independent processes as you start"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_torchrun_is_not_for_is_refused(installed: Environment, case: str):
+    more, message = REFUSED[case]
+    (installed.cwd / "ppo.yml").write_text(yaml.safe_dump({"CartPole-v1": {"n_timesteps": 100, "policy": "MlpPolicy"}}))
+    process = installed.run(*TORCHRUN, *arguments(installed, "refused", *more))
+    assert process.returncode != 0
+    assert message in process.stderr
+
+
+def test_the_command_of_the_zoo_itself_is_refused(installed: Environment):
+    train = ("-m", "rl_zoo3.train", "--algo", "vpg", "--env", "CartPole-v1", "-n", "100", "-f", "refused")
+    process = installed.run(*TORCHRUN, *train)
+    assert process.returncode != 0
+    assert "VPG trains on several processes with `torchrun ... -m sb3_vpg train`" in process.stderr
