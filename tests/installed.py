@@ -86,10 +86,10 @@ class Environment:
         """Run the environment's Python with these arguments, in the folder ``cwd``."""
         return call(self.python, *arguments, cwd=self.cwd, env=env)
 
-    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
-        """The same, without waiting for its end."""
+    def start(self, *arguments: str | Path, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+        """The same, without waiting for its end, by a command that runs what follows ``before``."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        command = [str(self.python), *map(str, arguments)]
+        command = [*before, str(self.python), *map(str, arguments)]
         return subprocess.Popen(command, cwd=self.cwd, env=variables_for(), preexec_fn=heed_interruptions, **pipes)
 
     def evaluate(self, expression: str, env: dict[str, str] | None = None) -> str:

@@ -1,9 +1,12 @@
 """``torchrun ... -m sb3_vpg train``: one training in several processes, from an installed wheel, as users start it."""
 
+import os
 import re
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ ENTRY = {
 TROUBLES = """
 import os
 import signal
+import subprocess
 
 from stable_baselines3.common.callbacks import BaseCallback
 
@@ -82,6 +86,15 @@ def left_behind(name: str) -> list[str]:
         except OSError:
             continue
     return [line for line in lines if f" -f {name} " in line]
+
+
+def wait_for_episodes(monitor: Path, process: subprocess.Popen[str]) -> None:
+    """Wait until a training has written some episodes to a monitor file."""
+    deadline = time.monotonic() + 120
+    while not monitor.is_file() or len(monitor.read_text().splitlines()) < 10:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def load(environment: Environment, model: str) -> tuple[int, int]:
@@ -166,12 +179,7 @@ def test_after_a_kill_torchrun_goes_on_from_the_last_checkpoint(installed: Envir
 def test_an_interrupted_job_saves_its_model(installed: Environment, signal_number: signal.Signals):
     name = f"interrupted_job_{signal_number.name}"
     process = installed.start(*TORCHRUN, *arguments(installed, name, n_timesteps=1_000_000))
-    monitor = installed.cwd / name / "vpg" / "CartPole-v1_1" / "0.monitor.csv"
-    deadline = time.monotonic() + 120
-    while not monitor.is_file() or len(monitor.read_text().splitlines()) < 10:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for_episodes(installed.cwd / name / "vpg/CartPole-v1_1/0.monitor.csv", process)
     process.send_signal(signal_number)
     try:
         output, _ = process.communicate(timeout=90)
@@ -209,3 +217,68 @@ def test_the_command_of_the_zoo_itself_is_refused(installed: Environment):
     process = installed.run(*TORCHRUN, *train)
     assert process.returncode != 0
     assert "VPG trains on several processes with `torchrun ... -m sb3_vpg train`" in process.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Several machines: network namespaces, each with an address and a link to the other
+# ---------------------------------------------------------------------------------------------------------------
+
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def machines() -> Iterator[tuple[str, str]]:
+    """Names of two namespaces, and of the interface in each, with a link between them."""
+    names = (f"vpga{os.getpid()}", f"vpgb{os.getpid()}")
+    try:
+        for name in names:
+            ip("netns", "add", name)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"cannot make network namespaces: {error}")
+    try:
+        ip("link", "add", names[0], "netns", names[0], "type", "veth", "peer", "name", names[1], "netns", names[1])
+        for name, address in zip(names, ADDRESSES):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", name)
+            ip("-n", name, "link", "set", name, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            ip("netns", "del", name)
+
+
+def start_on(machine: str, node_rank: int, environment: Environment, name: str, **entry: Any) -> subprocess.Popen[str]:
+    """Start the part of a training that runs on one of two machines, as the documentation says."""
+    nodes = ("--nnodes", "2", "--node-rank", str(node_rank), "--master-addr", ADDRESSES[0], "--master-port", "29511")
+    torchrun = ("-m", "torch.distributed.run", *nodes, "--nproc-per-node", "1")
+    enter = ("ip", "netns", "exec", machine, "env", f"GLOO_SOCKET_IFNAME={machine}", "SB3_VPG_TIMEOUT=5")
+    return environment.start(*torchrun, *arguments(environment, name, **entry), before=enter)
+
+
+def test_two_machines_train_together(installed: Environment, machines: tuple[str, str]):
+    first, second = (start_on(machine, i, installed, "machines") for i, machine in enumerate(machines))
+    output, other_output = first.communicate(timeout=120)[0], second.communicate(timeout=120)[0]
+    assert (first.returncode, second.returncode) == (0, 0), output + other_output
+    assert output.count("Saving to") == 1
+    assert "Saving to" not in other_output
+    assert load(installed, "machines/vpg/CartPole-v1_1/CartPole-v1.zip") == (4096, 32)
+
+
+def test_a_link_that_is_cut_is_an_error_on_both_sides(installed: Environment, machines: tuple[str, str]):
+    jobs = [start_on(machine, i, installed, "cut", n_timesteps=100_000_000) for i, machine in enumerate(machines)]
+    try:
+        wait_for_episodes(installed.cwd / "cut/vpg/CartPole-v1_1/0.monitor.csv", jobs[0])
+        ip("-n", machines[0], "link", "set", machines[0], "down")
+        outputs = [job.communicate(timeout=60)[0] for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    for rank, (job, output) in enumerate(zip(jobs, outputs)):
+        assert job.returncode != 0
+        assert f"RuntimeError: Rank {rank} of 2 has lost the others" in output
+        assert "or the network between them is cut" in output
+    assert left_behind("cut") == []
