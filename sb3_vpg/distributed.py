@@ -39,6 +39,10 @@ Array = np.ndarray
 TIMEOUT_VARIABLE, TIMEOUT = "SB3_VPG_TIMEOUT", 600.0
 
 
+#: Where the parts of all ranks have no more bytes than this, it takes Gloo less time to gather them than to add them up
+GATHERED_BYTES = 2**20
+
+
 class OneProcess(Collectives):
     """A training in one process: nobody to share with, nothing to be done."""
 
@@ -99,16 +103,26 @@ class ProcessGroup(OneProcess):
     # --- Sums
 
     def sum(self, x: Array) -> Array:
-        return self._reduce(x, dist.ReduceOp.SUM)
+        return self._sum(self._tensor(x)).cpu().numpy()
 
-    def max(self, x: Array) -> Array:
-        return self._reduce(x, dist.ReduceOp.MAX)
+    def gather(self, x: Array) -> Array:
+        return self._gather(self._tensor(x)).cpu().numpy()
 
-    def _reduce(self, x: Array, operation: Any) -> Array:
-        tensor = th.as_tensor(np.asarray(x, dtype=np.float64), device=self._device).clone()
+    def _tensor(self, x: Array) -> th.Tensor:
+        return th.tensor(x, dtype=th.float64, device=self._device)
+
+    def _gather(self, x: th.Tensor) -> th.Tensor:
+        everyone = x.new_empty((self.size, *x.shape))
         with self._reaching_others():
-            dist.all_reduce(tensor, operation)
-        return tensor.cpu().numpy()
+            dist.all_gather(list(everyone), x)
+        return everyone
+
+    def _sum(self, x: th.Tensor) -> th.Tensor:
+        if x.is_cpu and x.nbytes * self.size <= GATHERED_BYTES:
+            return self._gather(x).sum(dim=0)
+        with self._reaching_others():
+            dist.all_reduce(x)
+        return x
 
     def sum_gradients(self, parameters: Iterable[th.nn.Parameter], losses: Mapping[str, float]) -> dict[str, float]:
         parameters = [parameter for parameter in parameters if parameter.requires_grad]
@@ -116,9 +130,7 @@ class ProcessGroup(OneProcess):
         has_gradient = [parameter.grad is not None for parameter in parameters]
         gradients = [th.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         numbers = th.tensor([*has_gradient, *losses.values()], dtype=th.float32, device=parameters[0].device)
-        everything = th.cat([*(gradient.flatten() for gradient in gradients), numbers])
-        with self._reaching_others():
-            dist.all_reduce(everything)
+        everything = self._sum(th.cat([*(gradient.flatten() for gradient in gradients), numbers]))
         *sums, counts, loss_sums = everything.split([*(g.numel() for g in gradients), len(parameters), len(losses)])
         for parameter, gradient, count in zip(parameters, sums, counts.tolist()):
             if count:
@@ -135,7 +147,7 @@ class ProcessGroup(OneProcess):
                 f"one took longer than the timeout, or the network between them is cut. {error}"
             ) from error
 
-    def _gather(self, value: Any) -> list[Any]:
+    def _gather_objects(self, value: Any) -> list[Any]:
         values = [None] * self.size
         with self._reaching_others():
             dist.all_gather_object(values, value)
@@ -164,7 +176,7 @@ class ProcessGroup(OneProcess):
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         """:raises ValueError: in all ranks, if they have other settings than rank 0, naming one"""
-        of_rank_0, *others = self._gather(settings)
+        of_rank_0, *others = self._gather_objects(settings)
         for rank, other in enumerate(others, start=1):
             for keyword, value in of_rank_0.items():
                 if other.get(keyword) != value:
@@ -185,14 +197,14 @@ class ProcessGroup(OneProcess):
                 # What has been raised here is the cause, whether the others can be told or not
                 with suppress(RuntimeError):
                     self.sum(np.array([0, 0, 1]))
-                    self._gather(f"{type(error).__name__}: {error}")
+                    self._gather_objects(f"{type(error).__name__}: {error}")
             raise
 
     def end_rollout(self, goes_on: bool, n_steps: int, vec_normalize: VecNormalize | None) -> tuple[bool, int]:
         self._agreed = True
         n_steps, n_stopped, n_failed = self.sum(np.array([n_steps, not goes_on, 0])).astype(int).tolist()
         if n_failed:
-            errors = [f"rank {rank}: {error}" for rank, error in enumerate(self._gather(None)) if error is not None]
+            errors = [f"rank {rank}: {error}" for rank, error in enumerate(self._gather_objects(None)) if error is not None]
             raise RuntimeError(f"The rollout has failed in {'; '.join(errors)}")
         self._share_statistics(running_statistics(vec_normalize))
         return n_stopped == 0, n_steps

@@ -46,17 +46,17 @@ class Rollout(NamedTuple):
 
 class Collectives:
     """
-    Sums and maxima over a batch of which each of several processes has a part. With one process, as here, they are its own;
-    :mod:`sb3_vpg.distributed` has those of several.
+    What several processes must tell each other, each of which has a part of the batch. Here there is one, which has all of it;
+    :mod:`sb3_vpg.distributed` has the others.
     """
 
     def sum(self, x: Array) -> Array:
         """:return: the sum over the processes, elementwise"""
         return x
 
-    def max(self, x: Array) -> Array:
-        """:return: the maximum over the processes, elementwise"""
-        return x
+    def gather(self, x: Array) -> Array:
+        """:return: x of each process, along a new first axis"""
+        return x[None]
 
 
 ONE_PROCESS = Collectives()
@@ -214,7 +214,7 @@ def mean_baseline(psi: Array, mask: Array, over: Collectives = ONE_PROCESS) -> A
 def _sum_and_count_over_episodes(psi: Array, mask: Array, steps: Array, over: Collectives) -> tuple[Array, Array]:
     """Sum of psi over the episodes that reach the same step index, and their number; both of shape (T, N)."""
     index = steps[mask]
-    longest = int(over.max(index.max(initial=0))) + 1
+    longest = int(over.gather(index.max(initial=0)).max()) + 1
     sums, counts = over.sum(np.stack([np.bincount(index, weights, longest) for weights in (psi[mask], None)]))
     steps = np.where(mask, steps, 0)
     return sums[steps], counts[steps]
@@ -292,11 +292,15 @@ def normalize_batch(advantages: Array, mask: Array, last: Array, over: Collectiv
     """Standardise over all recorded steps of the batch: :func:`normalize_within` where all are one group."""
     _check_shapes(advantages=advantages, mask=mask, last=last)
     x = advantages[mask].astype(np.float64)
-    magnitude = over.max(np.abs(x).max(initial=0.0))
-    total, n = over.sum(np.array([x.sum(), len(x)]))
-    x -= total / max(n, 1)
-    std = np.sqrt(over.sum(x @ x) / max(n - 1, 1))
-    if std > MIN_RELATIVE_SPREAD * magnitude:
+    own_mean = x.sum() / max(len(x), 1)
+    part = (len(x), own_mean, np.square(x - own_mean).sum(), np.abs(x).max(initial=0.0))
+    # Sums of squares about the mean of a batch from those of its parts (Chan et al., 1979)
+    counts, means, squares, magnitudes = over.gather(np.array(part)).T
+    n = counts.sum()
+    mean = counts @ means / max(n, 1)
+    std = np.sqrt((squares.sum() + counts @ (means - mean) ** 2) / max(n - 1, 1))
+    x -= mean
+    if std > MIN_RELATIVE_SPREAD * magnitudes.max():
         x /= std + EPSILON
     normalized = np.zeros(np.shape(advantages))
     normalized[mask] = x
