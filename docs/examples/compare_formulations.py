@@ -1,10 +1,11 @@
 """
-Train with five formulations of the policy gradient, all else equal, and print how the return
-of the training episodes grows: the mean of the last 100, four times.
+Train with five formulations of the policy gradient, all else equal, and print how the
+return of the training episodes grows: the mean of the last 100, four times.
 
-The total return learns little. Leaving out the rewards of the past (reward-to-go) helps most.
-Subtracting what is to be expected anyway, a plain mean or a critic's word, helps on top. One
-seed each, so that it is done in seconds: which of the better ones comes first is luck.
+The total return learns little. Leaving out the rewards of the past (reward-to-go) helps
+most. Subtracting what is to be expected anyway, a plain mean or a critic's word, helps
+on top. One seed each, so that it is done in seconds: which of the better ones comes
+first is luck.
 """
 
 from stable_baselines3.common.env_util import make_vec_env

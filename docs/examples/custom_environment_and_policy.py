@@ -1,11 +1,11 @@
 """
-An environment and a policy of one's own: push a cart to the origin, by a force that is linear in
-position and velocity.
+An environment and a policy of one's own: push a cart to the origin, by a force that is
+linear in position and velocity.
 
-Costs are quadratic, so control theory knows the best force and says that values are quadratic,
-too. The policy is made for that: an actor without hidden layers, a critic that is linear in
-squares and products. VPG, which knows neither the equations of motion nor the costs, finds
-nearly the same two numbers.
+Costs are quadratic, so control theory knows the best force and says that values are
+quadratic, too. The policy is made for that: an actor without hidden layers, a critic
+that is linear in squares and products. VPG, which knows neither the equations of motion
+nor the costs, finds nearly the same two numbers.
 """
 
 import gymnasium as gym

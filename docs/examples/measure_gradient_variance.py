@@ -1,11 +1,13 @@
 """
-How noisy is the gradient of one update, under each formulation, at one and the same policy?
+How noisy is the gradient of one update, under each formulation, at one and the same
+policy?
 
-256 episodes are played by a policy early in its training and dealt out into batches of 16. For
-each formulation: the variance of the gradient from batch to batch, as a share of reward-to-go's;
-its signal-to-noise ratio; and the mean cosine of a batch's gradient with the unbiased direction,
-that of "value" on all other data. The TD residual has by far the least noise; where it points is
-what the critic says, and so early the critic is wrong.
+256 episodes are played by a policy early in its training and dealt out into batches of
+16. For each formulation: the variance of the gradient from batch to batch, as a share
+of reward-to-go's; its signal-to-noise ratio; and the mean cosine of a batch's gradient
+with the unbiased direction, that of "value" on all other data. The TD residual has by
+far the least noise; where it points is what the critic says, and so early the critic is
+wrong.
 """
 
 from stable_baselines3.common.env_util import make_vec_env

@@ -1,8 +1,8 @@
 """
 Learn to balance a pole, look at the result, save it and load it again.
 
-Prints the mean return of 10 episodes, of 500 at most, before and after training. The loaded
-model plays as the saved one did.
+Prints the mean return of 10 episodes, of 500 at most, before and after training. The
+loaded model plays as the saved one did.
 """
 
 import tempfile
