@@ -2,7 +2,7 @@
 How noisy is a policy gradient? Statistics of independent estimates of it at a frozen policy.
 
 ``g_1 .. g_m`` are the gradients that m independent batches give, each as one update would see it; ``G`` is their expectation
-and ``Sigma`` their covariance. All statistics are functions of the inner products ``g_i . g_j`` alone:
+and ``Sigma`` their covariance. All statistics are functions of the inner products ``g_i . g_j`` alone::
 
     |G|^2       mean of g_i . g_j over i != j               unbiased, unlike the squared norm of the mean
     tr(Sigma)   mean of g_i . g_i  -  |G|^2                 the sample variance, summed over the parameters

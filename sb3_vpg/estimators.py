@@ -6,7 +6,7 @@ https://arxiv.org/abs/1506.02438). This module computes ``psi_t``, what is subtr
 how the difference is normalised, and the targets of the value function.
 
 All arrays are time-major with shape (T, N): row t holds step t of N environments. One column may hold several
-*pieces*: an episode, or the part of one that lies in the rollout. ``last`` is True at the last step of each piece, so
+*pieces*: an episode, or the part of one that lies in the rollout. ``last`` is True at the last step of each piece, so::
 
     d_t = 0 if last_t else gamma                  (the discount to step t + 1 of the same piece)
     v'_t = next_values_t                          (the value of the true successor state of step t)
