@@ -3,9 +3,10 @@ Data-parallel training: how much faster two processes are than one with as many 
 
     python benchmarks/parallel.py --output benchmarks/results/parallel.json
 
-Scenarios: CartPole-v1 x 256 in one array, with a critic and without, 32 steps of each for an update or 128; and an environment
-whose step takes 1 ms of processor time, x 8. One process and several take turns, each time in new processes. For each scenario: frames per second of both, ratio
-of each pair (median and range), what a rank sends and waits in an update, and from that an estimate for more machines:
+Scenarios: CartPole-v1 x 256 in one array, with a critic and without, 32 steps of each environment for an update or 128; and an
+environment whose step takes 1 ms of processor time, x 8. One process and several take turns, each time in new processes. For
+each scenario: frames per second of both, ratio of each pair (median and range), what a rank sends and waits in an update, and
+from that an estimate for more machines with as many environments in all:
 
     T(k) = T_1 / k + T_s(k),   T_s(k) = n_s (2 (k - 1) (latency + bytes / (k n_s bandwidth)) + t_s)
 
