@@ -103,7 +103,7 @@ def _add_default_config(exp_manager: ModuleType) -> None:
             hyperparams["critic_learning_rate"] = schedule["learning_rate"]
         return hyperparams
 
-    original_load, original_learn = manager._load_pretrained_agent, manager.learn
+    original_load = manager._load_pretrained_agent
 
     @functools.wraps(original_load)
     def load_and_continue(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -114,17 +114,25 @@ def _add_default_config(exp_manager: ModuleType) -> None:
             model._resumes = bool(model._random_states)
         return model
 
-    @functools.wraps(original_learn)
-    def learn_until_terminated(self: Any, model: Any) -> None:
-        """The zoo saves the model when it is interrupted from the keyboard: let the system's SIGTERM do the same."""
-        with terminated_like_interrupted() if self.algo == "vpg" else nullcontext():
-            original_learn(self, model)
+    def until_terminated(method: Callable[..., None]) -> Callable[..., None]:
+        """
+        Interrupted from the keyboard, the zoo saves the model that it trains, or ends the search and tells the study that the
+        trial has failed: let the system's SIGTERM do the same.
+        """
+
+        @functools.wraps(method)
+        def heedful(self: Any, *args: Any) -> None:
+            with terminated_like_interrupted() if self.algo == "vpg" else nullcontext():
+                method(self, *args)
+
+        return heedful
 
     init_with_own_config.knows_vpg = True  # type: ignore[attr-defined]
     manager.__init__ = init_with_own_config
     manager._preprocess_schedules = staticmethod(with_critic_schedule)
     manager._load_pretrained_agent = load_and_continue
-    manager.learn = learn_until_terminated
+    manager.learn = until_terminated(manager.learn)
+    manager.hyperparameters_optimization = until_terminated(manager.hyperparameters_optimization)
 
 
 class ContinuedVPG(VPG):
