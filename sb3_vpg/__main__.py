@@ -7,8 +7,6 @@ import importlib.util
 import os
 import runpy
 import sys
-import warnings
-from contextlib import ExitStack, redirect_stdout
 
 COMMANDS = {
     "train": "rl_zoo3.train",
@@ -47,7 +45,9 @@ def main() -> None:
         arguments = ["--algo", "vpg", *arguments]
     sys.argv = [f"sb3_vpg {command}", *arguments]
     if command == "train" and "TORCHELASTIC_RUN_ID" in os.environ:
-        run_in_process_group(COMMANDS[command])
+        from sb3_vpg.torchrun import run_together
+
+        run_together(run, COMMANDS[command])
     else:
         run(COMMANDS[command])
 
@@ -58,21 +58,6 @@ def run(module: str) -> None:
 
     register()
     runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-def run_in_process_group(module: str) -> None:
-    """The same in each of the processes that torchrun has started, the first of which speaks for all."""
-    from torch.distributed.elastic.multiprocessing.errors import record
-
-    from sb3_vpg.distributed import joined
-
-    with joined() as processes, ExitStack() as silence:
-        if processes.rank > 0:
-            silence.enter_context(redirect_stdout(silence.enter_context(open(os.devnull, "w"))))
-            silence.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")
-        # torchrun shows the error of the process that failed first
-        record(run)(module)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,9 @@ next sum: at once if its connection is closed, else after the timeout of the pro
 import copy
 import inspect
 import io
-import os
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,10 +32,6 @@ if TYPE_CHECKING:
     from sb3_vpg.vpg import VPG
 
 Array = np.ndarray
-
-#: Seconds that a rank waits for the others, if :func:`joined` starts the process group; this environment variable sets others
-TIMEOUT_VARIABLE, TIMEOUT = "SB3_VPG_TIMEOUT", 600.0
-
 
 #: Where the parts of all ranks have no more bytes than this, it takes Gloo less time to gather them than to add them up
 GATHERED_BYTES = 2**20
@@ -245,26 +239,3 @@ def settings_of(model: "VPG") -> dict[str, Any]:
 def current() -> OneProcess:
     """:return: the processes that train together: those of the process group, if there is one"""
     return ProcessGroup() if dist.is_available() and dist.is_initialized() else OneProcess()
-
-
-def launched() -> bool:
-    """:return: whether this process was started by torchrun"""
-    return dist.is_available() and dist.is_torchelastic_launched()
-
-
-@contextmanager
-def joined() -> Iterator[OneProcess]:
-    """In this context there is the process group of the processes that torchrun has started, on GPUs where there are any."""
-    backend = "gloo"
-    if th.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"
-        th.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    timeout = timedelta(seconds=float(os.environ.get(TIMEOUT_VARIABLE, TIMEOUT)))
-    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    # When torchrun starts the processes again, the store still has the addresses of those before
-    store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    try:
-        yield current()
-    finally:
-        dist.destroy_process_group()

@@ -27,6 +27,7 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance, ob
 
 from sb3_vpg import distributed
 from sb3_vpg.buffers import VPGBufferMixin, VPGRolloutBuffer, buffer_class_for, map_obs
+from sb3_vpg.callbacks import ProgressBarOfAllRanks
 from sb3_vpg.estimators import NORMALIZATIONS, Formulation, check_choice
 from sb3_vpg.passes import Passes, passes_of
 from sb3_vpg.policies import CnnPolicy, LogisticPolicy, MlpPolicy, MultiInputPolicy
@@ -619,6 +620,12 @@ class VPG(RolloutCollector):
                 "make or load it after torch.distributed.init_process_group(), or destroy_process_group()"
             )
         self.processes.begin(self, total_timesteps)
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        if progress_bar and self.processes.size > 1:
+            # SB3's knows the steps of one process
+            callback, progress_bar = [super()._init_callback(callback), ProgressBarOfAllRanks()], False
+        return super()._init_callback(callback, progress_bar)
 
     def set_random_seed(self, seed: int | None = None) -> None:
         super().set_random_seed(self.processes.seed(seed, self.n_envs))

@@ -11,7 +11,6 @@ import inspect
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -22,13 +21,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import gymnasium as gym
 import yaml
-from stable_baselines3.common.callbacks import CheckpointCallback, ProgressBarCallback
+from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_vpg import distributed
-from sb3_vpg.callbacks import ProgressBarOfAllRanks
 from sb3_vpg.distributed import ProcessGroup
 from sb3_vpg.envs import ENVIRONMENTS
+from sb3_vpg.torchrun import data_parallel, launched
 from sb3_vpg.vec_env import NativeVecEnv
 from sb3_vpg.vpg import VPG
 
@@ -100,7 +99,7 @@ def _add_default_config(manager: Any) -> None:
     def init_with_own_config(*args: Any, **kwargs: Any) -> None:
         bound = signature.bind(*args, **kwargs)
         algo, env_id = bound.arguments["algo"], bound.arguments["env_id"]
-        if algo == "vpg" and distributed.launched() and distributed.current().size != int(os.environ["WORLD_SIZE"]):
+        if algo == "vpg" and launched() and distributed.current().size != int(os.environ["WORLD_SIZE"]):
             raise ValueError("VPG trains on several processes with `torchrun ... -m sb3_vpg train`, not with rl_zoo3.train")
         if not bound.arguments.get("config"):
             bound.arguments["config"] = _own_config(algo, env_id)
@@ -125,7 +124,7 @@ def _add_default_config(manager: Any) -> None:
 
 
 def _let_runs_go_on(manager: Any) -> None:
-    original_load, original_learn = manager._load_pretrained_agent, manager.learn
+    original_load = manager._load_pretrained_agent
     original_callbacks, original_normalize = manager.create_callbacks, manager._maybe_normalize
 
     @functools.wraps(original_callbacks)
@@ -157,103 +156,24 @@ def _let_runs_go_on(manager: Any) -> None:
             model._resumes = bool(model._random_states)
         return model
 
-    @functools.wraps(original_learn)
-    def learn_until_terminated(self: Any, model: Any) -> None:
-        """The zoo saves the model when it is interrupted from the keyboard: let the system's SIGTERM do the same."""
-        with terminated_like_interrupted() if self.algo == "vpg" else nullcontext():
-            original_learn(self, model)
+    def until_terminated(method: Callable[..., None]) -> Callable[..., None]:
+        """
+        Interrupted from the keyboard, the zoo saves the model that it trains, or ends the search and tells the study that the
+        trial has failed: let the system's SIGTERM do the same.
+        """
+
+        @functools.wraps(method)
+        def heedful(self: Any, *args: Any) -> None:
+            with terminated_like_interrupted() if self.algo == "vpg" else nullcontext():
+                method(self, *args)
+
+        return heedful
 
     manager._load_pretrained_agent = load_and_continue
-    manager.learn = learn_until_terminated
+    manager.learn = until_terminated(manager.learn)
+    manager.hyperparameters_optimization = until_terminated(manager.hyperparameters_optimization)
     manager.create_callbacks = callbacks_with_statistics
     manager._maybe_normalize = normalize_as_checkpoint
-
-
-def data_parallel(exp_manager: Any, processes: ProcessGroup) -> type:
-    """
-    :param exp_manager: rl_zoo3.exp_manager, which has the zoo's manager of a training
-    :param processes: ranks that train together
-    :return: a manager for them: one folder; rank 0 alone writes models, evaluates and tells; the environments are dealt out
-    """
-
-    class DataParallelManager(exp_manager.ExperimentManager):
-        def __init__(self, args: Any, algo: str, env_id: str, *more: Any, **kwargs: Any) -> None:
-            super().__init__(args, algo, env_id, *more, **kwargs)
-            if algo != "vpg" or self.optimize_hyperparameters:
-                raise ValueError(
-                    "torchrun is for training VPG: other algorithms train in one process, and a search for hyperparameters "
-                    "runs in as many independent processes as you start, with one --storage"
-                )
-            agent = last_model_of_this_job(Path(self.log_path), self.env_name) if restarted() else None
-            if agent is not None:
-                self.trained_agent, self.continue_training = str(agent), True
-            # Seed and folder may have been chosen at random, or by what lies on this machine's disk
-            names = ("seed", "save_path", "params_path", "trained_agent", "continue_training")
-            self.__dict__.update(processes.broadcast({name: getattr(self, name) for name in names}))
-
-        def create_callbacks(self) -> None:
-            if processes.rank > 0:
-                # Those of the hyperparameter file are for the environments of every rank
-                self.save_freq, self.eval_freq, self.show_progress = -1, -1, False
-            super().create_callbacks()
-            bars = [i for i, callback in enumerate(self.callbacks) if isinstance(callback, ProgressBarCallback)]
-            for i in bars:
-                self.callbacks[i] = ProgressBarOfAllRanks()
-
-        def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
-            if eval_env:
-                return super().create_envs(n_envs, eval_env, no_log)
-            if n_envs % processes.size:
-                raise ValueError(
-                    f"n_envs={n_envs} cannot be dealt out to {processes.size} ranks; allowed: a multiple of "
-                    f"{processes.size}, for example -params n_envs:{-(-n_envs // processes.size) * processes.size}"
-                )
-            n_own = n_envs // processes.size
-            make_vec_env = exp_manager.make_vec_env
-            # So that their monitor files have names of their own
-            exp_manager.make_vec_env = functools.partial(make_vec_env, start_index=processes.rank * n_own)
-            try:
-                return super().create_envs(n_own, eval_env, no_log)
-            finally:
-                exp_manager.make_vec_env = make_vec_env
-
-        def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
-            if processes.rank == 0:
-                super()._save_config(saved_hyperparams)
-                (Path(self.params_path) / JOB_FILE).write_text(job_id())
-
-        def save_trained_model(self, model: VPG) -> None:
-            if processes.rank == 0:
-                super().save_trained_model(model)
-
-    return DataParallelManager
-
-
-#: In the folder of a training that torchrun has started: which of its jobs
-JOB_FILE = "torchrun_job.txt"
-
-
-def job_id() -> str:
-    """:return: the same in all attempts of one torchrun, and another one in each torchrun"""
-    run_id = os.environ["TORCHELASTIC_RUN_ID"]
-    # What torchrun says if it has not been told
-    return f"{socket.gethostname()} {os.getppid()}" if run_id == "none" else run_id
-
-
-def restarted() -> bool:
-    """:return: whether torchrun has started the processes again, after a failure"""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
-def last_model_of_this_job(folder: Path, env_name: str) -> Path | None:
-    """
-    :param folder: of the trainings of an algorithm
-    :return: the newest model that an earlier attempt of this job has saved, be it a checkpoint or because it was interrupted
-    """
-    files = [file for file in folder.glob(f"{env_name}_*/{env_name}/{JOB_FILE}") if file.read_text() == job_id()]
-    runs = [file.parent.parent for file in files]
-    models = [path for run in runs for pattern in ("rl_model_*_steps.zip", f"{env_name}.zip") for path in run.glob(pattern)]
-    return max(models, key=lambda path: path.stat().st_mtime, default=None)
 
 
 class ContinuedVPG(VPG):

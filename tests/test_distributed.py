@@ -4,6 +4,7 @@ import itertools
 import os
 import signal
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from torch import nn
 
 from sb3_vpg import VPG, distributed
+from sb3_vpg.callbacks import ProgressBarOfAllRanks
 from sb3_vpg.passes import SeparatePasses
 from sb3_vpg.zoo import FORMULATIONS
 
@@ -167,6 +169,32 @@ def test_ranks_hold_the_same_weights_bit_by_bit_after_many_updates(tmp_path, env
         assert (other.n_updates, other.n_timesteps, other.rate) == (first.n_updates, first.n_timesteps, first.rate)
     assert sum(rank.n_own_steps for rank in ranks) == first.n_timesteps >= timesteps
     assert len({rank.n_own_steps for rank in ranks}) == (1 if "n_steps" in kwargs else 3)
+
+
+def length_of_progress_bar() -> tuple[float, int, list[str]]:
+    """:return: what the bar shows at the end, timesteps, values that are logged"""
+    lengths = []
+
+    class Spy(ProgressBarOfAllRanks):
+        def _on_training_end(self) -> None:
+            super()._on_training_end()
+            lengths.append(self.pbar.n)
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        # SB3's progress bar
+        warnings.filterwarnings("ignore", "rich is experimental")
+        patch.setattr("sb3_vpg.vpg.ProgressBarOfAllRanks", Spy)
+        model = VPG("MlpPolicy", make_vec_env("CartPole-v1", n_envs=2), n_episodes=2, verbose=1, tensorboard_log=".", **SMALL)
+        model.learn(500, progress_bar=True)
+    return sum(lengths), model.num_timesteps, [type(output).__name__ for output in model.logger.output_formats]
+
+
+def test_rank_0_alone_shows_the_progress_of_all(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = in_ranks(length_of_progress_bar, folder=tmp_path / "ranks")
+    assert first[0] == first[1] >= 500
+    assert second == (0, first[1], [])
+    assert len(list(tmp_path.glob("VPG_*"))) == 1
 
 
 def normalised_observations() -> tuple[dict[str, Any], np.ndarray, np.ndarray]:

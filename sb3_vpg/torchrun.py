@@ -1,0 +1,149 @@
+"""
+RL Baselines3 Zoo's training in the processes that ``torchrun`` has started: ``torchrun ... -m sb3_vpg train``.
+"""
+
+import functools
+import os
+import socket
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch as th
+import torch.distributed as dist
+from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_vpg.callbacks import ProgressBarOfAllRanks
+from sb3_vpg.distributed import ProcessGroup
+from sb3_vpg.vpg import VPG
+
+#: Seconds that a rank waits for the others; this environment variable sets others
+TIMEOUT_VARIABLE, TIMEOUT = "SB3_VPG_TIMEOUT", 600.0
+#: In the folder of a training: which of torchrun's jobs it is part of
+JOB_FILE = "torchrun_job.txt"
+
+
+def launched() -> bool:
+    """:return: whether this process was started by torchrun"""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
+@contextmanager
+def joined() -> Iterator[ProcessGroup]:
+    """In this context there is the process group of the processes that torchrun has started, on GPUs where there are any."""
+    backend = "gloo"
+    if th.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        th.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    timeout = timedelta(seconds=float(os.environ.get(TIMEOUT_VARIABLE, TIMEOUT)))
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    # When torchrun starts the processes again, the store still has the addresses of those before
+    store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    try:
+        yield ProcessGroup()
+    finally:
+        dist.destroy_process_group()
+
+
+def run_together(function: Callable[..., None], *args: Any) -> None:
+    """Call the function in the process group, of which rank 0 speaks for all."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    with joined() as processes, ExitStack() as silence:
+        if processes.rank > 0:
+            silence.enter_context(redirect_stdout(silence.enter_context(open(os.devnull, "w"))))
+            silence.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+        # torchrun shows the error of the process that failed first
+        record(function)(*args)
+
+
+def data_parallel(exp_manager: Any, processes: ProcessGroup) -> type:
+    """
+    :param exp_manager: rl_zoo3.exp_manager, which has the zoo's manager of a training
+    :param processes: ranks that train together
+    :return: a manager for them: one folder; rank 0 alone writes models, evaluates and tells; the environments are dealt out
+    """
+
+    class DataParallelManager(exp_manager.ExperimentManager):
+        callbacks: list[BaseCallback]
+
+        def __init__(self, args: Any, algo: str, env_id: str, *more: Any, **kwargs: Any) -> None:
+            super().__init__(args, algo, env_id, *more, **kwargs)
+            if algo != "vpg" or self.optimize_hyperparameters:
+                raise ValueError(
+                    "torchrun is for training VPG: other algorithms train in one process, and a search for hyperparameters "
+                    "runs in as many independent processes as you start, with one --storage"
+                )
+            agent = last_model_of_this_job(Path(self.log_path), self.env_name) if restarted() else None
+            if agent is not None:
+                self.trained_agent, self.continue_training = str(agent), True
+            # Seed and folder may have been chosen at random, or by what lies on this machine's disk
+            names = ("seed", "save_path", "params_path", "trained_agent", "continue_training")
+            self.__dict__.update(processes.broadcast({name: getattr(self, name) for name in names}))
+
+        def create_callbacks(self) -> None:
+            if processes.rank > 0:
+                # Those of the hyperparameter file are for the environments of every rank
+                self.save_freq, self.eval_freq, self.show_progress = -1, -1, False
+            super().create_callbacks()
+            self.callbacks = [
+                ProgressBarOfAllRanks() if isinstance(callback, ProgressBarCallback) else callback
+                for callback in self.callbacks
+            ]
+
+        def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
+            if eval_env:
+                return super().create_envs(n_envs, eval_env, no_log)
+            if n_envs % processes.size:
+                raise ValueError(
+                    f"n_envs={n_envs} cannot be dealt out to {processes.size} ranks; allowed: a multiple of "
+                    f"{processes.size}, for example -params n_envs:{-(-n_envs // processes.size) * processes.size}"
+                )
+            n_own = n_envs // processes.size
+            make_vec_env = exp_manager.make_vec_env
+            # So that their monitor files have names of their own
+            exp_manager.make_vec_env = functools.partial(make_vec_env, start_index=processes.rank * n_own)
+            try:
+                return super().create_envs(n_own, eval_env, no_log)
+            finally:
+                exp_manager.make_vec_env = make_vec_env
+
+        def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
+            if processes.rank == 0:
+                super()._save_config(saved_hyperparams)
+                (Path(self.params_path) / JOB_FILE).write_text(job_id())
+
+        def save_trained_model(self, model: VPG) -> None:
+            if processes.rank == 0:
+                super().save_trained_model(model)
+
+    return DataParallelManager
+
+
+def job_id() -> str:
+    """:return: the same in all attempts of one torchrun, and another one in each torchrun"""
+    run_id = os.environ["TORCHELASTIC_RUN_ID"]
+    # What torchrun says if it has not been told
+    return f"{socket.gethostname()} {os.getppid()}" if run_id == "none" else run_id
+
+
+def restarted() -> bool:
+    """:return: whether torchrun has started the processes again, after a failure"""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+
+
+def last_model_of_this_job(folder: Path, env_name: str) -> Path | None:
+    """
+    :param folder: of the trainings of an algorithm
+    :return: the newest model that an earlier attempt of this job has saved, be it a checkpoint or because it was interrupted
+    """
+    files = [file for file in folder.glob(f"{env_name}_*/{env_name}/{JOB_FILE}") if file.read_text() == job_id()]
+    runs = [file.parent.parent for file in files]
+    models = [path for run in runs for pattern in ("rl_model_*_steps.zip", f"{env_name}.zip") for path in run.glob(pattern)]
+    return max(models, key=lambda path: path.stat().st_mtime, default=None)
