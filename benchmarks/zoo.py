@@ -5,18 +5,18 @@ RL Baselines3 Zoo's own training command, algorithm against algorithm: each with
 
 For each algorithm: interquartile mean over seeds of the mean return of the final model (deterministic, 100 episodes of the
 environment itself: no keyword arguments of the entry, no normalised reward) [95 % bootstrap interval], mean length of these
-episodes, the return of the policy with its noise, environment steps of the training, median wall-clock seconds of
-`rl_zoo3.train` as a whole process. `--output runs.jsonl` keeps what each run gave, with its learning curve, as it ends; called
-again, only what is missing there is run.
+episodes, the return of the policy with its noise, environment steps of the training, median processor seconds of
+`rl_zoo3.train` as a whole process (wall-clock, if nothing else runs). `--output runs.jsonl` keeps what each run gave, with its
+learning curve, as it ends; called again, only what is missing there is run.
 """
 
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +40,7 @@ class Result(NamedTuple):
     length: float
     score_with_noise: float
     steps: int
-    seconds: float
+    processor_seconds: float
     #: mean return of the episodes that ended in each hundredth of the training; None where none did
     curve: list[float | None]
 
@@ -73,9 +73,10 @@ def run(job: Job, n_episodes: int = 100) -> Result:
     from sb3_vpg.vec_env import NativeVecEnv
 
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         train(job, folder)
-        seconds = time.perf_counter() - start
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         _, model_path, log_path = get_model_path(0, folder, job.algo, job.env)
         hyperparams, stats_path = get_saved_hyperparams(os.path.join(log_path, job.env), test_mode=True)
         env = create_test_env(job.env, n_episodes, stats_path, job.seed, None, False, hyperparams, vec_env_cls=NativeVecEnv)

@@ -16,6 +16,8 @@ DOCS = sorted((CHECKOUT / "docs").rglob("*.md"))
 PAGES = [CHECKOUT / "README.md", CHECKOUT / "CHANGELOG.md", *DOCS]
 FENCE = re.compile(r"^(`{3,})([^\n`]*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 PYTHON = re.compile(r"^```python\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
+# Commands and scripts, run by test_tuning.py and test_torchrun.py
+RUN_ELSEWHERE = {CHECKOUT / "docs" / "tuning.md", CHECKOUT / "docs" / "distributed.md"}
 
 
 def name_of(page: Path) -> str:
@@ -55,7 +57,9 @@ def test_the_code_in_the_readme_compiles(code: str):
     compile(code, "README.md", "exec")
 
 
-@pytest.mark.parametrize("page", [page for page in DOCS if PYTHON.search(page.read_text())], ids=name_of)
+@pytest.mark.parametrize(
+    "page", [page for page in DOCS if PYTHON.search(page.read_text()) and page not in RUN_ELSEWHERE], ids=name_of
+)
 def test_the_code_of_a_page_runs_and_prints_what_it_says(page: Path):
     namespace: dict[str, object] = {}
     # A page may add an estimator

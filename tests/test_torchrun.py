@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from installed import Environment, output_of
+from installed import CHECKOUT, Environment, output_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -188,6 +188,15 @@ def test_an_interrupted_job_saves_its_model(installed: Environment, signal_numbe
     assert output.count("Saving to") == 1, output
     assert load(installed, f"{name}/vpg/CartPole-v1_1/CartPole-v1.zip")[1] > 0
     assert left_behind(name) == []
+
+
+def test_the_script_in_the_documentation_trains_one_model(installed: Environment):
+    (script,) = re.findall(r"```python\n(.*?)```", (CHECKOUT / "docs" / "distributed.md").read_text(), re.DOTALL)
+    (installed.cwd / "train.py").write_text(script.replace("100_000", "2_000"))
+    output = output_of(installed.run(*TORCHRUN, "train.py"))
+    # Two ranks x 8 environments x 64 steps, told by one of them at its tenth update at the earliest
+    assert "total_timesteps" not in output
+    assert load(installed, "cartpole.zip") == (2048, 2)
 
 
 REFUSED = {
