@@ -34,13 +34,13 @@ class RolloutCollector(OnPolicyAlgorithm):
     - ``uses_value_function``: whether values are needed at all
     - ``partial_episodes_mode``: "bootstrap", "finish" or "truncate"
     - ``n_episodes``: None, or the number of whole episodes of each environment
-    - ``processes``: those that train together, each with environments of its own
+    - ``processes``: those that train together, each with environments of its own, if there are several
     """
 
     uses_value_function: bool
     partial_episodes_mode: str
     n_episodes: int | None
-    processes: OneProcess
+    processes: OneProcess = OneProcess()
 
     #: A longer episode is taken for one that never ends, where whole episodes are asked for.
     max_episode_steps = 100_000

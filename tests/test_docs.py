@@ -72,6 +72,17 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(page: Path):
             assert output.getvalue() == (block[2] or "")
 
 
+def test_the_algorithms_in_the_readme_are_those_of_the_page_that_is_run():
+    readme: dict[str, dict] = {}
+    exec(next(code for code, _ in PYTHON.findall(PAGES[0].read_text()) if "reinforce_with_baseline" in code), readme)
+    page: dict[str, dict] = {}
+    for code, _ in PYTHON.findall((CHECKOUT / "docs" / "migration.md").read_text()):
+        exec(code, page)
+    of_page = {"reinforce_with_baseline": "with_baseline", "spinning_up": "like_spinning_up", "a2c": "like_a2c"}
+    for name in ("reinforce", "reinforce_with_baseline", "actor_critic", "spinning_up", "a2c"):
+        assert readme[name] == page[of_page.get(name, name)], name
+
+
 def test_the_citation_has_the_version_of_the_package():
     version = re.search(r'^version = "(.+?)(\.dev\d+)?"$', (CHECKOUT / "pyproject.toml").read_text(), re.MULTILINE)
     assert yaml.safe_load((CHECKOUT / "CITATION.cff").read_text())["version"] == version[1]
