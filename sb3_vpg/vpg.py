@@ -520,7 +520,7 @@ class VPG(RolloutCollector):
 
     def _critic_batches(self, n_steps: int, batch_size: int) -> Iterator[tuple[list[Samples], int]]:
         """
-        :return: minibatches of at most ``batch_size`` steps, of which each process has a part, none where it has run out of
+        :return: minibatches of ``batch_size`` steps, of which each process has a part, none where it has run out of
             steps; with the number of steps in them
         """
         n_batches = -(-n_steps // batch_size)
