@@ -156,23 +156,20 @@ def test_after_a_kill_torchrun_goes_on_from_the_last_checkpoint(installed: Envir
     more = ("--save-freq", str(save_freq), "--seed", "1")
     process = installed.run(*TORCHRUN, "--max-restarts", "1", *arguments(installed, name, *more, trouble="DieOnce"))
     output = output_of(process)
-    assert "Rank 0 of 2 has lost the others: one of them has ended" in output
     assert left_behind(name) == []
     first, second = (installed.cwd / name / "vpg" / f"CartPole-v1_{i}" for i in (1, 2))
     checkpoints = {int(file.stem.split("_")[2]): file for file in first.glob("rl_model_*_steps.zip")}
-    n_updates = load(installed, str(second / "CartPole-v1.zip"))[1]
-    if save_freq == -1:
-        assert not checkpoints
-        # There is nothing to go on from
-        assert n_updates == 32
-    else:
+    assert bool(checkpoints) == (save_freq > 0)
+    # torchrun may end rank 0 before it has noticed: then it saves its model, as it does whenever it is interrupted
+    was_interrupted = (first / "CartPole-v1.zip").exists()
+    assert ("Loading pretrained agent" in output) == (was_interrupted or bool(checkpoints))
+    if checkpoints and not was_interrupted:
         newest = max(checkpoints)
         assert newest == pytest.approx(2000, abs=128)
         assert f"rl_model_vecnormalize_{newest}_steps.pkl" in output
-        _, done = load(installed, str(checkpoints[newest]))
-        # -n is the budget of both attempts together
-        assert n_updates == pytest.approx(32, abs=1)
-        assert done > 10
+        assert load(installed, str(checkpoints[newest]))[1] > 10
+    # -n is the budget of both attempts together
+    assert load(installed, str(second / "CartPole-v1.zip"))[1] == pytest.approx(32, abs=1)
 
 
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
