@@ -70,7 +70,8 @@ def collect(source: Path, target: Path, env_id: str, logs: Path) -> None:
     (target / env_id).mkdir(parents=True)
     for path in (source / env_id).iterdir():
         if path.suffix in (".yml", ".txt"):
-            (target / env_id / path.name).write_text(path.read_text().replace(str(logs), "logs"))
+            text = path.read_text().replace(str(logs), "logs").replace(sys.executable, "python")
+            (target / env_id / path.name).write_text(text)
         else:
             shutil.copy(path, target / env_id)
     name = "best_model" if env_id in BEST_EVALUATED else env_id
