@@ -16,6 +16,8 @@ COMMANDS = {
     "plot_train": "rl_zoo3.plots.plot_train",
     "plot_from_file": "rl_zoo3.plots.plot_from_file",
     "all_plots": "rl_zoo3.plots.all_plots",
+    "push_to_hub": "rl_zoo3.push_to_hub",
+    "load_from_hub": "rl_zoo3.load_from_hub",
     "ablation": "sb3_vpg.ablation",
 }
 USAGE = f"""usage: python -m sb3_vpg COMMAND [ARGUMENTS]
@@ -23,8 +25,8 @@ USAGE = f"""usage: python -m sb3_vpg COMMAND [ARGUMENTS]
 Runs a command of RL Baselines3 Zoo with VPG as one of its algorithms, and as the default one; `ablation` is ours: it compares
 formulations over environments and seeds.
 COMMAND is one of {", ".join(COMMANDS)}; `python -m sb3_vpg COMMAND --help` lists its arguments."""
-# Commands whose --algo would else be ppo
-WITH_ALGO = ("train", "enjoy", "record_video", "record_training")
+# Commands whose --algo would else be ppo, or missing
+WITH_ALGO = ("train", "enjoy", "record_video", "record_training", "push_to_hub", "load_from_hub")
 
 
 def main() -> None:

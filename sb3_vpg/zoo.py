@@ -24,7 +24,7 @@ import yaml
 from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
-from sb3_vpg import distributed
+from sb3_vpg import distributed, hub
 from sb3_vpg.distributed import ProcessGroup
 from sb3_vpg.envs import ENVIRONMENTS
 from sb3_vpg.torchrun import data_parallel, launched
@@ -72,6 +72,8 @@ def patch(module: ModuleType) -> None:
 
 def _add_algorithm(utils: ModuleType) -> None:
     utils.ALGOS["vpg"] = VPG
+    # The Hub's packages have been imported by now, and those of the zoo's modules that use them not yet
+    hub.patch()
 
 
 def _add_search_space(hyperparams_opt: ModuleType) -> None:

@@ -135,7 +135,7 @@ def test_a_run_that_is_interrupted_is_saved_and_goes_on(installed: Environment, 
     assert 0.0 == rates_then["actor"] < rates["actor"] == pytest.approx(0.002, rel=0.1)
 
 
-@pytest.mark.parametrize("command", ["train", "enjoy", "record_video", "record_training"])
+@pytest.mark.parametrize("command", ["train", "enjoy", "record_video", "record_training", "push_to_hub", "load_from_hub"])
 def test_every_command_offers_vpg(installed: Environment, command: str):
     (choices,) = set(re.findall(r"--algo \{(.*?)\}", output_of(installed.run(*zoo_command(command, "--help")))))
     assert {"vpg", "ppo", "a2c"} <= set(choices.split(","))

@@ -1,0 +1,126 @@
+"""
+The trained agents in `rl-trained-agents`: trained by the zoo's own command, then slimmed down to what the zoo's `enjoy`,
+`record_video`, `push_to_hub` and plot scripts read.
+
+    python benchmarks/trained_agents.py --train     # some ten minutes on one core
+    python benchmarks/trained_agents.py             # only collects, from the logs of an earlier training
+
+For each environment: mean return of the last evaluation during training (20 deterministic episodes), size in kB.
+
+The model is the final one, except where `BEST_EVALUATED` says otherwise. What is left out: the other one of the two, the
+optimizer's moments, what a model needs to go on exactly where it stopped (random states, last observations). Training goes on
+from such a model (`-i`) with fresh moments. The episodes of all environments are in one monitor file, in the order of their
+end, with whole returns and hundredths of a second.
+"""
+
+import argparse
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from stable_baselines3.common.monitor import load_results
+
+from sb3_vpg import VPG
+
+ENVIRONMENTS = (
+    "CartPole-v1",
+    "CartPoleSwingUp-v0",
+    "CartPoleSwingUp-v1",
+    "Acrobot-v1",
+    "Pendulum-v1",
+    "MountainCar-v0",
+    "LunarLander-v3",
+)
+#: Where the final model is clearly worse: 151 against 250 on LunarLander (100 episodes, other seeds than in the evaluations)
+BEST_EVALUATED = ("LunarLander-v3",)
+SETTINGS = "--seed 0 --eval-freq 50000 --n-eval-envs 5 --eval-episodes 20 --num-threads 1 --device cpu"
+#: Attributes that only matter to a training that goes on, and that a model has without them
+OF_THE_TRAINING = (
+    "_random_states",
+    "_last_obs",
+    "_last_original_obs",
+    "_last_episode_starts",
+    "ep_info_buffer",
+    "ep_success_buffer",
+)
+#: What the archive says of the versions is kept, but not this line
+OPERATING_SYSTEM = re.compile(rb"^- OS: .*\n", re.MULTILINE)
+
+
+def train(env_id: str, logs: Path) -> None:
+    """Run ``rl_zoo3.train``; the run becomes number 1 of its environment."""
+    shutil.rmtree(logs / "vpg" / f"{env_id}_1", ignore_errors=True)
+    command = [sys.executable, "-m", "rl_zoo3.train", "--algo", "vpg", "--env", env_id, "-f", str(logs), *SETTINGS.split()]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+
+
+def collect(source: Path, target: Path, env_id: str, logs: Path) -> None:
+    """
+    :param source: folder of the run
+    :param target: folder to write, replaced if it is there
+    :param logs: the log folder, as the run was told it
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    (target / env_id).mkdir(parents=True)
+    for path in (source / env_id).iterdir():
+        if path.suffix in (".yml", ".txt"):
+            text = path.read_text().replace(str(logs), "logs").replace(sys.executable, "python")
+            (target / env_id / path.name).write_text(text)
+        else:
+            shutil.copy(path, target / env_id)
+    name = "best_model" if env_id in BEST_EVALUATED else env_id
+    save_weights(VPG.load(source / f"{name}.zip", device="cpu"), target / f"{env_id}.zip")
+    np.savez_compressed(target / "evaluations.npz", **np.load(source / "evaluations.npz"))
+    merge_monitor_files(source, target / "0.monitor.csv", env_id)
+
+
+def save_weights(model: VPG, path: Path) -> None:
+    """Save the model without the optimizer's moments and what belongs to its training, compressed."""
+    model.policy.optimizer.state.clear()
+    content = io.BytesIO()
+    model.save(content, exclude=OF_THE_TRAINING)
+    with zipfile.ZipFile(content) as saved, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as compressed:
+        for name in saved.namelist():
+            member = saved.read(name)
+            compressed.writestr(name, OPERATING_SYSTEM.sub(b"", member) if name == "system_info.txt" else member)
+
+
+def merge_monitor_files(source: Path, path: Path, env_id: str) -> None:
+    """
+    Write one monitor file in place of many. Summed up, the lengths of its episodes are the steps of all environments.
+
+    :param source: folder with the monitor files
+    :param path: the file to write
+    """
+    episodes = load_results(str(source)).sort_values("t", kind="stable")
+    starts = [json.loads(file.read_text().partition("\n")[0][1:])["t_start"] for file in source.glob("*.monitor.csv")]
+    lines = [f"{reward:.0f},{length},{time:.2f}" for reward, length, time in zip(episodes.r, episodes.l, episodes.t)]
+    path.write_text("\n".join(["#" + json.dumps({"t_start": min(starts), "env_id": env_id}), "r,l,t", *lines, ""]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", nargs="+", default=ENVIRONMENTS)
+    parser.add_argument("--train", action="store_true", help="train first, in place of what is in the log folder")
+    parser.add_argument("--logs", type=Path, default=Path("build/agents"), help="log folder of the training")
+    parser.add_argument("--output", type=Path, default=Path("rl-trained-agents"))
+    args = parser.parse_args()
+
+    for env_id in args.env:
+        if args.train:
+            train(env_id, args.logs)
+        folder = args.output / "vpg" / f"{env_id}_1"
+        collect(args.logs / "vpg" / f"{env_id}_1", folder, env_id, args.logs)
+        last = np.load(folder / "evaluations.npz")["results"][-1]
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1000
+        print(f"{env_id:20} {last.mean():8.1f} {size:6.0f} kB", flush=True)
+
+
+if __name__ == "__main__":
+    main()
