@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import yaml
 from installed import CHECKOUT, Environment, build_wheel, call, output_of
+from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
 
 from sb3_vpg import VPG
 
-ALGORITHMS = {"vpg": VPG, "ppo": PPO, "a2c": A2C}
+ALGORITHMS = {"vpg": VPG, "ppo": PPO, "trpo": TRPO, "a2c": A2C}
 HYPERPARAMS = {
     path.relative_to(CHECKOUT).with_suffix("").as_posix(): path for path in sorted((CHECKOUT / "hyperparams").rglob("*.yml"))
 }
