@@ -65,9 +65,8 @@ class MillisecondEnv(gym.Env):
 class Scenario(NamedTuple):
     env: str | Callable[[], gym.Env]
     vec_env_class: type[VecEnv]
-    #: in all
     n_envs: int
-    #: whether so many are in each process, rather than in all
+    #: whether so many are in each process; else they are dealt out
     in_each: bool
     kwargs: dict[str, Any]
 
@@ -99,7 +98,7 @@ class Measured(NamedTuple):
 
 
 class Counted(NamedTuple):
-    calls: list[int]
+    bytes: list[int]
     seconds: list[float]
 
 
@@ -115,7 +114,7 @@ def counting() -> Iterator[Counted]:
             start = time.perf_counter()
             original(*args)
             counted.seconds.append(time.perf_counter() - start)
-            counted.calls.append(args[-1].nbytes)
+            counted.bytes.append(args[-1].nbytes)
 
         setattr(dist, name, wrapper)
         return original
@@ -134,32 +133,29 @@ def run(scenario: str, seconds: float, rank: int, size: int, folder: str) -> Mea
         store = f"file://{folder}/store"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(minutes=5))
     env_id, vec_env_class, n_envs, in_each, kwargs = SCENARIOS[scenario]
-    n_envs = n_envs * size if in_each else n_envs
-    env = make_vec_env(env_id, n_envs=n_envs // size, vec_env_cls=vec_env_class)
+    n_own = n_envs if in_each else n_envs // size
+    env = make_vec_env(env_id, n_envs=n_own, vec_env_cls=vec_env_class)
     model = VPG("MlpPolicy", env, seed=0, device="cpu", **kwargs)
+    frames_per_update = model.n_steps * n_own * size
 
     def learn(n_updates: int) -> float:
         start = time.perf_counter()
-        model.learn(n_updates * model.n_steps * n_envs)
+        model.learn(n_updates * frames_per_update)
         return time.perf_counter() - start
 
     learn(3)
-    n_updates = 10
-    if rank == 0:
-        n_updates = max(1, round(10 * seconds / learn(10)))
-    elif size > 1:
-        learn(10)
+    n_updates = [max(1, round(10 * seconds / learn(10)))]
     if size > 1:
-        shared = [n_updates]
-        dist.broadcast_object_list(shared)
-        n_updates = shared[0]
+        dist.broadcast_object_list(n_updates)
     with counting() as counted:
-        elapsed = learn(n_updates)
+        elapsed = learn(n_updates[0])
     if size > 1:
         dist.destroy_process_group()
-    of_one_update = (len(counted.calls), sum(counted.calls), sum(counted.seconds))
-    frames = n_updates * model.n_steps * n_envs
-    return Measured(frames / elapsed, elapsed / n_updates, *(total / n_updates for total in of_one_update))
+    of_one_update = (len(counted.bytes), sum(counted.bytes), sum(counted.seconds))
+    seconds_per_update = elapsed / n_updates[0]
+    return Measured(
+        frames_per_update / seconds_per_update, seconds_per_update, *(total / n_updates[0] for total in of_one_update)
+    )
 
 
 def measure(scenario: str, seconds: float, size: int) -> Measured:

@@ -1,16 +1,13 @@
 """
-The tables of README.md and docs/performance.md, and the picture of learning curves, from the results that the other benchmarks
-have written.
+The tables of docs/performance.md, from the results that the other benchmarks have written.
 
     python benchmarks/report.py
 
-Reads the files in benchmarks/results, writes what stands between `<!-- table: NAME -->` and `<!-- end -->` in the documents,
-and draws docs/learning_curves.png.
+Reads the JSON files in benchmarks/results and writes what stands between `<!-- NAME -->` and `<!-- end -->` in the document.
 """
 
 import json
 import re
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +16,7 @@ from common import interquartile_mean, median_and_range
 from time_to_solve import by_contestant, median
 
 HERE = Path(__file__).parent
-RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
-DOCUMENTS = (HERE.parent / "README.md", DOCS / "performance.md")
-ALGORITHMS = ("vpg", "a2c", "ppo", "trpo")
+RESULTS, DOCUMENT = HERE / "results", HERE.parent / "docs" / "performance.md"
 
 
 def results_of(name: str) -> Any:
@@ -94,66 +89,13 @@ def scaling(part: str) -> str:
     return table([f"{label} ({lines[0]['unit']})", *columns], rows)
 
 
-def zoo_runs() -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """:return: what `benchmarks/zoo.py --output benchmarks/results/zoo.jsonl` has kept, by environment and algorithm"""
-    runs: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for run in map(json.loads, (RESULTS / "zoo.jsonl").read_text().splitlines()):
-        runs[run["env"]][run["algo"]].append(run)
-    return runs
-
-
-def algorithms() -> str:
-    rows = []
-    for env_id, of_env in zoo_runs().items():
-        cells = []
-        for algo in ALGORITHMS:
-            of_algo = of_env[algo]
-            if len(of_algo) < 10:
-                cells.append("")
-                continue
-            seconds, steps = np.median([run["processor_seconds"] for run in of_algo]), of_algo[0]["steps"]
-            cells.append(f"{interquartile_mean([run['score'] for run in of_algo])}<br>{steps / 1e6:.2g} M, {seconds:.0f} s")
-        rows.append([env_id, *cells])
-    return table(["return<br>steps, time", *map(str.upper, ALGORITHMS)], rows)
-
-
-def draw_learning_curves(path: Path) -> None:
-    import matplotlib.pyplot as plt
-    from scipy.stats import trim_mean
-
-    runs = zoo_runs()
-    figure, axes = plt.subplots(2, -(-len(runs) // 2), figsize=(3.4 * -(-len(runs) // 2), 5.2), squeeze=False)
-    for ax in axes.flat[len(runs) :]:
-        ax.set_axis_off()
-    for ax, (env_id, of_env) in zip(axes.flat, runs.items()):
-        for i, algo in enumerate(ALGORITHMS):
-            if len(of_env[algo]) < 10:
-                continue
-            curves = np.array([run["curve"] for run in of_env[algo]], dtype=np.float64)
-            # Where no episode of a seed has ended, it has no point
-            known = np.isfinite(curves).all(axis=0)
-            steps = (np.arange(len(known)) + 0.5) / len(known) * of_env[algo][0]["steps"]
-            low, high = np.quantile(curves[:, known], (0.25, 0.75), axis=0)
-            ax.plot(steps[known], trim_mean(curves[:, known], 0.25), color=f"C{i}", label=algo.upper(), linewidth=1.2)
-            ax.fill_between(steps[known], low, high, color=f"C{i}", alpha=0.2, linewidth=0)
-        ax.set_xscale("log")
-        ax.set_title(env_id, fontsize=10)
-        ax.grid(alpha=0.2)
-    axes[0, 0].legend(fontsize=8)
-    figure.supxlabel("environment steps", fontsize=9)
-    figure.supylabel("return of training episodes", fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     def filled(match: re.Match[str]) -> str:
         function, *arguments = match[1].split()
-        return f"<!-- table: {match[1]} -->\n\n{globals()[function](*arguments)}\n\n<!-- end -->"
+        return f"<!-- {match[1]} -->\n\n{globals()[function](*arguments)}\n\n<!-- end -->"
 
-    for document in DOCUMENTS:
-        document.write_text(re.sub(r"<!-- table: (.*?) -->.*?<!-- end -->", filled, document.read_text(), flags=re.DOTALL))
-    draw_learning_curves(DOCS / "learning_curves.png")
+    text = re.sub(r"<!-- (?!end)(.*?) -->.*?<!-- end -->", filled, DOCUMENT.read_text(), flags=re.DOTALL)
+    DOCUMENT.write_text(text)
 
 
 if __name__ == "__main__":

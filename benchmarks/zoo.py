@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--threshold", type=float, help="count the seeds that reach it")
-    parser.add_argument("--processes", type=int, default=1, help="more than 1 makes the wall-clock less telling")
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time")
     parser.add_argument("--output", type=Path, help="keep the results in this file, and do not run again what it has")
     parser.add_argument("--train-arguments", default="", help="further arguments of rl_zoo3.train, in one string")
     args = parser.parse_args()

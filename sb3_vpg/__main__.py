@@ -4,9 +4,10 @@ and one of our own, ``python -m sb3_vpg ablation``.
 """
 
 import importlib.util
-import os
 import runpy
 import sys
+
+from sb3_vpg.torchrun import launched, run_together
 
 COMMANDS = {
     "train": "rl_zoo3.train",
@@ -46,9 +47,7 @@ def main() -> None:
     if command in WITH_ALGO and not any(argument.split("=")[0] == "--algo" for argument in arguments):
         arguments = ["--algo", "vpg", *arguments]
     sys.argv = [f"sb3_vpg {command}", *arguments]
-    if command == "train" and "TORCHELASTIC_RUN_ID" in os.environ:
-        from sb3_vpg.torchrun import run_together
-
+    if command == "train" and launched():
         run_together(run, COMMANDS[command])
     else:
         run(COMMANDS[command])

@@ -26,12 +26,10 @@ import torch.distributed as dist
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_vpg.estimators import Collectives
+from sb3_vpg.estimators import Array, Collectives
 
 if TYPE_CHECKING:
     from sb3_vpg.vpg import VPG
-
-Array = np.ndarray
 
 #: Where the parts of all ranks have no more bytes than this, it takes Gloo less time to gather them than to add them up
 GATHERED_BYTES = 2**20

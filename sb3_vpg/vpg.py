@@ -525,7 +525,7 @@ class VPG(RolloutCollector):
         """
         n_batches = -(-n_steps // batch_size)
         own = self.rollout_buffer.get(-(-batch_size * self._count_own()[0] // n_steps))
-        for batch in itertools.islice(itertools.chain(own, itertools.repeat(None)), n_batches):
+        for _, batch in itertools.zip_longest(range(n_batches), own):
             parts: list[Samples] = [] if batch is None else [batch]
             yield parts, int(self.processes.sum(np.array(sum(len(part.returns) for part in parts))))
 

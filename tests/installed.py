@@ -4,7 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import venv
+from collections.abc import Callable
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -35,6 +37,19 @@ def output_of(process: subprocess.CompletedProcess[str]) -> str:
     output = process.stdout + process.stderr
     assert process.returncode == 0, f"{process.args} failed with {process.returncode}:\n{output}"
     return output
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """
+    :param condition: what is waited for, two minutes at most
+    :param process: brings it about
+    :raises AssertionError: if the process ends before, or it takes longer
+    """
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def heed_interruptions() -> None:

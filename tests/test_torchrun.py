@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from installed import CHECKOUT, Environment, output_of
+from installed import CHECKOUT, Environment, output_of, wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,7 +33,6 @@ ENTRY = {
 TROUBLES = """
 import os
 import signal
-import subprocess
 
 from stable_baselines3.common.callbacks import BaseCallback
 
@@ -90,11 +89,7 @@ def left_behind(name: str) -> list[str]:
 
 def wait_for_episodes(monitor: Path, process: subprocess.Popen[str]) -> None:
     """Wait until a training has written some episodes to a monitor file."""
-    deadline = time.monotonic() + 120
-    while not monitor.is_file() or len(monitor.read_text().splitlines()) < 10:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: monitor.is_file() and len(monitor.read_text().splitlines()) >= 10, process)
 
 
 def load(environment: Environment, model: str) -> tuple[int, int]:

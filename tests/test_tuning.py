@@ -10,13 +10,12 @@ import signal
 import socket
 import subprocess
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
 import pytest
-from installed import CHECKOUT, Environment, call, output_of
+from installed import CHECKOUT, Environment, call, output_of, wait_until
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -239,11 +238,7 @@ def test_a_search_that_was_stopped_goes_on(
 
 def wait_for_trial(study: optuna.Study, number: int, worker: subprocess.Popen[str]) -> None:
     """Wait until the worker is at the trial with this number and has drawn its hyperparameters."""
-    deadline = time.monotonic() + 120
-    while len(study.trials) <= number or "n_steps" not in study.trials[number].user_attrs:
-        assert worker.poll() is None, worker.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: len(study.trials) > number and "n_steps" in study.trials[number].user_attrs, worker)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -254,17 +249,17 @@ def wait_for_trial(study: optuna.Study, number: int, worker: subprocess.Popen[st
 @pytest.mark.slow
 def test_an_entry_written_from_a_trial_trains_the_same(installed: Environment, new_journal: str):
     study_of_one_trial(new_journal)
-    train = (*TRAIN, "-n", "300", "--seed", "1", "-f", "found")
+    train = (*TRAIN, "-n", "300", "--seed", "1", "-f", "found_by_search")
     found = ("--storage", new_journal, "--trial-id", "-1", "-params", "n_envs:1")
     output_of(installed.run(*train, *found))
 
     (script,) = re.findall(r"```python\n(.*?)```", (CHECKOUT / "docs" / "tuning.md").read_text(), re.DOTALL)
-    process = installed.run("-c", script, "found/vpg/CartPole-v1_1/CartPole-v1/config.yml")
+    process = installed.run("-c", script, "found_by_search/vpg/CartPole-v1_1/CartPole-v1/config.yml")
     output_of(process)
     (installed.cwd / "found.yml").write_text(process.stdout)
     output_of(installed.run(*train, "-conf", "found.yml"))
 
-    agents = [f"found/vpg/CartPole-v1_{run}/CartPole-v1.zip" for run in (1, 2)]
+    agents = [f"found_by_search/vpg/CartPole-v1_{run}/CartPole-v1.zip" for run in (1, 2)]
     same = """
 import sys
 from sb3_vpg import VPG

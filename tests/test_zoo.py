@@ -7,7 +7,6 @@ import importlib.util
 import json
 import re
 import signal
-import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +15,7 @@ import gymnasium as gym
 import optuna
 import pytest
 import yaml
-from installed import CHECKOUT, HOOK_OFF, Environment, output_of
+from installed import CHECKOUT, HOOK_OFF, Environment, output_of, wait_until
 
 from sb3_vpg import VPG, zoo
 from sb3_vpg.estimators import BASELINES, ESTIMATORS
@@ -104,13 +103,9 @@ def test_a_run_that_is_interrupted_is_saved_and_goes_on(installed: Environment, 
     folder = installed.cwd / logs / "vpg" / "Pendulum-v1_1"
     pendulum = ("train", "--algo", "vpg", "--env", "Pendulum-v1", "--eval-freq", "-1", "-f", logs)
     process = installed.start(*zoo_command(*pendulum, "-n", "1000000"))
-    deadline = time.monotonic() + 120
     # A line for what it is, one for the columns, one for an episode
     monitor = folder / "0.monitor.csv"
-    while not monitor.is_file() or len(monitor.read_text().splitlines()) < 3:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: monitor.is_file() and len(monitor.read_text().splitlines()) >= 3, process)
     process.send_signal(signal_number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
