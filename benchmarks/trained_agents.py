@@ -30,12 +30,12 @@ from sb3_vpg import VPG
 
 ENVIRONMENTS = (
     "CartPole-v1",
+    "Acrobot-v1",
+    "MountainCar-v0",
+    "Pendulum-v1",
+    "LunarLander-v3",
     "CartPoleSwingUp-v0",
     "CartPoleSwingUp-v1",
-    "Acrobot-v1",
-    "Pendulum-v1",
-    "MountainCar-v0",
-    "LunarLander-v3",
 )
 #: Where the final model is clearly worse: 151 against 250 on LunarLander (100 episodes, other seeds than in the evaluations)
 BEST_EVALUATED = ("LunarLander-v3",)

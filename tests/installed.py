@@ -1,6 +1,7 @@
 """The package as users have it: built as a wheel and installed in an environment of its own, away from the checkout."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,12 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 HOOK_OFF = {"SB3_VPG_NO_ZOO_HOOK": "1"}
+
+
+def script_in(page: str) -> str:
+    """:return: the one Python block of a page in docs/"""
+    (script,) = re.findall(r"```python\n(.*?)```", (CHECKOUT / "docs" / page).read_text(), re.DOTALL)
+    return script
 
 
 def call(*command: str | Path, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:

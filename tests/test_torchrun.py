@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from installed import CHECKOUT, Environment, output_of, wait_until
+from installed import Environment, output_of, script_in, wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -183,7 +183,7 @@ def test_an_interrupted_job_saves_its_model(installed: Environment, signal_numbe
 
 
 def test_the_script_in_the_documentation_trains_one_model(installed: Environment):
-    (script,) = re.findall(r"```python\n(.*?)```", (CHECKOUT / "docs" / "distributed.md").read_text(), re.DOTALL)
+    script = script_in("distributed.md")
     (installed.cwd / "train.py").write_text(script.replace("100_000", "2_000"))
     output = output_of(installed.run(*TORCHRUN, "train.py"))
     # Two ranks x 8 environments x 64 steps, told by one of them at its tenth update at the earliest

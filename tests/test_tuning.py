@@ -15,7 +15,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from installed import CHECKOUT, Environment, call, output_of, wait_until
+from installed import Environment, call, output_of, script_in, wait_until
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -253,7 +253,7 @@ def test_an_entry_written_from_a_trial_trains_the_same(installed: Environment, n
     found = ("--storage", new_journal, "--trial-id", "-1", "-params", "n_envs:1")
     output_of(installed.run(*train, *found))
 
-    (script,) = re.findall(r"```python\n(.*?)```", (CHECKOUT / "docs" / "tuning.md").read_text(), re.DOTALL)
+    script = script_in("tuning.md")
     process = installed.run("-c", script, "found_by_search/vpg/CartPole-v1_1/CartPole-v1/config.yml")
     output_of(process)
     (installed.cwd / "found.yml").write_text(process.stdout)
