@@ -1,22 +1,30 @@
 """
-The tables of docs/performance.md, from the results that the other benchmarks have written.
+The tables of README.md, docs/performance.md and docs/swingup.md, and the picture of learning curves, from the results that the
+other benchmarks have written.
 
     python benchmarks/report.py
 
-Reads the JSON files in benchmarks/results and writes what stands between `<!-- NAME -->` and `<!-- end -->` in the document.
+Reads the files in benchmarks/results, writes what stands between `<!-- table: NAME -->` and `<!-- end -->` in the documents,
+and draws docs/learning_curves.png.
 """
 
 import json
 import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import numpy as np
 from common import interquartile_mean, median_and_range
+from scipy.stats import trim_mean
 from time_to_solve import by_contestant, median
+from trained_agents import ENVIRONMENTS
 
 HERE = Path(__file__).parent
-RESULTS, DOCUMENT = HERE / "results", HERE.parent / "docs" / "performance.md"
+RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
+DOCUMENTS = (HERE.parent / "README.md", DOCS / "performance.md", DOCS / "swingup.md")
+ALGORITHMS = ("vpg", "a2c", "ppo", "trpo")
 
 
 def results_of(name: str) -> Any:
@@ -89,13 +97,70 @@ def scaling(part: str) -> str:
     return table([f"{label} ({lines[0]['unit']})", *columns], rows)
 
 
+def zoo_runs() -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """:return: what ``benchmarks/zoo.py`` has kept, by environment and algorithm"""
+    runs: dict[str, dict[str, list[dict[str, Any]]]] = {env_id: defaultdict(list) for env_id in ENVIRONMENTS}
+    for run in map(json.loads, (RESULTS / "zoo.jsonl").read_text().splitlines()):
+        runs[run["env"]][run["algo"]].append(run)
+    return runs
+
+
+def algorithms() -> str:
+    def cell(runs: list[dict[str, Any]]) -> str:
+        score, steps = interquartile_mean([run["score"] for run in runs]), runs[0]["steps"] / 1e6
+        return f"{score}<br>{steps:.2g} M, {np.median([run['processor_seconds'] for run in runs]):.0f} s"
+
+    rows = [
+        [env_id, *(cell(of_env[algo]) if algo in of_env else "not yet" for algo in ALGORITHMS)]
+        for env_id, of_env in zoo_runs().items()
+    ]
+    return table(["return<br>steps, time", *map(str.upper, ALGORITHMS)], rows)
+
+
+def algorithms_on(env_id: str, *thresholds: str) -> str:
+    rows = []
+    for algo, runs in zoo_runs()[env_id].items():
+        scores, noisy_scores, lengths = ([run[key] for run in runs] for key in ("score", "score_with_noise", "length"))
+        reached = [str(sum(score >= float(threshold) for score in scores)) for threshold in thresholds]
+        lowest, length, noisy = f"{min(scores):.0f}", f"{np.mean(lengths):.0f}", interquartile_mean(noisy_scores)
+        steps, seconds = f"{runs[0]['steps'] / 1e6:.2g} M", f"{np.median([run['processor_seconds'] for run in runs]):.0f}"
+        rows.append([algo.upper(), steps, interquartile_mean(scores), *reached, lowest, length, noisy, seconds])
+    at_least = [f"seeds >= {threshold}" for threshold in thresholds]
+    return table(["", "steps", "return", *at_least, "lowest seed", "length", "with noise", "seconds"], rows)
+
+
+def draw_learning_curves(path: Path) -> None:
+    """Interquartile mean over seeds, and the range between the quartiles."""
+    figure, axes = plt.subplots(2, 4, figsize=(13.6, 5.2))
+    for ax, (env_id, of_env) in zip(axes.flat, zoo_runs().items()):
+        for algo, runs in of_env.items():
+            curves = np.array([run["curve"] for run in runs], dtype=np.float64)
+            # Where no episode of a seed has ended, it has no point
+            known = np.isfinite(curves).all(axis=0)
+            steps = ((np.arange(known.size) + 0.5) / known.size * runs[0]["steps"])[known]
+            curves = curves[:, known]
+            color = f"C{ALGORITHMS.index(algo)}"
+            ax.plot(steps, trim_mean(curves, 0.25), color=color, label=algo.upper(), linewidth=1.2)
+            ax.fill_between(steps, *np.quantile(curves, (0.25, 0.75), axis=0), color=color, alpha=0.2, linewidth=0)
+        ax.set_xscale("log")
+        ax.set_title(env_id, fontsize=10)
+        ax.grid(alpha=0.2)
+    axes.flat[-1].set_axis_off()
+    axes.flat[-1].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", frameon=False)
+    figure.supxlabel("environment steps", fontsize=9)
+    figure.supylabel("return of training episodes", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     def filled(match: re.Match[str]) -> str:
         function, *arguments = match[1].split()
-        return f"<!-- {match[1]} -->\n\n{globals()[function](*arguments)}\n\n<!-- end -->"
+        return f"<!-- table: {match[1]} -->\n\n{globals()[function](*arguments)}\n\n<!-- end -->"
 
-    text = re.sub(r"<!-- (?!end)(.*?) -->.*?<!-- end -->", filled, DOCUMENT.read_text(), flags=re.DOTALL)
-    DOCUMENT.write_text(text)
+    for document in DOCUMENTS:
+        document.write_text(re.sub(r"<!-- table: (.*?) -->.*?<!-- end -->", filled, document.read_text(), flags=re.DOTALL))
+    draw_learning_curves(DOCS / "learning_curves.png")
 
 
 if __name__ == "__main__":
