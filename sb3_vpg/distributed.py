@@ -28,6 +28,12 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_vpg.estimators import Array, Collectives
 
+if dist.is_available():
+    # Its functions have the default group as a default argument. First imported within a process group, as an optimizer does
+    # by way of torch._dynamo, they hold it, and its threads, beyond destroy_process_group(): these may then abort the process
+    # at its exit (https://github.com/pytorch/pytorch/issues/190489)
+    import torch.distributed.nn.functional
+
 if TYPE_CHECKING:
     from sb3_vpg.vpg import VPG
 
