@@ -168,7 +168,9 @@ def test_ranks_hold_the_same_weights_bit_by_bit_after_many_updates(tmp_path, env
         # Progress, and with it the schedule of the learning rate, is that of all
         assert (other.n_updates, other.n_timesteps, other.rate) == (first.n_updates, first.n_timesteps, first.rate)
     assert sum(rank.n_own_steps for rank in ranks) == first.n_timesteps >= timesteps
-    assert len({rank.n_own_steps for rank in ranks}) == (1 if "n_steps" in kwargs else 3)
+    # Two of them may have made equally many by chance
+    has_unequal_ranks = len({rank.n_own_steps for rank in ranks}) > 1
+    assert has_unequal_ranks == ("n_steps" not in kwargs)
 
 
 def length_of_progress_bar() -> tuple[float, int, list[str]]:
