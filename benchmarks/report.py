@@ -1,6 +1,6 @@
 """
-The tables of README.md and docs/performance.md, and the picture of learning curves, from the results that the other benchmarks
-have written.
+The tables of README.md, docs/performance.md and docs/swingup.md, and the picture of learning curves, from the results that the
+other benchmarks have written.
 
     python benchmarks/report.py
 
@@ -23,7 +23,7 @@ from trained_agents import ENVIRONMENTS
 
 HERE = Path(__file__).parent
 RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
-DOCUMENTS = (HERE.parent / "README.md", DOCS / "performance.md")
+DOCUMENTS = (HERE.parent / "README.md", DOCS / "performance.md", DOCS / "swingup.md")
 ALGORITHMS = ("vpg", "a2c", "ppo", "trpo")
 
 
@@ -110,11 +110,20 @@ def algorithms() -> str:
         score, steps = interquartile_mean([run["score"] for run in runs]), runs[0]["steps"] / 1e6
         return f"{score}<br>{steps:.2g} M, {np.median([run['processor_seconds'] for run in runs]):.0f} s"
 
-    rows = [
-        [env_id, *(cell(of_env[algo]) if algo in of_env else "not yet" for algo in ALGORITHMS)]
-        for env_id, of_env in zoo_runs().items()
-    ]
+    rows = [[env_id, *(cell(of_env[algo]) for algo in ALGORITHMS)] for env_id, of_env in zoo_runs().items()]
     return table(["return<br>steps, time", *map(str.upper, ALGORITHMS)], rows)
+
+
+def algorithms_on(env_id: str, *thresholds: str) -> str:
+    rows = []
+    for algo, runs in zoo_runs()[env_id].items():
+        scores, noisy_scores, lengths = ([run[key] for run in runs] for key in ("score", "score_with_noise", "length"))
+        reached = [str(sum(score >= float(threshold) for score in scores)) for threshold in thresholds]
+        lowest, length, noisy = f"{min(scores):.0f}", f"{np.mean(lengths):.0f}", interquartile_mean(noisy_scores)
+        steps, seconds = f"{runs[0]['steps'] / 1e6:.2g} M", f"{np.median([run['processor_seconds'] for run in runs]):.0f}"
+        rows.append([algo.upper(), steps, interquartile_mean(scores), *reached, lowest, length, noisy, seconds])
+    at_least = [f"seeds >= {threshold}" for threshold in thresholds]
+    return table(["", "steps", "return", *at_least, "lowest seed", "length", "with noise", "seconds"], rows)
 
 
 def draw_learning_curves(path: Path) -> None:
