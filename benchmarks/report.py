@@ -105,10 +105,14 @@ def zoo_runs() -> dict[str, dict[str, list[dict[str, Any]]]]:
     return runs
 
 
+def steps_and_seconds(runs: list[dict[str, Any]]) -> tuple[str, str]:
+    return f"{runs[0]['steps'] / 1e6:.2g} M", f"{np.median([run['processor_seconds'] for run in runs]):.0f}"
+
+
 def algorithms() -> str:
     def cell(runs: list[dict[str, Any]]) -> str:
-        score, steps = interquartile_mean([run["score"] for run in runs]), runs[0]["steps"] / 1e6
-        return f"{score}<br>{steps:.2g} M, {np.median([run['processor_seconds'] for run in runs]):.0f} s"
+        steps, seconds = steps_and_seconds(runs)
+        return f"{interquartile_mean([run['score'] for run in runs])}<br>{steps}, {seconds} s"
 
     rows = [[env_id, *(cell(of_env[algo]) for algo in ALGORITHMS)] for env_id, of_env in zoo_runs().items()]
     return table(["return<br>steps, time", *map(str.upper, ALGORITHMS)], rows)
@@ -120,7 +124,7 @@ def algorithms_on(env_id: str, *thresholds: str) -> str:
         scores, noisy_scores, lengths = ([run[key] for run in runs] for key in ("score", "score_with_noise", "length"))
         reached = [str(sum(score >= float(threshold) for score in scores)) for threshold in thresholds]
         lowest, length, noisy = f"{min(scores):.0f}", f"{np.mean(lengths):.0f}", interquartile_mean(noisy_scores)
-        steps, seconds = f"{runs[0]['steps'] / 1e6:.2g} M", f"{np.median([run['processor_seconds'] for run in runs]):.0f}"
+        steps, seconds = steps_and_seconds(runs)
         rows.append([algo.upper(), steps, interquartile_mean(scores), *reached, lowest, length, noisy, seconds])
     at_least = [f"seeds >= {threshold}" for threshold in thresholds]
     return table(["", "steps", "return", *at_least, "lowest seed", "length", "with noise", "seconds"], rows)
