@@ -5,8 +5,8 @@ values. For policies whose passes are SB3's own they give the same numbers in le
 
 import copy
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, TypeGuard
 
@@ -55,6 +55,20 @@ def has_sb3_passes(policy: ActorCriticPolicy) -> bool:
     """
     # A policy compiled by th.compile() has another type, without these
     return all(getattr(type(policy), name, None) is getattr(ActorCriticPolicy, name) for name in SB3_PASSES)
+
+
+@contextmanager
+def forgetting_distributions(policy: ActorCriticPolicy) -> Iterator[None]:
+    """
+    In this context the policy works on a copy of its distribution. A policy keeps the last distribution that it has computed,
+    with its graph, and could not be copied by ``copy.deepcopy`` then.
+    """
+    kept = policy.action_dist
+    policy.action_dist = copy.copy(kept)
+    try:
+        yield
+    finally:
+        policy.action_dist = kept
 
 
 class _LinearTanh(th.autograd.Function):
