@@ -13,7 +13,7 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_vpg import VPG
-from sb3_vpg.vec_env import NativeVecEnv
+from sb3_vpg.envs.native_vec_env import NativeVecEnv
 
 CONTESTANTS: dict[str, tuple[type[OnPolicyAlgorithm], dict[str, Any]]] = {
     "A2C": (A2C, {}),

@@ -16,7 +16,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_vpg import VPG
 from sb3_vpg.diagnostics import GradientStatisticsCallback
-from sb3_vpg.vec_env import NativeVecEnv
+from sb3_vpg.envs.native_vec_env import NativeVecEnv
 
 # Number of environments, timesteps, keywords
 SETTINGS: dict[str, tuple[int, int, dict[str, Any]]] = {

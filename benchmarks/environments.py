@@ -17,7 +17,7 @@ import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_vpg.vec_env import NativeVecEnv
+from sb3_vpg.envs.native_vec_env import NativeVecEnv
 
 WAYS: dict[str, Callable[[str, int], Any]] = {
     "vectorised": lambda env_id, n: gym.make_vec(env_id, num_envs=n, vectorization_mode="vector_entry_point"),

@@ -34,7 +34,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_vpg import VPG
-from sb3_vpg.vec_env import NativeVecEnv
+from sb3_vpg.envs.native_vec_env import NativeVecEnv
 
 #: Of one message between two machines of the estimate, seconds; of the network, bytes per second (10 Gbit/s)
 LATENCY, BANDWIDTH = 50e-6, 1.25e9
@@ -87,7 +87,7 @@ SCENARIOS = {
 }
 
 
-class Measured(NamedTuple):
+class UpdateSpec(NamedTuple):
     frames_per_second: float
     #: of one update and its rollout
     seconds_per_update: float
@@ -127,7 +127,7 @@ def counting() -> Iterator[Counted]:
             setattr(dist, name, original)
 
 
-def run(scenario: str, seconds: float, rank: int, size: int, folder: str) -> Measured:
+def run(scenario: str, seconds: float, rank: int, size: int, folder: str) -> UpdateSpec:
     th.set_num_threads(1)
     if size > 1:
         store = f"file://{folder}/store"
@@ -153,12 +153,12 @@ def run(scenario: str, seconds: float, rank: int, size: int, folder: str) -> Mea
         dist.destroy_process_group()
     of_one_update = (len(counted.bytes), sum(counted.bytes), sum(counted.seconds))
     seconds_per_update = elapsed / n_updates[0]
-    return Measured(
+    return UpdateSpec(
         frames_per_update / seconds_per_update, seconds_per_update, *(total / n_updates[0] for total in of_one_update)
     )
 
 
-def measure(scenario: str, seconds: float, size: int) -> Measured:
+def measure(scenario: str, seconds: float, size: int) -> UpdateSpec:
     """:return: what rank 0 of ``size`` new processes measured"""
     with tempfile.TemporaryDirectory() as folder, mp.get_context("spawn").Pool(size, maxtasksperchild=1) as pool:
         return pool.starmap(run, [(scenario, seconds, rank, size, folder) for rank in range(size)], chunksize=1)[0]

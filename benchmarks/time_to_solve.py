@@ -47,9 +47,9 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, sync_envs_normalization
 
-from sb3_vpg.callbacks import ExploringStarts
 from sb3_vpg.envs import ENVIRONMENTS
-from sb3_vpg.vec_env import NativeVecEnv
+from sb3_vpg.envs.exploring_starts import ExploringStarts
+from sb3_vpg.envs.native_vec_env import NativeVecEnv
 from sb3_vpg.zoo import register
 
 N_EPISODES = 100

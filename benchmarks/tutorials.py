@@ -93,7 +93,7 @@ def run(job: Job) -> Outcome:
     from stable_baselines3.common.monitor import load_results
     from stable_baselines3.common.vec_env import DummyVecEnv
 
-    from sb3_vpg.vec_env import NativeVecEnv
+    from sb3_vpg.envs.native_vec_env import NativeVecEnv
 
     tutorial = TUTORIALS[job.name]
     settings = {"config": str(ROOT / f"hyperparams/tutorials/{job.name}.yml"), "hyperparams": job.params, "seed": job.seed}

@@ -70,7 +70,7 @@ def run(job: Job, n_episodes: int = 100) -> Result:
     from rl_zoo3.utils import ALGOS, create_test_env, get_model_path, get_saved_hyperparams
     from stable_baselines3.common.evaluation import evaluate_policy
 
-    from sb3_vpg.vec_env import NativeVecEnv
+    from sb3_vpg.envs.native_vec_env import NativeVecEnv
 
     with tempfile.TemporaryDirectory() as folder:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -7,7 +7,7 @@ import importlib.util
 import runpy
 import sys
 
-from sb3_vpg.torchrun import launched, run_together
+from sb3_vpg.distributed.launcher import launched, run_together
 
 COMMANDS = {
     "train": "rl_zoo3.train",
@@ -19,7 +19,7 @@ COMMANDS = {
     "all_plots": "rl_zoo3.plots.all_plots",
     "push_to_hub": "rl_zoo3.push_to_hub",
     "load_from_hub": "rl_zoo3.load_from_hub",
-    "ablation": "sb3_vpg.ablation",
+    "ablation": "sb3_vpg.study",
 }
 USAGE = f"""usage: python -m sb3_vpg COMMAND [ARGUMENTS]
 

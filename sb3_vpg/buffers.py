@@ -1,19 +1,24 @@
 """
-Rollout buffers that know which steps were recorded, how long each rollout really was and where episodes end, and that
-leave the advantages to :mod:`sb3_vpg.estimators`.
+What a rollout is made of: VPG's rollout buffers, and the adapter for buffer classes that are not VPG's.
+
+VPG's buffers know which steps were recorded, how many there are and where episodes end. They leave the advantages to
+:mod:`sb3_vpg.estimators`.
 """
 
 from collections.abc import Callable, Generator, Iterator
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples, TensorDict
 
-from sb3_vpg.estimators import ONE_PROCESS, Collectives, Formulation, Rollout
+from sb3_vpg.common.collectives import SINGLE_PROCESS, SingleProcess
+from sb3_vpg.estimators import NORMALIZATIONS, Formulation, Rollout
 
+Samples = RolloutBufferSamples | DictRolloutBufferSamples
 NumpyObs = np.ndarray | dict[str, np.ndarray]
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -41,11 +46,14 @@ class VPGBufferMixin(RolloutBuffer):
       bootstrapped where the formulation has a value function
     - the number of rows is not fixed: ``buffer_size`` is where it starts, and the length of the rollout once that is
       finished; the arrays are (T, N, ...) at all times
-    - ``mask`` (T, N) tells which steps were recorded; :meth:`get` yields only those, without copying where it can
+    - ``mask`` (T, N) is True where a step was recorded; :meth:`get` yields only those, without copying where it can
     - ``values`` may be filled in after the rollout; ``log_probs`` are not recorded unless given (NaN then)
 
     Constructor parameters are those of SB3's ``RolloutBuffer``. ``formulation`` is GAE unless VPG sets another one.
     """
+
+    #: Whether ``log_probs`` and ``values`` are needed at each step of the rollout
+    needs_log_probs: ClassVar[bool] = False
 
     formulation: Formulation
     mask: np.ndarray
@@ -151,12 +159,22 @@ class VPGBufferMixin(RolloutBuffer):
         self.full = True
 
     @property
+    def recorded_values(self) -> np.ndarray:
+        """V(s_t) of the recorded steps, along one axis."""
+        return self.values[self.mask]
+
+    @property
+    def recorded_returns(self) -> np.ndarray:
+        """Targets of the value function of the recorded steps, along one axis."""
+        return self.returns[self.mask]
+
+    @property
     def n_recorded(self) -> int:
         """Number of recorded steps."""
         return int(self.mask.sum())
 
     @property
-    def n_pieces(self) -> int:
+    def n_segments(self) -> int:
         """Number of episodes, whole or in part, that the recorded steps belong to."""
         return int((self._last & self.mask).sum())
 
@@ -167,7 +185,7 @@ class VPGBufferMixin(RolloutBuffer):
 
     @property
     def _last(self) -> np.ndarray:
-        """Last step of each piece, shape (T, N): the end of an episode, or of the rollout."""
+        """Last step of each segment, shape (T, N): the end of an episode, or of the rollout."""
         last = self.ends.copy()
         last[-1] = True
         return last
@@ -188,18 +206,17 @@ class VPGBufferMixin(RolloutBuffer):
         last_values: th.Tensor,
         dones: np.ndarray,
         terminal_values: np.ndarray | None = None,
-        over: Collectives = ONE_PROCESS,
+        processes: SingleProcess = SINGLE_PROCESS,
     ) -> None:
         """
         Compute ``advantages`` (psi_t minus the baseline, not normalized yet) and ``returns`` (the targets of the value
         function) by the formulation.
 
-        :param last_values: V(s_T) of the observation after the last step, N elements; zeros if nothing is to be
-            bootstrapped there
+        :param last_values: V(s_T) of the observation after the last step, N elements; zeros if nothing is bootstrapped there
         :param dones: whether the last step ended an episode, shape (N,)
         :param terminal_values: values of :meth:`terminal_observations`; None for 0, which treats a time limit like
             termination
-        :param over: the processes that share the batch, if there are several
+        :param processes: the processes that share the batch
         """
         if not self.full:
             self.finish()
@@ -219,20 +236,20 @@ class VPGBufferMixin(RolloutBuffer):
 
         self.rollout = Rollout(self.rewards, self.values, next_values, self._last, self.mask, self.steps)
         # In double precision: normalizing subtracts the mean, which may be large
-        self.advantages, returns = self.formulation.advantages(self.rollout, over)
+        self.advantages, returns = self.formulation.advantages(self.rollout, processes)
         self.returns = returns.astype(np.float32)
 
-    def normalized_advantages(self, over: Collectives = ONE_PROCESS) -> np.ndarray:
+    def normalized_advantages(self, processes: SingleProcess = SINGLE_PROCESS) -> np.ndarray:
         """
-        :param over: the processes that share the batch, if there are several
+        :param processes: the processes that share the batch
         :return: what multiplies grad log pi in the update: ``advantages``, normalized and weighted as the formulation says,
             shape (T, N)
         """
-        return self.formulation.normalize(self.advantages, self.rollout, over)
+        return self.formulation.normalize(self.advantages, self.rollout, processes)
 
     def get(  # type: ignore[override]
         self, batch_size: int | None = None, shuffle: bool = True
-    ) -> Generator[RolloutBufferSamples | DictRolloutBufferSamples, None, None]:
+    ) -> Generator[Samples, None, None]:
         """
         Yield the recorded steps once, and only those.
 
@@ -243,6 +260,12 @@ class VPGBufferMixin(RolloutBuffer):
         """
         for indices in self.batch_indices(batch_size, shuffle):
             yield self._get_samples(indices)
+
+    def get_normalized(self, batch_size: int | None, processes: SingleProcess = SINGLE_PROCESS) -> Iterator[Samples]:
+        """As :meth:`get` without shuffling, with the :meth:`normalized_advantages` in place of ``advantages``."""
+        normalized = self.normalized_advantages(processes)
+        for indices in self.batch_indices(batch_size):
+            yield self._get_samples(indices)._replace(advantages=self.flat(normalized, indices))
 
     def batch_indices(self, batch_size: int | None = None, shuffle: bool = False) -> Iterator[np.ndarray | slice]:
         """
@@ -292,7 +315,7 @@ class VPGBufferMixin(RolloutBuffer):
 
     def _get_samples(  # type: ignore[override]
         self, batch_inds: np.ndarray | slice, env: Any = None
-    ) -> RolloutBufferSamples | DictRolloutBufferSamples:
+    ) -> Samples:
         samples = DictRolloutBufferSamples if isinstance(self.observations, dict) else RolloutBufferSamples
         return samples(
             observations=self.flat_observations(batch_inds),  # type: ignore[arg-type]
@@ -316,3 +339,114 @@ class VPGDictRolloutBuffer(VPGBufferMixin, DictRolloutBuffer):  # type: ignore[m
 def buffer_class_for(observation_space: spaces.Space) -> type[RolloutBuffer]:
     """:return: VPG's buffer for such observations"""
     return VPGDictRolloutBuffer if isinstance(observation_space, spaces.Dict) else VPGRolloutBuffer
+
+
+class RolloutBufferAdapter:
+    """
+    A rollout buffer that is not derived from VPG's, with the interface that rollout and update use. Such a buffer has a fixed
+    length, records every step and computes its advantages itself. At a time limit its reward includes gamma V(terminal
+    observation), as with A2C.
+
+    :param buffer: the buffer
+    :param formulation: of which the normalization is used
+    :param policy: gives V(terminal observation)
+    """
+
+    needs_log_probs: ClassVar[bool] = True
+    #: Not used: such a buffer has no index of steps
+    first_steps: np.ndarray
+
+    def __init__(self, buffer: RolloutBuffer, formulation: Formulation, policy: ActorCriticPolicy):
+        self.buffer = buffer
+        self.formulation = formulation
+        self.policy = policy
+        self._values_at_time_limits: dict[int, float] = {}
+
+    def reset(self) -> None:
+        self.buffer.reset()
+
+    def add_time_limit(self, env_index: int, terminal_obs: NumpyObs) -> None:
+        with th.no_grad():
+            value = self.policy.predict_values(self.policy.obs_to_tensor(terminal_obs)[0])
+        self._values_at_time_limits[env_index] = value.item()
+
+    def add(
+        self,
+        obs: NumpyObs,
+        action: np.ndarray,
+        reward: np.ndarray,
+        episode_start: np.ndarray,
+        value: th.Tensor | None = None,
+        log_prob: th.Tensor | None = None,
+        recorded: np.ndarray | bool = True,
+    ) -> None:
+        for env_index, terminal_value in self._values_at_time_limits.items():
+            reward[env_index] += self.buffer.gamma * terminal_value
+        self._values_at_time_limits.clear()
+        self.buffer.add(obs, action, reward, episode_start, value, log_prob)  # type: ignore[arg-type]
+
+    def finish(self) -> None:
+        """Nothing to do: the length is fixed."""
+
+    def terminal_observations(self) -> None:
+        """None are left: their values were added to the rewards."""
+
+    def compute_returns_and_advantage(
+        self,
+        last_values: th.Tensor,
+        dones: np.ndarray,
+        terminal_values: np.ndarray | None = None,
+        processes: SingleProcess = SINGLE_PROCESS,
+    ) -> None:
+        self.buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
+        starts = self.buffer.episode_starts.astype(bool)
+        self.n_episodes = int(starts[1:].sum() + dones.sum())
+        self.n_segments = self.n_episodes + int((~dones).sum())
+
+    @property
+    def rewards(self) -> np.ndarray:
+        return self.buffer.rewards
+
+    @property
+    def values(self) -> np.ndarray:
+        return self.buffer.values
+
+    @property
+    def recorded_values(self) -> np.ndarray:
+        return self.buffer.values.flatten()
+
+    @property
+    def recorded_returns(self) -> np.ndarray:
+        return self.buffer.returns.flatten()
+
+    @property
+    def n_recorded(self) -> int:
+        return self.buffer.buffer_size * self.buffer.n_envs
+
+    @property
+    def chunk_size(self) -> int:
+        return self.n_recorded
+
+    def get(self, batch_size: int | None = None, shuffle: bool = True) -> Iterator[Samples]:
+        return self.buffer.get(batch_size)
+
+    def get_normalized(self, batch_size: int | None, processes: SingleProcess = SINGLE_PROCESS) -> Iterator[Samples]:
+        """The whole batch at once, its advantages normalized."""
+        normalize = NORMALIZATIONS[self.formulation.normalize_advantage]
+        for batch in self.buffer.get(batch_size=None):
+            advantages = batch.advantages.numpy(force=True).reshape(-1, 1)
+            everywhere = np.ones(advantages.shape, dtype=bool)
+            normalized = normalize(advantages, everywhere, everywhere, processes)
+            yield batch._replace(advantages=th.as_tensor(normalized.flatten()).to(batch.advantages))
+
+
+#: What a rollout is recorded into, and an update reads
+Recorder = VPGBufferMixin | RolloutBufferAdapter
+
+
+def adapt_buffer(buffer: RolloutBuffer, formulation: Formulation, policy: ActorCriticPolicy) -> Recorder:
+    """:return: the buffer itself if it is one of VPG's, else an adapter around it"""
+    if isinstance(buffer, VPGBufferMixin):
+        buffer.formulation = formulation
+        return buffer
+    return RolloutBufferAdapter(buffer, formulation, policy)

@@ -2,13 +2,14 @@
 Reward formulations of the policy gradient, as pure functions of NumPy arrays.
 
 The policy gradient is ``g = E[sum_t psi_t grad log pi(a_t | s_t)]`` (eq. 1 of the GAE paper,
-https://arxiv.org/abs/1506.02438). This module computes ``psi_t``, what is subtracted from it (the baseline),
-how the difference is normalised, and the targets of the value function.
+https://arxiv.org/abs/1506.02438). This module computes ``psi_t``, subtracts the baseline, normalizes the difference, and
+computes the targets of the value function.
 
 All arrays are time-major with shape (T, N): row t holds step t of N environments. One column may hold several
-*pieces*: an episode, or the part of one that lies in the rollout. ``last`` is True at the last step of each piece, so::
+*segments*. A segment is an episode, or the part of one that lies in the rollout. ``last`` is True at the last step of each
+segment, so::
 
-    d_t = 0 if last_t else gamma                  (the discount to step t + 1 of the same piece)
+    d_t = 0 if last_t else gamma                  (the discount to step t + 1 of the same segment)
     v'_t = next_values_t                          (the value of the true successor state of step t)
 
 Names used below: ``G_t`` reward-to-go, ``R(tau)`` total return, ``delta_t`` TD residual, ``A_t`` advantage.
@@ -20,7 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-Array = np.ndarray
+from sb3_vpg.common.checks import check_choice
+from sb3_vpg.common.collectives import SINGLE_PROCESS, Array, SingleProcess
 
 
 class Rollout(NamedTuple):
@@ -31,7 +33,7 @@ class Rollout(NamedTuple):
     :param values: V(s_t); zeros if the formulation has no value function
     :param next_values: v'_t, the value of the successor state: 0 after termination, V(terminal observation) after a
         time limit, V(s_T) at the end of a bootstrapped rollout; zeros if the formulation has no value function
-    :param last: True at the last recorded step of each piece
+    :param last: True at the last recorded step of each segment
     :param mask: True where the step was recorded
     :param steps: index of the step within its episode, from 0
     """
@@ -42,24 +44,6 @@ class Rollout(NamedTuple):
     last: Array
     mask: Array
     steps: Array
-
-
-class Collectives:
-    """
-    What several processes must tell each other, each of which has a part of the batch. Here there is one, which has all of it;
-    :mod:`sb3_vpg.distributed` has the others.
-    """
-
-    def sum(self, x: Array) -> Array:
-        """:return: the sum over the processes, elementwise"""
-        return x
-
-    def gather(self, x: Array) -> Array:
-        """:return: x of each process, along a new first axis"""
-        return x[None]
-
-
-ONE_PROCESS = Collectives()
 
 
 def _check_shapes(**arrays: Array) -> None:
@@ -78,11 +62,11 @@ def discounted_sum(x: Array, discounts: Array) -> Array:
     Solve ``y_t = x_t + d_t y_{t+1}`` with ``y_T = 0`` for all t at once.
 
     Doubling scan (Hillis & Steele, 1986): after the pass with stride k, ``y_t`` holds the first 2k terms of its sum and
-    ``d_t`` the product of 2k discounts. A border, ``d_t = 0``, ends the sum there. About log2 of the longest piece
+    ``d_t`` the product of 2k discounts. A border, ``d_t = 0``, ends the sum there. About log2 of the longest segment
     passes over whole arrays, in double precision.
 
     :param x: summands, shape (T, N)
-    :param discounts: d_t, 0 at the last step of each piece, shape (T, N)
+    :param discounts: d_t, 0 at the last step of each segment, shape (T, N)
     :return: y, float64, shape (T, N)
     :raises ValueError: if the shapes differ or are not (T, N)
     """
@@ -102,20 +86,20 @@ def discounted_sum(x: Array, discounts: Array) -> Array:
     return y
 
 
-def first_step_of_piece(last: Array) -> Array:
+def first_step_of_segment(last: Array) -> Array:
     """
-    :param last: True at the last step of each piece, shape (T, N)
-    :return: row in which the piece of each step begins, int, shape (T, N)
+    :param last: True at the last step of each segment, shape (T, N)
+    :return: row in which the segment of each step begins, int, shape (T, N)
     """
     begins = np.zeros(np.shape(last), dtype=np.intp)
     begins[1:] = np.where(last[:-1], np.arange(1, len(last))[:, None], 0)
     return np.maximum.accumulate(begins, axis=0)
 
 
-def piece_index(last: Array) -> Array:
+def segment_index(last: Array) -> Array:
     """
-    :param last: True at the last step of each piece, shape (T, N)
-    :return: number of the piece to which each step belongs, counted through all columns, int, shape (T, N)
+    :param last: True at the last step of each segment, shape (T, N)
+    :return: number of the segment to which each step belongs, counted through all columns, int, shape (T, N)
     """
     n_before = np.cumsum(last, axis=0) - last
     n_in_column = n_before[-1] + 1
@@ -129,11 +113,11 @@ def piece_index(last: Array) -> Array:
 
 def reward_to_go(rewards: Array, next_values: Array, last: Array, gamma: float) -> Array:
     """
-    ``G_t = r_t + d_t G_{t+1} + [last step of its piece] gamma v'_t`` (Sutton et al., 1999; GAE paper, psi no. 2).
+    ``G_t = r_t + d_t G_{t+1} + [last step of its segment] gamma v'_t`` (Sutton et al., 1999; GAE paper, psi no. 2).
 
     :param rewards: r_t, shape (T, N)
     :param next_values: v'_t, shape (T, N)
-    :param last: True at the last step of each piece, shape (T, N)
+    :param last: True at the last step of each segment, shape (T, N)
     :param gamma: discount factor, in [0, 1]
     :return: G, shape (T, N)
     :raises ValueError: if the shapes differ or are not (T, N)
@@ -145,17 +129,17 @@ def reward_to_go(rewards: Array, next_values: Array, last: Array, gamma: float) 
 def total_return(rewards: Array, last: Array, gamma: float) -> Array:
     """
     ``R(tau) = sum_k gamma^k r_k`` over the whole episode, the same number at each of its steps
-    (Williams, 1992; GAE paper, psi no. 1). The pieces must be whole episodes.
+    (Williams, 1992; GAE paper, psi no. 1). The segments must be whole episodes.
 
     :param rewards: r_t, shape (T, N)
-    :param last: True at the last step of each piece, shape (T, N)
+    :param last: True at the last step of each segment, shape (T, N)
     :param gamma: discount factor, in [0, 1]
     :return: R(tau) of the episode to which each step belongs, shape (T, N)
     :raises ValueError: if the shapes differ or are not (T, N)
     """
     _check_shapes(rewards=rewards, last=last)
     from_here = discounted_sum(rewards, np.where(last, 0.0, gamma))
-    return np.take_along_axis(from_here, first_step_of_piece(last), axis=0)
+    return np.take_along_axis(from_here, first_step_of_segment(last), axis=0)
 
 
 def td_residual(rewards: Array, values: Array, next_values: Array, gamma: float) -> Array:
@@ -181,7 +165,7 @@ def gae(rewards: Array, values: Array, next_values: Array, last: Array, gamma: f
     :param rewards: r_t, shape (T, N)
     :param values: V(s_t), shape (T, N)
     :param next_values: v'_t, shape (T, N)
-    :param last: True at the last step of each piece, shape (T, N)
+    :param last: True at the last step of each segment, shape (T, N)
     :param gamma: discount factor, in [0, 1]
     :param gae_lambda: lambda, in [0, 1]
     :return: A, shape (T, N)
@@ -196,31 +180,31 @@ def gae(rewards: Array, values: Array, next_values: Array, last: Array, gamma: f
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def mean_baseline(psi: Array, mask: Array, over: Collectives = ONE_PROCESS) -> Array:
+def mean_baseline(psi: Array, mask: Array, processes: SingleProcess = SINGLE_PROCESS) -> Array:
     """
     Average of psi over all recorded steps of the batch. Each step is part of its own baseline.
 
     :param psi: what the estimator gives, shape (T, N)
     :param mask: True where the step was recorded, shape (T, N)
-    :param over: the processes that share the batch
+    :param processes: the processes that share the batch
     :return: the baseline, shape (T, N)
     :raises ValueError: if the shapes differ or are not (T, N)
     """
     _check_shapes(psi=psi, mask=mask)
-    total, n = over.sum(np.array([np.sum(psi, where=mask), mask.sum()]))
+    total, n = processes.sum(np.array([np.sum(psi, where=mask), mask.sum()]))
     return np.full(np.shape(psi), total / n)
 
 
-def _sum_and_count_over_episodes(psi: Array, mask: Array, steps: Array, over: Collectives) -> tuple[Array, Array]:
+def _sum_and_count_over_episodes(psi: Array, mask: Array, steps: Array, processes: SingleProcess) -> tuple[Array, Array]:
     """Sum of psi over the episodes that reach the same step index, and their number; both of shape (T, N)."""
     index = steps[mask]
-    longest = int(over.gather(index.max(initial=0)).max()) + 1
-    sums, counts = over.sum(np.stack([np.bincount(index, weights, longest) for weights in (psi[mask], None)]))
+    longest = int(processes.gather(index.max(initial=0)).max()) + 1
+    sums, counts = processes.sum(np.stack([np.bincount(index, weights, longest) for weights in (psi[mask], None)]))
     steps = np.where(mask, steps, 0)
     return sums[steps], counts[steps]
 
 
-def time_baseline(psi: Array, mask: Array, steps: Array, over: Collectives = ONE_PROCESS) -> Array:
+def time_baseline(psi: Array, mask: Array, steps: Array, processes: SingleProcess = SINGLE_PROCESS) -> Array:
     """
     Average of psi at the same step index over all episodes of the batch that reach it. With K episodes the expected
     gradient is scaled by about 1 - 1/K, since each episode is part of its own baseline.
@@ -228,16 +212,16 @@ def time_baseline(psi: Array, mask: Array, steps: Array, over: Collectives = ONE
     :param psi: what the estimator gives, shape (T, N)
     :param mask: True where the step was recorded, shape (T, N)
     :param steps: index of the step within its episode, shape (T, N)
-    :param over: the processes that share the batch
+    :param processes: the processes that share the batch
     :return: the baseline, shape (T, N)
     :raises ValueError: if the shapes differ or are not (T, N)
     """
     _check_shapes(psi=psi, mask=mask, steps=steps)
-    sums, counts = _sum_and_count_over_episodes(psi, mask, steps, over)
+    sums, counts = _sum_and_count_over_episodes(psi, mask, steps, processes)
     return sums / counts.clip(min=1)
 
 
-def leave_one_out_baseline(psi: Array, mask: Array, steps: Array, over: Collectives = ONE_PROCESS) -> Array:
+def leave_one_out_baseline(psi: Array, mask: Array, steps: Array, processes: SingleProcess = SINGLE_PROCESS) -> Array:
     """
     Average of psi at the same step index over the *other* episodes of the batch that reach it, 0 where there is none
     (Kool et al., 2019, https://openreview.net/forum?id=r1lgTGL5DE). Unbiased.
@@ -245,17 +229,17 @@ def leave_one_out_baseline(psi: Array, mask: Array, steps: Array, over: Collecti
     :param psi: what the estimator gives, shape (T, N)
     :param mask: True where the step was recorded, shape (T, N)
     :param steps: index of the step within its episode, shape (T, N)
-    :param over: the processes that share the batch
+    :param processes: the processes that share the batch
     :return: the baseline, shape (T, N)
     :raises ValueError: if the shapes differ or are not (T, N)
     """
     _check_shapes(psi=psi, mask=mask, steps=steps)
-    sums, counts = _sum_and_count_over_episodes(psi, mask, steps, over)
+    sums, counts = _sum_and_count_over_episodes(psi, mask, steps, processes)
     return np.where(counts > 1, (sums - psi) / (counts - 1).clip(min=1), 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Normalisation
+# Normalization
 # ---------------------------------------------------------------------------------------------------------------
 
 # As in SB3: keeps the quotient finite where the spread is tiny.
@@ -266,13 +250,13 @@ MIN_RELATIVE_SPREAD = float(np.finfo(np.float32).eps)
 
 def normalize_within(advantages: Array, mask: Array, groups: Array) -> Array:
     """
-    Standardise within each group: ``(A - mean) / (std + 1e-8)`` with the sample standard deviation (n - 1), as
-    SB3 does. A group of one step, or one without spread, is centred and not scaled.
+    Standardize within each group: ``(A - mean) / (std + 1e-8)`` with the sample standard deviation (n - 1), as
+    SB3 does. A group of one step, or one without spread, is centered and not scaled.
 
     :param advantages: A, shape (T, N)
     :param mask: True where the step was recorded, shape (T, N)
     :param groups: number of the group of each step, non-negative int, shape (T, N)
-    :return: normalised advantages, zero where nothing was recorded, shape (T, N)
+    :return: normalized advantages, zero where nothing was recorded, shape (T, N)
     :raises ValueError: if the shapes differ or are not (T, N)
     """
     _check_shapes(advantages=advantages, mask=mask, groups=groups)
@@ -288,14 +272,14 @@ def normalize_within(advantages: Array, mask: Array, groups: Array) -> Array:
     return normalized
 
 
-def normalize_batch(advantages: Array, mask: Array, last: Array, over: Collectives = ONE_PROCESS) -> Array:
-    """Standardise over all recorded steps of the batch: :func:`normalize_within` where all are one group."""
+def normalize_batch(advantages: Array, mask: Array, last: Array, processes: SingleProcess = SINGLE_PROCESS) -> Array:
+    """Standardize over all recorded steps of the batch: :func:`normalize_within` where all are one group."""
     _check_shapes(advantages=advantages, mask=mask, last=last)
     x = advantages[mask].astype(np.float64)
     own_mean = x.sum() / max(len(x), 1)
     part = (len(x), own_mean, np.square(x - own_mean).sum(), np.abs(x).max(initial=0.0))
     # Sums of squares about the mean of a batch from those of its parts (Chan et al., 1979)
-    counts, means, squares, magnitudes = over.gather(np.array(part)).T
+    counts, means, squares, magnitudes = processes.gather(np.array(part)).T
     n = counts.sum()
     mean = counts @ means / max(n, 1)
     std = np.sqrt((squares.sum() + counts @ (means - mean) ** 2) / max(n - 1, 1))
@@ -307,9 +291,9 @@ def normalize_batch(advantages: Array, mask: Array, last: Array, over: Collectiv
     return normalized
 
 
-def normalize_episode(advantages: Array, mask: Array, last: Array, over: Collectives = ONE_PROCESS) -> Array:
-    """Standardise within each episode, or the piece of it in the rollout, see :func:`normalize_within`."""
-    return normalize_within(advantages, mask, piece_index(last))
+def normalize_episode(advantages: Array, mask: Array, last: Array, processes: SingleProcess = SINGLE_PROCESS) -> Array:
+    """Standardize within each episode, or the segment of it in the rollout, see :func:`normalize_within`."""
+    return normalize_within(advantages, mask, segment_index(last))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -317,11 +301,25 @@ def normalize_episode(advantages: Array, mask: Array, last: Array, over: Collect
 # ---------------------------------------------------------------------------------------------------------------
 
 
-class _Estimator(NamedTuple):
+class EstimatorSpec(NamedTuple):
+    """
+    An entry of :data:`ESTIMATORS`: the functions of an estimator, and its properties.
+
+    :param psi: function of a :class:`Rollout`, gamma and lambda; returns psi_t, shape (T, N)
+    :param value_target: function of the same and psi; returns the target of the value function, shape (T, N)
+    :param uses_value_function: whether psi contains V; nothing more is subtracted then
+    :param needs_whole_episodes: whether psi is defined for whole episodes only
+    :param constant_within_episode: whether psi is the same number at each step of an episode
+    :param discounted_from_start: whether psi counts from the start of the episode, so that ``discount_state_distribution``
+        has no effect
+    """
+
     psi: Callable[[Rollout, float, float], Array]
     value_target: Callable[[Rollout, float, float, Array], Array]
-    value_function: bool  # the value function is part of the estimator itself
-    whole_episodes: bool
+    uses_value_function: bool = False
+    needs_whole_episodes: bool = False
+    constant_within_episode: bool = False
+    discounted_from_start: bool = False
 
 
 def _target_reward_to_go(x: Rollout, gamma: float, gae_lambda: float, psi: Array) -> Array:
@@ -336,54 +334,60 @@ def _target_psi_plus_value(x: Rollout, gamma: float, gae_lambda: float, psi: Arr
     return psi + x.values
 
 
-ESTIMATORS: dict[str, _Estimator] = {
-    "total_return": _Estimator(
+ESTIMATORS: dict[str, EstimatorSpec] = {
+    "total_return": EstimatorSpec(
         psi=lambda x, gamma, gae_lambda: total_return(x.rewards, x.last, gamma),
         value_target=_target_reward_to_go,
-        value_function=False,
-        whole_episodes=True,
+        needs_whole_episodes=True,
+        constant_within_episode=True,
+        discounted_from_start=True,
     ),
-    "reward_to_go": _Estimator(
+    "reward_to_go": EstimatorSpec(
         psi=lambda x, gamma, gae_lambda: reward_to_go(x.rewards, x.next_values, x.last, gamma),
         value_target=_target_psi,
-        value_function=False,
-        whole_episodes=False,
     ),
-    "td_residual": _Estimator(
+    "td_residual": EstimatorSpec(
         psi=lambda x, gamma, gae_lambda: td_residual(x.rewards, x.values, x.next_values, gamma),
         value_target=_target_psi_plus_value,
-        value_function=True,
-        whole_episodes=False,
+        uses_value_function=True,
     ),
-    "gae": _Estimator(
+    "gae": EstimatorSpec(
         psi=lambda x, gamma, gae_lambda: gae(x.rewards, x.values, x.next_values, x.last, gamma, gae_lambda),
         value_target=_target_psi_plus_value,
-        value_function=True,
-        whole_episodes=False,
+        uses_value_function=True,
     ),
 }
 
 
-class _Baseline(NamedTuple):
-    baseline: Callable[[Array, Rollout, Collectives], Array | float]
-    value_function: bool
-    whole_episodes: bool
+class BaselineSpec(NamedTuple):
+    """
+    An entry of :data:`BASELINES`: the function of a baseline, and its properties.
+
+    :param baseline: function of psi, a :class:`Rollout` and the processes that share the batch; returns the baseline, shape
+        (T, N) or a number
+    :param uses_value_function: whether the baseline is V
+    :param compares_episodes: whether the baseline compares whole episodes, of which it needs two at least
+    :param constant_within_episode: whether the baseline is the same number at each step of an episode
+    """
+
+    baseline: Callable[[Array, Rollout, SingleProcess], Array | float]
+    uses_value_function: bool = False
+    compares_episodes: bool = False
+    constant_within_episode: bool = False
 
 
-BASELINES: dict[str | None, _Baseline] = {
-    None: _Baseline(lambda psi, x, over: 0.0, value_function=False, whole_episodes=False),
-    "mean": _Baseline(lambda psi, x, over: mean_baseline(psi, x.mask, over), value_function=False, whole_episodes=False),
-    "time": _Baseline(
-        lambda psi, x, over: time_baseline(psi, x.mask, x.steps, over), value_function=False, whole_episodes=True
+BASELINES: dict[str | None, BaselineSpec] = {
+    None: BaselineSpec(lambda psi, x, processes: 0.0, constant_within_episode=True),
+    "mean": BaselineSpec(lambda psi, x, processes: mean_baseline(psi, x.mask, processes), constant_within_episode=True),
+    "time": BaselineSpec(lambda psi, x, processes: time_baseline(psi, x.mask, x.steps, processes), compares_episodes=True),
+    "leave_one_out": BaselineSpec(
+        lambda psi, x, processes: leave_one_out_baseline(psi, x.mask, x.steps, processes), compares_episodes=True
     ),
-    "leave_one_out": _Baseline(
-        lambda psi, x, over: leave_one_out_baseline(psi, x.mask, x.steps, over), value_function=False, whole_episodes=True
-    ),
-    "value": _Baseline(lambda psi, x, over: x.values, value_function=True, whole_episodes=False),
+    "value": BaselineSpec(lambda psi, x, processes: x.values, uses_value_function=True),
 }
 
-NORMALIZATIONS: dict[bool | str, Callable[[Array, Array, Array, Collectives], Array]] = {
-    False: lambda advantages, mask, last, over: advantages,
+NORMALIZATIONS: dict[bool | str, Callable[[Array, Array, Array, SingleProcess], Array]] = {
+    False: lambda advantages, mask, last, processes: advantages,
     True: normalize_batch,
     "batch": normalize_batch,
     "episode": normalize_episode,
@@ -393,18 +397,18 @@ NORMALIZATIONS: dict[bool | str, Callable[[Array, Array, Array, Collectives], Ar
 @dataclass(frozen=True)
 class Formulation:
     """
-    One choice of estimator, baseline, normalisation and weighting.
+    One choice of estimator, baseline, normalization and weighting.
 
     :param estimator: "total_return", "reward_to_go", "td_residual" or "gae"
     :param baseline: None, "mean", "time", "leave_one_out" or "value"; "td_residual" and "gae" contain the value
         function by definition and take None or "value", which mean the same there
     :param normalize_advantage: False, True or "batch" (over the whole batch), "episode" (within each episode)
-    :param discount_state_distribution: weight step t of an episode by gamma^t, after the normalisation
+    :param discount_state_distribution: weight step t of an episode by gamma^t, after the normalization
         (Nota & Thomas, 2020, https://arxiv.org/abs/1906.07073); "total_return" already counts from the start of the
         episode and is not weighted again
     :param gamma: discount factor, in [0, 1]
     :param gae_lambda: lambda of the GAE paper, in [0, 1]; only "gae" reads it
-    :raises ValueError: for an unknown name or a combination that cannot work
+    :raises ValueError: for an unknown name or an invalid combination
     """
 
     estimator: str = "gae"
@@ -421,46 +425,49 @@ class Formulation:
             ("normalize_advantage", NORMALIZATIONS),
         ):
             check_choice(keyword, getattr(self, keyword), table)
-        if ESTIMATORS[self.estimator].value_function and self.baseline not in (None, "value"):
+        estimator, baseline = ESTIMATORS[self.estimator], BASELINES[self.baseline]
+        if estimator.uses_value_function and not (self.baseline is None or baseline.uses_value_function):
             raise ValueError(
                 f"baseline={self.baseline!r} cannot be combined with estimator={self.estimator!r}, which subtracts the "
                 "value function by definition; allowed: None, 'value'"
             )
-        if (
-            self.estimator == "total_return"
-            and self.normalize_advantage == "episode"
-            and self.baseline not in ("time", "leave_one_out", "value")
-        ):
+        if self.constant_within_episode and self.normalize_advantage == "episode":
+            varying = ", ".join(repr(name) for name, one in BASELINES.items() if not one.constant_within_episode)
             raise ValueError(
-                f"normalize_advantage='episode' with estimator='total_return' and baseline={self.baseline!r} is zero at "
-                "every step, since the total return is one number per episode; allowed: normalize_advantage=False or "
-                "'batch', or baseline='time', 'leave_one_out', 'value'"
+                f"normalize_advantage='episode' with estimator={self.estimator!r} and baseline={self.baseline!r} is zero at "
+                "every step, since the advantage is one number per episode; allowed: normalize_advantage=False or "
+                f"'batch', or baseline={varying}"
             )
 
     @property
     def uses_value_function(self) -> bool:
         """Whether a trained value function is part of the formulation."""
-        return ESTIMATORS[self.estimator].value_function or BASELINES[self.baseline].value_function
+        return ESTIMATORS[self.estimator].uses_value_function or BASELINES[self.baseline].uses_value_function
 
     @property
     def needs_whole_episodes(self) -> bool:
-        """Whether the formulation has a meaning for whole episodes only."""
-        return ESTIMATORS[self.estimator].whole_episodes or BASELINES[self.baseline].whole_episodes
+        """Whether the formulation is defined for whole episodes only."""
+        return ESTIMATORS[self.estimator].needs_whole_episodes or BASELINES[self.baseline].compares_episodes
 
-    def __call__(self, rollout: Rollout, over: Collectives = ONE_PROCESS) -> tuple[Array, Array]:
+    @property
+    def constant_within_episode(self) -> bool:
+        """Whether the advantage, before normalization, is the same number at each step of an episode."""
+        return ESTIMATORS[self.estimator].constant_within_episode and BASELINES[self.baseline].constant_within_episode
+
+    def __call__(self, rollout: Rollout, processes: SingleProcess = SINGLE_PROCESS) -> tuple[Array, Array]:
         """
         :param rollout: arrays of shape (T, N)
-        :param over: the processes that share the batch, of which this is the part of one
+        :param processes: the processes that share the batch; the arrays are the part of this one
         :return: what multiplies grad log pi at each step (:meth:`normalize` of :meth:`advantages`), zero where nothing was
             recorded, and the target of the value function; both float64 of shape (T, N)
         """
-        advantages, value_target = self.advantages(rollout, over)
-        return self.normalize(advantages, rollout, over), value_target
+        advantages, value_target = self.advantages(rollout, processes)
+        return self.normalize(advantages, rollout, processes), value_target
 
-    def advantages(self, rollout: Rollout, over: Collectives = ONE_PROCESS) -> tuple[Array, Array]:
+    def advantages(self, rollout: Rollout, processes: SingleProcess = SINGLE_PROCESS) -> tuple[Array, Array]:
         """
         :param rollout: arrays of shape (T, N)
-        :param over: the processes that share the batch, of which this is the part of one
+        :param processes: the processes that share the batch; the arrays are the part of this one
         :return: psi_t minus the baseline, zero where nothing was recorded, and the target of the value function:
             A_t + V(s_t) for "gae", r_t + gamma v'_t for "td_residual", G_t for the others; both float64 of shape (T, N)
         """
@@ -471,30 +478,20 @@ class Formulation:
         psi = estimator.psi(rollout, self.gamma, self.gae_lambda)
         value_target = estimator.value_target(rollout, self.gamma, self.gae_lambda, psi)
         # td_residual and gae have subtracted V(s_t) already
-        baseline = 0.0 if estimator.value_function else BASELINES[self.baseline].baseline(psi, rollout, over)
+        baseline = 0.0 if estimator.uses_value_function else BASELINES[self.baseline].baseline(psi, rollout, processes)
         return np.where(mask, psi - baseline, 0.0), value_target
 
-    def normalize(self, advantages: Array, rollout: Rollout, over: Collectives = ONE_PROCESS) -> Array:
+    def normalize(self, advantages: Array, rollout: Rollout, processes: SingleProcess = SINGLE_PROCESS) -> Array:
         """
         Standardize the advantages as ``normalize_advantage`` says, then weight them by gamma^t if
         ``discount_state_distribution`` says so.
 
         :param advantages: as :meth:`advantages` returns them, shape (T, N)
         :param rollout: what they were computed from
-        :param over: the processes that share the batch, of which this is the part of one
+        :param processes: the processes that share the batch; the arrays are the part of this one
         :return: what multiplies grad log pi at each step, zero where nothing was recorded, float64, shape (T, N)
         """
-        normalized = NORMALIZATIONS[self.normalize_advantage](advantages, rollout.mask, rollout.last, over)
-        if self.discount_state_distribution and self.estimator != "total_return":
+        normalized = NORMALIZATIONS[self.normalize_advantage](advantages, rollout.mask, rollout.last, processes)
+        if self.discount_state_distribution and not ESTIMATORS[self.estimator].discounted_from_start:
             normalized = normalized * self.gamma**rollout.steps
         return np.where(rollout.mask, normalized, 0.0)
-
-
-def check_choice(keyword: str, value: object, allowed: object) -> None:
-    """
-    :raises ValueError: if ``value`` is not one of ``allowed``, naming the keyword, the value and the choices
-    """
-    choices = list(allowed)  # type: ignore[call-overload]
-    # 1 == True and 0 == False: compare the types too
-    if not any(type(value) is type(choice) and value == choice for choice in choices):
-        raise ValueError(f"{keyword}={value!r} is not allowed; choose one of {', '.join(map(repr, choices))}")

@@ -2,9 +2,9 @@
 Collecting rollouts: fixed length or whole episodes, in one loop.
 
 SB3's ``OnPolicyAlgorithm.collect_rollouts`` adds ``gamma V(terminal observation)`` to the stored reward at a time limit and
-bootstraps the last piece with ``V(s_T)``, even where nothing trains the value function; it evaluates the value network and
-the log probabilities at every step; and it can collect pieces of fixed length only. Hence a loop of our own. It keeps SB3's
-contract with callbacks, environments, policies and buffers.
+bootstraps the last segment with ``V(s_T)``, even where nothing trains the value function. It evaluates the value network and
+the log probabilities at every step, and its segments have a fixed length. Hence a loop of our own, which keeps SB3's contract
+with callbacks, environments, policies and buffers.
 """
 
 import copy
@@ -21,47 +21,49 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
 
-from sb3_vpg.buffers import NumpyObs, VPGBufferMixin
-from sb3_vpg.distributed import OneProcess
-from sb3_vpg.failures import LOST_WORKER, failed_environment
-from sb3_vpg.passes import Passes, SeparatePasses, passes_of
+from sb3_vpg.buffers import Recorder, VPGBufferMixin, adapt_buffer
+from sb3_vpg.common.collectives import SINGLE_PROCESS, SingleProcess
+from sb3_vpg.common.faults import LOST_WORKER, failed_environment
+from sb3_vpg.common.policy_runner import FastPolicyRunner, PolicyRunner, make_policy_runner
+from sb3_vpg.keywords import Plan
 
 
 class RolloutCollector(OnPolicyAlgorithm):
     """
-    An on-policy algorithm with VPG's rollouts. Set by the subclass before ``learn``:
+    An on-policy algorithm with VPG's rollouts. The subclass sets before ``learn``:
 
-    - ``uses_value_function``: whether values are needed at all
-    - ``partial_episodes_mode``: "bootstrap", "finish" or "truncate"
-    - ``n_episodes``: None, or the number of whole episodes of each environment
-    - ``processes``: those that train together, each with environments of its own, if there are several
+    - ``plan``: what the rollouts consist of, and whether values are needed
+    - ``processes``: the processes that train together, each with its own environments
     """
 
-    uses_value_function: bool
-    partial_episodes_mode: str
-    n_episodes: int | None
-    processes: OneProcess = OneProcess()
+    plan: Plan
+    processes: SingleProcess = SINGLE_PROCESS
+    #: What the last rollout was recorded into
+    recorder: Recorder
 
-    #: A longer episode is taken for one that never ends, where whole episodes are asked for.
+    #: With whole episodes, a longer episode is taken for one that never ends.
     max_episode_steps = 100_000
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        # Whether the environments have moved since they were all reset
-        self._moved = True
+        # Whether the environments were stepped since they were all reset
+        self._stepped_since_reset = True
         # Index within its episode of the next step of each environment; kept when training is continued
         if np.shape(getattr(self, "_episode_steps", ())) != (self.n_envs,):
             self._episode_steps = np.zeros(self.n_envs, dtype=np.int64)
 
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "plan", "processes", "recorder", "_vec_normalize_backup"]
+
     def _setup_learn(self, *args: Any, **kwargs: Any) -> tuple[int, BaseCallback]:
-        self._keep_statistics()
+        self._backup_vec_normalize()
         before = self._last_obs
         try:
             total_timesteps, callback = super()._setup_learn(*args, **kwargs)
         except LOST_WORKER as error:
             self._raise_failed(self.env, error)  # type: ignore[arg-type]
         if self._last_obs is not before:
-            self._moved = False
+            self._stepped_since_reset = False
         return total_timesteps, callback
 
     def collect_rollouts(
@@ -72,17 +74,18 @@ class RolloutCollector(OnPolicyAlgorithm):
         n_rollout_steps: int,
     ) -> bool:
         """
-        Collect a rollout with the current policy. What it is made of depends on ``partial_episodes`` and ``n_episodes``:
+        Collect a rollout with the current policy. What it consists of depends on ``partial_episodes`` and ``n_episodes``:
 
         - "bootstrap", "truncate": ``n_rollout_steps`` steps of each environment
-        - "finish": every environment starts fresh and goes on until it has ``n_rollout_steps`` steps and its current episode
+        - "finish": every environment starts fresh and continues until it has ``n_rollout_steps`` steps and its current episode
           has ended
-        - ``n_episodes``: every environment starts fresh and goes on until it has that many whole episodes
+        - ``n_episodes``: every environment starts fresh and continues until it has that many whole episodes
 
         What an environment does while it waits for the others is not recorded, but counts as timesteps.
 
         Callbacks see the same local variables as with SB3. ``log_probs`` is None at each step, unless the policy has its own
-        ``forward()`` or the buffer is not one of VPG's; so is ``values``, unless actor and critic share a features extractor.
+        ``forward()`` or the buffer is not derived from VPG's; so is ``values``, unless actor and critic share a features
+        extractor.
 
         :param env: The training environment
         :param callback: Callback called at each step and at the beginning and end of the rollout
@@ -91,81 +94,92 @@ class RolloutCollector(OnPolicyAlgorithm):
         :return: False if the callback ended the training
         :raises ValueError: if an observation, action, reward or value is not finite
         :raises RuntimeError: if an environment raises or its process ends; if an episode does not end within
-            ``max_episode_steps``, where whole episodes are asked for; if another rank raises
+            ``max_episode_steps`` and whole episodes are needed; if another rank raises
         """
-        with self.processes.failing_together():
-            return self._collect(env, callback, rollout_buffer, n_rollout_steps)
+        with self.processes.propagate_errors():
+            return self._collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
 
-    def _collect(self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int) -> bool:
+    def _collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> bool:
         """:meth:`collect_rollouts` of this process"""
         if self.policy.training:
             self.policy.set_training_mode(False)
-        passes = passes_of(self.policy)
-        separate = passes if isinstance(passes, SeparatePasses) and isinstance(rollout_buffer, VPGBufferMixin) else None
-        # Values are computed in one go after the rollout, unless the features they need are there at each step
-        values_at_each_step = self.uses_value_function and (separate is None or separate.shares_features)
-        whole_episodes = self.n_episodes is not None or self.partial_episodes_mode == "finish"
-
-        # Before anything is drawn for the rollout: a model that is saved here goes on with the same rollout
+        # Before anything is drawn for the rollout: a model that is saved here continues with the same rollout
         callback.on_rollout_start()
-        self._start_rollout(env, rollout_buffer, fresh=whole_episodes)
+        recorder = self.recorder = adapt_buffer(rollout_buffer, self.plan.formulation, self.policy)
+        runner = make_policy_runner(self.policy)
+        fast_runner = runner if isinstance(runner, FastPolicyRunner) and not recorder.needs_log_probs else None
+        # Values are computed in one batch after the rollout, unless the features that they need are there at each step
+        values_at_each_step = self.plan.uses_value_function and (fast_runner is None or fast_runner.shares_features)
+        self._start_rollout(env)
 
         n_steps = 0
         n_finished = np.zeros(env.num_envs, dtype=np.int64)
         recording = np.ones(env.num_envs, dtype=bool)
-        collecting = True
 
-        while collecting:
+        while recording.any():
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
 
             obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
-            actions, values, log_probs = self._sample_actions(obs_tensor, separate, values_at_each_step)
+            actions, values, log_probs = self._sample_actions(obs_tensor, fast_runner, values_at_each_step)
             clipped_actions = self._clip_actions(actions)
 
             try:
                 new_obs, rewards, dones, infos = env.step(clipped_actions)
             except Exception as error:
                 self._raise_failed(env, error)
-
             # A copy, and of this dtype: they are used as a mask
             dones = np.array(dones, dtype=bool)
             self.num_timesteps += env.num_envs
 
             callback.update_locals(locals())
             if not callback.on_step():
-                # Unlike SB3, so that training can go on from here
-                self._move_on(new_obs, dones)
+                # Unlike SB3, so that training can continue from here
+                self._advance(new_obs, dones)
                 return self._end_rollout(False, (n_steps + 1) * env.num_envs)
 
             n_steps += 1
-            self._record(rollout_buffer, actions, rewards, values, log_probs, dones, infos, recording)
-            self._move_on(new_obs, dones)
+            self._record(actions, rewards, values, log_probs, dones, infos, recording)
+            self._advance(new_obs, dones)
             self._check_finite("observation", new_obs)
 
-            if not whole_episodes:
-                collecting = n_steps < n_rollout_steps
-            elif dones.any():
-                n_finished += dones
-                complete = n_steps >= n_rollout_steps if self.n_episodes is None else n_finished >= self.n_episodes
-                recording = recording & ~(dones & complete)
-                collecting = bool(recording.any())
-            if whole_episodes and n_steps > self.max_episode_steps:
-                self._check_endless(recording)
+            n_finished += dones
+            recording = self._still_recording(recording, n_steps, n_rollout_steps, n_finished, dones)
 
-        last_values = self._finish_rollout(rollout_buffer, new_obs, dones, passes, values_at_each_step)
+        last_values = self._finish_rollout(new_obs, dones, runner, values_at_each_step)
         if not self._end_rollout(True, n_steps * env.num_envs):
             return False
-        self._compute_advantages(rollout_buffer, last_values, dones, passes)
+        self._compute_advantages(last_values, dones, runner)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
 
-    def _start_rollout(self, env: VecEnv, rollout_buffer: RolloutBuffer, fresh: bool) -> None:
-        """Empty the buffer and, if all episodes must be ``fresh``, reset the environments."""
+    def _still_recording(
+        self, recording: np.ndarray, n_steps: int, n_rollout_steps: int, n_finished: np.ndarray, dones: np.ndarray
+    ) -> np.ndarray:
+        """
+        :param recording: whether the last step of each environment was recorded, shape (N,)
+        :param n_steps: steps of each environment so far
+        :param n_rollout_steps: steps of each environment in a rollout, at least
+        :param n_finished: episodes that ended in each environment so far, shape (N,)
+        :param dones: whether the last step ended an episode, shape (N,)
+        :return: whether the next step of each environment belongs to the rollout, shape (N,)
+        """
+        if not self.plan.partial_episodes.whole_episodes:
+            return recording & (n_steps < n_rollout_steps)
+        if n_steps > self.max_episode_steps:
+            self._check_endless(recording & ~dones)
+        n_episodes = self.plan.n_episodes
+        complete = n_steps >= n_rollout_steps if n_episodes is None else n_finished >= n_episodes
+        return recording & ~(dones & complete)
+
+    def _start_rollout(self, env: VecEnv) -> None:
+        """Empty the buffer and, if the rollout consists of whole episodes, reset the environments."""
         self._check_finite("observation", self._last_obs)
-        self._keep_statistics()
-        if fresh and self._moved:
+        self._backup_vec_normalize()
+        if self.plan.partial_episodes.whole_episodes and self._stepped_since_reset:
             try:
                 self._last_obs = env.reset()  # type: ignore[assignment]
             except Exception as error:
@@ -174,22 +188,21 @@ class RolloutCollector(OnPolicyAlgorithm):
             self._check_finite("observation", self._last_obs)
         self._episode_steps[self._last_episode_starts] = 0
 
-        rollout_buffer.reset()
-        if isinstance(rollout_buffer, VPGBufferMixin):
-            rollout_buffer.first_steps = self._episode_steps.copy()
+        self.recorder.reset()
+        self.recorder.first_steps = self._episode_steps.copy()
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
 
     def _sample_actions(
-        self, obs: PyTorchObs, passes: SeparatePasses | None, with_values: bool
+        self, obs: PyTorchObs, fast_runner: FastPolicyRunner | None, with_values: bool
     ) -> tuple[np.ndarray, th.Tensor | None, th.Tensor | None]:
         """
-        :param passes: None for a call of the policy
-        :return: actions as the environment shapes them; values and log probabilities, where they have been computed
+        :param fast_runner: None for a call of the policy
+        :return: actions as the environment shapes them; values and log probabilities, where they were computed
         """
         shape = (-1, *self.action_space.shape)  # type: ignore[misc]
-        if passes is not None:
-            actions, values = passes.sample(obs, with_values)
+        if fast_runner is not None:
+            actions, values = fast_runner.sample(obs, with_values)
             return actions.reshape(shape), values, None
         with th.no_grad():
             action_tensor, values, log_probs = self.policy(obs)
@@ -208,7 +221,6 @@ class RolloutCollector(OnPolicyAlgorithm):
 
     def _record(
         self,
-        rollout_buffer: RolloutBuffer,
         actions: np.ndarray,
         rewards: np.ndarray,
         values: th.Tensor | None,
@@ -218,100 +230,83 @@ class RolloutCollector(OnPolicyAlgorithm):
         recording: np.ndarray,
     ) -> None:
         """Add one step of all environments to the episode statistics and to the buffer."""
-        own_buffer = rollout_buffer if isinstance(rollout_buffer, VPGBufferMixin) else None
         # Episodes that end while others are waited for are the short ones: they are not recorded, nor in the statistics
         ended = (dones & recording).nonzero()[0].tolist()
         if ended:
             self._update_info_buffer([infos[env_index] for env_index in ended], dones[ended])
-        if self.uses_value_function:
+        if self.plan.uses_value_function:
             for env_index in ended:
                 # See https://github.com/DLR-RM/stable-baselines3/issues/633
                 terminal_obs = infos[env_index].get("terminal_observation")
-                if terminal_obs is None or not infos[env_index].get("TimeLimit.truncated", False):
-                    continue
-                self._check_finite("terminal observation", terminal_obs, env_index)
-                if own_buffer is not None:
-                    own_buffer.add_time_limit(env_index, terminal_obs)
-                else:
-                    rewards[env_index] += self.gamma * self._value_of(terminal_obs)
-
-        step = (self._last_obs, actions.reshape(len(dones), -1), rewards, self._last_episode_starts)
-        if own_buffer is not None:
-            own_buffer.add(*step, values if self.uses_value_function else None, log_probs, recording)  # type: ignore[arg-type]
+                if terminal_obs is not None and infos[env_index].get("TimeLimit.truncated", False):
+                    self._check_finite("terminal observation", terminal_obs, env_index)
+                    self.recorder.add_time_limit(env_index, terminal_obs)
         else:
-            rollout_buffer.add(*step, values, log_probs)  # type: ignore[arg-type]
+            values = None
+        self.recorder.add(
+            self._last_obs,  # type: ignore[arg-type]
+            actions.reshape(len(dones), -1),
+            rewards,
+            self._last_episode_starts,  # type: ignore[arg-type]
+            values,
+            log_probs,
+            recording,
+        )
 
-    def _finish_rollout(
-        self, rollout_buffer: RolloutBuffer, new_obs: VecEnvObs, dones: np.ndarray, passes: Passes, has_values: bool
-    ) -> th.Tensor:
+    def _finish_rollout(self, new_obs: VecEnvObs, dones: np.ndarray, runner: PolicyRunner, has_values: bool) -> th.Tensor:
         """
-        Fill in values, where the formulation has a value function and they are not there yet.
+        Compute the values of the rollout, if the formulation has a value function and they were not computed at each step.
 
-        :return: V of the observations after the last step, where they are to be bootstrapped; else zeros, shape (N,)
+        :return: V of the observations after the last step if they are bootstrapped, else zeros, shape (N,)
         """
-        own_buffer = rollout_buffer if isinstance(rollout_buffer, VPGBufferMixin) else None
-        if own_buffer is not None:
-            own_buffer.finish()
-        self._check_finite_rows("reward", rollout_buffer.rewards)
-        if self.uses_value_function:
-            if own_buffer is not None and not has_values:
-                self._fill_in_values(own_buffer, passes)
-            self._check_finite_rows("value", rollout_buffer.values)
+        self.recorder.finish()
+        self._check_finite_rows("reward", self.recorder.rewards)
+        if self.plan.uses_value_function:
+            if not has_values:
+                self._compute_values(self.recorder, runner)  # type: ignore[arg-type]
+            self._check_finite_rows("value", self.recorder.values)
 
-        if not self.uses_value_function or self.partial_episodes_mode != "bootstrap":
+        if not self.plan.partial_episodes.bootstrap:
             return th.zeros(len(dones))
         with th.no_grad():
-            last_values = passes.values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
+            last_values = runner.values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
         self._check_finite("value", last_values.cpu().numpy())
         return last_values
 
-    def _end_rollout(self, goes_on: bool, n_steps: int) -> bool:
+    def _end_rollout(self, continue_training: bool, n_steps: int) -> bool:
         """
-        :param goes_on: whether this process wants to go on
-        :param n_steps: its steps in the rollout, which have been counted already
-        :return: whether all processes want to go on
+        :param continue_training: whether this process continues
+        :param n_steps: its steps in the rollout, which were counted already
+        :return: whether all processes continue
         """
-        goes_on, n_steps_of_all = self.processes.end_rollout(goes_on, n_steps, self._vec_normalize_env)
+        continue_training, n_steps_of_all = self.processes.end_rollout(continue_training, n_steps, self._vec_normalize_env)
         self.num_timesteps += n_steps_of_all - n_steps
-        return goes_on
+        return continue_training
 
-    def _compute_advantages(
-        self, rollout_buffer: RolloutBuffer, last_values: th.Tensor, dones: np.ndarray, passes: Passes
-    ) -> None:
-        if isinstance(rollout_buffer, VPGBufferMixin):
-            terminal_values = self._terminal_values(rollout_buffer, passes)
-            rollout_buffer.compute_returns_and_advantage(last_values, dones, terminal_values, self.processes)
-        else:
-            rollout_buffer.compute_returns_and_advantage(last_values=last_values, dones=dones)
+    def _compute_advantages(self, last_values: th.Tensor, dones: np.ndarray, runner: PolicyRunner) -> None:
+        terminal_obs = self.recorder.terminal_observations()
+        terminal_values = None
+        if terminal_obs is not None:
+            # V(terminal observation) at each time limit of the rollout
+            with th.no_grad():
+                terminal_values = runner.values(obs_as_tensor(terminal_obs, self.device)).cpu().numpy()
+        self.recorder.compute_returns_and_advantage(last_values, dones, terminal_values, self.processes)
 
-    def _move_on(self, new_obs: VecEnvObs, dones: np.ndarray) -> None:
+    def _advance(self, new_obs: VecEnvObs, dones: np.ndarray) -> None:
         """The next step begins where the last one ended."""
-        self._moved = True
+        self._stepped_since_reset = True
         self._last_obs = new_obs  # type: ignore[assignment]
         self._last_episode_starts = dones
         self._episode_steps += 1
         self._episode_steps[dones] = 0
 
-    def _fill_in_values(self, rollout_buffer: VPGBufferMixin, passes: Passes) -> None:
+    def _compute_values(self, rollout_buffer: VPGBufferMixin, runner: PolicyRunner) -> None:
         """Compute V(s_t) of all recorded steps, in batches."""
         flat_values = rollout_buffer.values.reshape(-1)
         for indices in rollout_buffer.batch_indices(rollout_buffer.chunk_size):
             with th.no_grad():
-                values = passes.values(rollout_buffer.flat_observations(indices))
+                values = runner.values(rollout_buffer.flat_observations(indices))
             flat_values[indices] = values.cpu().numpy()
-
-    def _terminal_values(self, rollout_buffer: VPGBufferMixin, passes: Passes) -> np.ndarray | None:
-        """V(terminal observation) at each time limit of the rollout."""
-        terminal_obs = rollout_buffer.terminal_observations()
-        if terminal_obs is None:
-            return None
-        with th.no_grad():
-            return passes.values(obs_as_tensor(terminal_obs, self.device)).cpu().numpy()
-
-    def _value_of(self, obs: NumpyObs) -> float:
-        """V(s) of a single observation."""
-        with th.no_grad():
-            return self.policy.predict_values(self.policy.obs_to_tensor(obs)[0]).item()
 
     def _check_finite(self, quantity: str, array: VecEnvObs | None, env_index: int | None = None) -> None:
         """
@@ -332,17 +327,17 @@ class RolloutCollector(OnPolicyAlgorithm):
             step, env_index = np.argwhere(~np.isfinite(rows))[0]
             self._raise_non_finite(quantity, rows[step, env_index], env_index, f"step {step} of the rollout")
 
-    def _keep_statistics(self) -> None:
-        """Remember what VecNormalize knows, which has seen a number that is not finite before it can be refused."""
+    def _backup_vec_normalize(self) -> None:
+        """Copy the statistics of VecNormalize, which sees a number that is not finite before it can be refused."""
         if self._vec_normalize_env is not None:
             names = ("obs_rms", "ret_rms")
-            self._statistics = copy.deepcopy({name: getattr(self._vec_normalize_env, name, None) for name in names})
+            self._vec_normalize_backup = copy.deepcopy({name: getattr(self._vec_normalize_env, name, None) for name in names})
 
     def _raise_non_finite(self, quantity: str, value: Any, env_index: int, step: str) -> NoReturn:
         # Continuing to train must begin with a reset
         self._last_obs = None
         if self._vec_normalize_env is not None:
-            vars(self._vec_normalize_env).update(self._statistics)
+            vars(self._vec_normalize_env).update(self._vec_normalize_backup)
         raise ValueError(
             f"Non-finite {quantity} in environment {env_index} at {step} (timestep {self.num_timesteps}): {value}. "
             "No weight has been changed by it, the model can be saved. Look for the cause in the environment, its wrappers or "
@@ -361,13 +356,13 @@ class RolloutCollector(OnPolicyAlgorithm):
         ) from error
 
     def _check_endless(self, recording: np.ndarray) -> None:
-        """:raises RuntimeError: if the episode of an environment that is being recorded is too long"""
+        """:raises RuntimeError: if the episode of an environment that is recorded is too long"""
         env_index = int(np.argmax(self._episode_steps * recording))
         if self._episode_steps[env_index] <= self.max_episode_steps or not recording[env_index]:
             return
         raise RuntimeError(
-            f"The episode in environment {env_index} has not ended after {self.max_episode_steps} steps, but the rollout is "
-            "to be made of whole episodes. Give the environment a time limit (gymnasium.wrappers.TimeLimit), or use "
+            f"The episode in environment {env_index} has not ended after {self.max_episode_steps} steps, but the rollout "
+            "consists of whole episodes. Give the environment a time limit (gymnasium.wrappers.TimeLimit), or use "
             "partial_episodes='truncate', or partial_episodes='bootstrap' with a value function; if episodes really are that "
             "long, raise the model's `max_episode_steps`."
         )

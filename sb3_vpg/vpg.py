@@ -6,45 +6,33 @@ import math
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from gymnasium.vector.utils import create_empty_array
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.type_aliases import (
-    DictRolloutBufferSamples,
-    GymEnv,
-    MaybeCallback,
-    RolloutBufferSamples,
-    Schedule,
-)
-from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import FloatSchedule, explained_variance
 
-from sb3_vpg import distributed
-from sb3_vpg.buffers import VPGBufferMixin, VPGRolloutBuffer, buffer_class_for, map_obs
-from sb3_vpg.callbacks import ProgressBarOfAllRanks
-from sb3_vpg.estimators import NORMALIZATIONS, Formulation, check_choice
-from sb3_vpg.passes import Passes, forgetting_distributions, passes_of
+from sb3_vpg.buffers import Samples, buffer_class_for, map_obs
+from sb3_vpg.common.checks import check_number
+from sb3_vpg.common.collectives import current_processes
+from sb3_vpg.common.optimization import critic_only_parameters, fuse_adam, split_parameter_groups
+from sb3_vpg.common.policy_runner import PolicyRunner, make_policy_runner
+from sb3_vpg.common.progress_bar import AllRanksProgressBar
+from sb3_vpg.common.threads import accumulate_gradients
+from sb3_vpg.keywords import make_plan
 from sb3_vpg.policies import CnnPolicy, LogisticPolicy, MlpPolicy, MultiInputPolicy
 from sb3_vpg.random_states import get_random_states, set_random_states
 from sb3_vpg.rollout import RolloutCollector
 from sb3_vpg.saving import check_model_file, model_path, replacing
-from sb3_vpg.threads import accumulate_gradients
 
 SelfVPG = TypeVar("SelfVPG", bound="VPG")
-Samples = RolloutBufferSamples | DictRolloutBufferSamples
 
-PARTIAL_EPISODES = (None, "bootstrap", "finish", "truncate")
-LOSS_REDUCTIONS = ("mean", "trajectory")
-# Since PyTorch 2.4
-FUSED_ADAM_ON_CPU = tuple(map(int, th.__version__.split(".")[:2])) >= (2, 4)
 # The KL divergence of an update is measured on this many steps of the rollout, at most
 KL_STEPS = 1024
 
@@ -201,21 +189,19 @@ class VPG(RolloutCollector):
     # ------------------------------------------------------------------------------------------------------------
 
     def _setup_model(self) -> None:
-        self.processes = distributed.current()
-        self._resolve_keywords()
+        self.processes = current_processes()
+        self.plan = make_plan(self, self.n_envs * self.processes.size)
         if self.rollout_buffer_class is None:
             self.rollout_buffer_class = buffer_class_for(self.observation_space)
         super()._setup_model()
-        if isinstance(self.rollout_buffer, VPGBufferMixin):
-            self.rollout_buffer.formulation = self._formulation
         self._group_parameters()
-        self._fuse_optimizer()
+        fuse_adam(self.policy.optimizer)
         self._set_learning_rates(self._learning_rates(1.0))
-        # Batch normalisation mixes the steps of a batch: such a network must see all of them at once
+        # Batch normalization mixes the steps of a batch: such a network must see all of them at once
         self._in_chunks = not any(isinstance(module, th.nn.modules.batchnorm._BatchNorm) for module in self.policy.modules())
         if not self._in_chunks and self.processes.size > 1:
             raise ValueError(
-                "Batch normalisation in the policy's networks mixes the steps of a batch, of which each of "
+                "Batch normalization in the policy's networks mixes the steps of a batch, of which each of "
                 f"{self.processes.size} ranks has a part; allowed: torch.nn.LayerNorm or GroupNorm, or one process"
             )
 
@@ -226,147 +212,7 @@ class VPG(RolloutCollector):
         self._learning_rates(1.0)
 
     def _excluded_save_params(self) -> list[str]:
-        return [
-            *super()._excluded_save_params(),
-            "_formulation",
-            "_actor_parameters",
-            "_critic_parameters",
-            "_grouped",
-            "_statistics",
-            "processes",
-        ]
-
-    def _resolve_keywords(self) -> None:
-        """
-        Check the keywords, alone and together, and resolve names and defaults.
-
-        :raises ValueError: naming the keyword, what was given and what is allowed
-        """
-        check_number("n_steps", self.n_steps, low=1, integer=True)
-        check_number("gamma", self.gamma, low=0, high=1)
-        check_number("gae_lambda", self.gae_lambda, low=0, high=1)
-        check_number("ent_coef", self.ent_coef)
-        check_number("vf_coef", self.vf_coef, low=0)
-        check_number("max_grad_norm", self.max_grad_norm, low=0, low_included=False, infinite=True, none=True)
-        check_number("n_episodes", self.n_episodes, low=1, integer=True, none=True)
-        check_number("n_critic_updates", self.n_critic_updates, low=1, integer=True)
-        check_number("critic_batch_size", self.critic_batch_size, low=1, integer=True, none=True)
-        if not callable(self.learning_rate):
-            check_number("learning_rate", self.learning_rate, low=0)
-        if not callable(self.critic_learning_rate):
-            check_number("critic_learning_rate", self.critic_learning_rate, low=0, none=True)
-        check_choice("partial_episodes", self.partial_episodes, PARTIAL_EPISODES)
-        check_choice("loss_reduction", self.loss_reduction, LOSS_REDUCTIONS)
-        check_choice("discount_state_distribution", self.discount_state_distribution, (False, True))
-
-        formulation = Formulation(
-            self.estimator,
-            self.baseline,
-            self.normalize_advantage,
-            self.discount_state_distribution,
-            float(self.gamma),
-            float(self.gae_lambda),
-        )
-        self._formulation = formulation
-        self.uses_value_function = formulation.uses_value_function
-
-        if self.n_episodes is not None and self.partial_episodes is not None:
-            raise ValueError(
-                f"partial_episodes={self.partial_episodes!r} has no meaning with n_episodes={self.n_episodes}, which has no "
-                "partial episodes; allowed: None"
-            )
-        default = "bootstrap" if self.uses_value_function and not formulation.needs_whole_episodes else "finish"
-        self.partial_episodes_mode = "finish" if self.n_episodes is not None else self.partial_episodes or default
-        given = f"estimator={self.estimator!r} with baseline={self.baseline!r}"
-        if self.partial_episodes_mode != "finish" and formulation.needs_whole_episodes:
-            raise ValueError(
-                f"partial_episodes={self.partial_episodes!r} cuts episodes, but {given} speaks of whole episodes; "
-                "allowed: None, 'finish'"
-            )
-        if self.partial_episodes_mode == "bootstrap" and not self.uses_value_function:
-            raise ValueError(
-                f"partial_episodes='bootstrap' needs a value function, but {given} has none; "
-                "allowed: None, 'finish', 'truncate'"
-            )
-        self._check_single_episode(given)
-        self._check_rollout_buffer_class()
-
-    def _check_single_episode(self, given: str) -> None:
-        """With one episode per update, some formulations are zero at every step, or have nobody else to look at."""
-        if self.n_episodes is None or self.n_episodes * self.n_envs * self.processes.size > 1:
-            return
-        one = "n_episodes=1 with one environment gives one episode per update"
-        if self.baseline in ("time", "leave_one_out"):
-            raise ValueError(
-                f"baseline={self.baseline!r} compares episodes, but {one}; allowed: a larger n_episodes, more environments, "
-                "or baseline=None, 'mean', 'value'"
-            )
-        centred = self.baseline == "mean" or self.normalize_advantage is not False
-        if self.estimator == "total_return" and self.baseline in (None, "mean") and centred:
-            raise ValueError(
-                f"{given} and normalize_advantage={self.normalize_advantage!r} is zero at every step, since {one} and the "
-                "total return is one number per episode; allowed: a larger n_episodes, more environments, or baseline=None "
-                "with normalize_advantage=False"
-            )
-
-    def _check_rollout_buffer_class(self) -> None:
-        """A buffer class that is not ours knows fixed lengths and computes SB3's GAE advantages, or its own."""
-        buffer_class = self.rollout_buffer_class
-        if buffer_class is None:
-            return
-        if not (isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)):
-            raise ValueError(f"rollout_buffer_class={buffer_class!r} is not allowed; it must be None or a RolloutBuffer class")
-        if issubclass(buffer_class, VPGBufferMixin):
-            return
-        required: dict[str, tuple] = {
-            "estimator": ("gae",),
-            "normalize_advantage": (False, True, "batch"),
-            "n_episodes": (None,),
-            "partial_episodes": (None, "bootstrap"),
-            "discount_state_distribution": (False,),
-            "loss_reduction": ("mean",),
-        }
-        for keyword, allowed in required.items():
-            if getattr(self, keyword) not in allowed:
-                raise ValueError(
-                    f"{keyword}={getattr(self, keyword)!r} cannot be had with rollout_buffer_class={buffer_class.__name__}, "
-                    "which computes its own advantages; choose one of "
-                    f"{', '.join(map(repr, allowed))}, or derive the class from {VPGRolloutBuffer.__name__}"
-                )
-
-    def _group_parameters(self) -> None:
-        """
-        Split each parameter group of the optimizer into one of the actor and one of the critic. Does nothing unless the
-        optimizer or a parameter of the policy is another one than at the last call.
-        """
-        optimizer = self.policy.optimizer
-        parameters = list(self.policy.parameters())
-        grouped = [optimizer, *parameters]
-        known = getattr(self, "_grouped", [])
-        unchanged = len(known) == len(grouped) and all(map(operator.is_, known, grouped))
-        if unchanged and all("role" in group for group in optimizer.param_groups):
-            return
-        self._grouped = grouped
-        critic = critic_only_parameters(self.policy)
-        self._actor_parameters = [p for p in parameters if id(p) not in critic]
-        self._critic_parameters = [p for p in parameters if id(p) in critic]
-        groups = []
-        for group in optimizer.param_groups:
-            for role in ("actor", "critic"):
-                params = [p for p in group["params"] if (id(p) in critic) == (role == "critic")]
-                if params:
-                    groups.append({**group, "params": params, "role": role})
-        optimizer.param_groups = groups
-
-    def _fuse_optimizer(self) -> None:
-        """Let Adam take its steps in one kernel: the same numbers in a quarter of the time, where networks are small."""
-        optimizer = self.policy.optimizer
-        if type(optimizer) not in (th.optim.Adam, th.optim.AdamW) or self.device.type != "cpu" or not FUSED_ADAM_ON_CPU:
-            return
-        for group in optimizer.param_groups:
-            # Unless the user has chosen otherwise
-            if group["fused"] is None and group["foreach"] is None and not group["differentiable"]:
-                group["fused"] = True
+        return [*super()._excluded_save_params(), "_actor_parameters", "_critic_parameters", "_grouped"]
 
     # ------------------------------------------------------------------------------------------------------------
     # Update
@@ -386,28 +232,28 @@ class VPG(RolloutCollector):
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
 
-        passes = passes_of(self.policy)
-        n_threads = self._n_threads(passes)
-        with passes.threads():
+        runner = make_policy_runner(self.policy)
+        n_steps, n_segments, n_episodes = self._batch_counts()
+        with runner.threads():
+            # The gradient of policy loss, entropy bonus and value loss, over the whole batch
             self.policy.optimizer.zero_grad()
-            n_steps, n_pieces, n_episodes = self._count()
-            losses, some_steps = self._accumulate_gradients(passes, n_steps, n_pieces, n_threads)
-            for name, loss in losses.items():
-                if not math.isfinite(loss):
-                    self._raise_non_finite_update(name, loss)
+            losses, kl_sample = self._accumulate_gradients(runner, n_steps, n_segments)
+            self._check_losses(losses)
             policy_grad_norm = self._clip_gradients("policy gradient", self._actor_parameters)
             value_grad_norm = self._clip_gradients("value gradient", self._critic_parameters)
-            # The two policies are compared in the mode in which they act
+
+            # One step of the policy. KL divergence compares it before and after, in the mode in which it acts
             self.policy.set_training_mode(False)
-            policy_before = passes.snapshot(*some_steps)
+            policy_before = runner.snapshot(*kl_sample)
             self.policy.optimizer.step()
             self._n_updates += 1
-            kl = passes.kl_divergence(policy_before, passes.snapshot(*some_steps))
+            kl = runner.kl_divergence(policy_before, runner.snapshot(*kl_sample))
 
-            if self.uses_value_function and any(p.requires_grad for p in self._critic_parameters):
+            # Further passes of the value regression
+            if self.plan.uses_value_function and any(p.requires_grad for p in self._critic_parameters):
                 self.policy.set_training_mode(True)
                 for _ in range(self.n_critic_updates - 1):
-                    self._fit_critic(passes, n_steps, n_threads)
+                    self._fit_critic(runner, n_steps)
                 self.policy.set_training_mode(False)
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -415,28 +261,42 @@ class VPG(RolloutCollector):
             self.logger.record(f"train/{name}", loss)
         self.logger.record("train/kl_divergence", kl)
         self.logger.record("train/policy_grad_norm", policy_grad_norm)
-        buffer = self.rollout_buffer
-        if self.uses_value_function:
-            recorded = buffer.mask if isinstance(buffer, VPGBufferMixin) else ...
-            explained_var = explained_variance(buffer.values[recorded].flatten(), buffer.returns[recorded].flatten())
+        if self.plan.uses_value_function:
+            explained_var = explained_variance(self.recorder.recorded_values, self.recorder.recorded_returns)
             self.logger.record("train/explained_variance", explained_var)
             self.logger.record("train/value_grad_norm", value_grad_norm)
-        if isinstance(buffer, VPGBufferMixin):
-            self.logger.record("train/episodes_per_update", n_episodes)
+        self.logger.record("train/episodes_per_update", n_episodes)
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
 
+    def _group_parameters(self) -> None:
+        """
+        Let the optimizer have separate groups of the actor's and the critic's parameters. Does nothing unless the optimizer or
+        a parameter of the policy was replaced since the last call.
+        """
+        optimizer = self.policy.optimizer
+        parameters = list(self.policy.parameters())
+        grouped = [optimizer, *parameters]
+        known = getattr(self, "_grouped", [])
+        unchanged = len(known) == len(grouped) and all(map(operator.is_, known, grouped))
+        if not unchanged or any("role" not in group for group in optimizer.param_groups):
+            self._grouped = grouped
+            critic = critic_only_parameters(self.policy)
+            self._actor_parameters = [p for p in parameters if id(p) not in critic]
+            self._critic_parameters = [p for p in parameters if id(p) in critic]
+            split_parameter_groups(optimizer, critic)
+
     def _check_trainable(self) -> None:
         """:raises ValueError: if there is nothing to train"""
-        trained = self._actor_parameters + (self._critic_parameters if self.uses_value_function else [])
+        trained = self._actor_parameters + (self._critic_parameters if self.plan.uses_value_function else [])
         if not any(p.requires_grad for p in trained):
             raise ValueError(
-                "All parameters that the update trains are frozen (requires_grad=False): thaw at least one layer of the policy"
+                "All parameters that the update trains are frozen (requires_grad=False): unfreeze at least one layer"
             )
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
-        # The last rollout may exceed the budget; a schedule ends at 0 (SB3 goes on below it)
+        # The last rollout may exceed the budget; a schedule ends at 0 (SB3 continues below it)
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
     def _learning_rates(self, progress_remaining: float) -> dict[str, float]:
@@ -465,44 +325,20 @@ class VPG(RolloutCollector):
         if self.critic_learning_rate is not None:
             self.logger.record("train/critic_learning_rate", learning_rates["critic"])
 
-    def _chunks(self) -> Iterator[Samples]:
-        """The whole batch, in pieces that fit the cache."""
-        buffer = self.rollout_buffer
-        if isinstance(buffer, VPGBufferMixin):
-            return buffer.get(buffer.chunk_size if self._in_chunks else None, shuffle=False)
-        return buffer.get(batch_size=None)
-
-    def _normalized_chunks(self) -> Iterator[Samples]:
-        """The same with normalized advantages, weighted by gamma^t if the formulation says so."""
-        buffer = self.rollout_buffer
-        if isinstance(buffer, VPGBufferMixin):
-            normalized = buffer.normalized_advantages(self.processes)
-            for indices in buffer.batch_indices(buffer.chunk_size if self._in_chunks else None):
-                yield buffer._get_samples(indices)._replace(advantages=buffer.flat(normalized, indices))
-        else:
-            yield from map(self._normalize_advantages, self._chunks())
-
-    def _normalize_advantages(self, batch: Samples) -> Samples:
-        """For a buffer that computes its advantages itself."""
-        advantages = batch.advantages.numpy(force=True).reshape(-1, 1)
-        everywhere = np.ones(advantages.shape, dtype=bool)
-        normalized = NORMALIZATIONS[self.normalize_advantage](advantages, everywhere, everywhere, self.processes)
-        return batch._replace(advantages=th.as_tensor(normalized.flatten()).to(batch.advantages))
-
     def _accumulate_gradients(
-        self, passes: Passes, n_steps: int, n_pieces: int, n_threads: int = 1
+        self, runner: PolicyRunner, n_steps: int, n_segments: int
     ) -> tuple[dict[str, float], tuple[Any, th.Tensor]]:
         """
         Add the gradient of policy loss, entropy bonus and value loss over the whole batch to the parameters' gradients.
 
         :param n_steps: number of steps in the batch
-        :param n_pieces: number of episodes (whole or in part) in it
+        :param n_segments: number of episodes (whole or in part) in it
         :return: the losses, by the names under which A2C logs them; observations and actions of some steps, evenly spaced
         """
-        weight = 1 / n_pieces if self.loss_reduction == "trajectory" else 1 / n_steps
+        weight = 1 / self.plan.batch_divisor(n_steps, n_segments)
 
         def loss_of(batch: Samples) -> tuple[th.Tensor, tuple[Samples, dict[str, th.Tensor]]]:
-            values, log_prob, entropy = passes.evaluate(batch.observations, batch.actions, self.uses_value_function)
+            values, log_prob, entropy = runner.evaluate(batch.observations, batch.actions, self.plan.uses_value_function)
             # -mean(psi_t log pi(a_t | s_t))
             loss = policy_loss = -(batch.advantages * log_prob).sum() * weight
             # Approximate entropy when no analytical form
@@ -518,8 +354,9 @@ class VPG(RolloutCollector):
 
         losses: dict[str, float] = defaultdict(float)
         last_batch: Samples
+        batches = self.recorder.get_normalized(self._chunk_size, self.processes)
         for last_batch, parts in accumulate_gradients(  # noqa: B007
-            loss_of, self._normalized_chunks(), self.policy.parameters(), n_threads
+            loss_of, batches, self.policy.parameters(), self._n_threads(runner)
         ):
             for name, loss in parts.items():
                 losses[name] += float(loss)
@@ -527,11 +364,12 @@ class VPG(RolloutCollector):
         every = slice(None, None, -(-len(last_batch.actions) // KL_STEPS))
         return losses, (map_obs(lambda obs: obs[every], last_batch.observations), last_batch.actions[every])
 
-    def _fit_critic(self, passes: Passes, n_steps: int, n_threads: int) -> None:
+    def _fit_critic(self, runner: PolicyRunner, n_steps: int) -> None:
         """One pass of the value regression, moving only parameters that the actor does not use."""
         batches: Iterable[tuple[Iterable[Samples], int]]
         if self.critic_batch_size is None:
-            batches = [(self._chunks(), n_steps)]
+            n_threads = self._n_threads(runner)
+            batches = [(self.recorder.get(self._chunk_size, shuffle=False), n_steps)]
         else:
             # One chunk each, which leaves nothing to other threads
             n_threads = 1
@@ -539,7 +377,7 @@ class VPG(RolloutCollector):
         for chunks, n_steps in batches:
 
             def loss_of(chunk: Samples, n_steps: int = n_steps) -> tuple[th.Tensor, None]:
-                return self.vf_coef * ((chunk.returns - passes.values(chunk.observations)) ** 2).sum() / n_steps, None
+                return self.vf_coef * ((chunk.returns - runner.values(chunk.observations)) ** 2).sum() / n_steps, None
 
             self.policy.optimizer.zero_grad()
             list(accumulate_gradients(loss_of, chunks, self._critic_parameters, n_threads))
@@ -553,29 +391,33 @@ class VPG(RolloutCollector):
             steps; with the number of steps in them
         """
         n_batches = -(-n_steps // batch_size)
-        own = self.rollout_buffer.get(-(-batch_size * self._count_own()[0] // n_steps))
+        own = self.recorder.get(-(-batch_size * self.recorder.n_recorded // n_steps))
         for _, batch in itertools.zip_longest(range(n_batches), own):
             parts: list[Samples] = [] if batch is None else [batch]
             yield parts, int(self.processes.sum(np.array(sum(len(part.returns) for part in parts))))
 
-    def _n_threads(self, passes: Passes) -> int:
+    @property
+    def _chunk_size(self) -> int | None:
+        """Number of steps that go through the networks at a time; None for all"""
+        return self.recorder.chunk_size if self._in_chunks else None
+
+    def _n_threads(self, runner: PolicyRunner) -> int:
         """:return: how many chunks may go through the networks at a time"""
-        buffer, n_threads = self.rollout_buffer, th.get_num_threads()
-        if n_threads == 1 or not isinstance(buffer, VPGBufferMixin) or not passes.small:
+        n_threads = th.get_num_threads()
+        if n_threads == 1 or not runner.single_threaded:
             return 1
-        return min(n_threads, -(-buffer.n_recorded // buffer.chunk_size))
+        return min(n_threads, -(-self.recorder.n_recorded // self.recorder.chunk_size))
 
-    def _count(self) -> tuple[int, int, int]:
-        """:return: numbers of steps, of episodes (whole or in part) and of episodes that ended, in the batch"""
-        return tuple(self.processes.sum(np.array(self._count_own())).astype(int).tolist())
+    def _batch_counts(self) -> tuple[int, int, int]:
+        """:return: numbers of steps, of segments and of episodes that ended, in the batch of all processes"""
+        own = (self.recorder.n_recorded, self.recorder.n_segments, self.recorder.n_episodes)
+        return tuple(self.processes.sum(np.array(own)).astype(int).tolist())
 
-    def _count_own(self) -> tuple[int, int, int]:
-        """:return: the same in the part of the batch that this process has"""
-        buffer = self.rollout_buffer
-        if isinstance(buffer, VPGBufferMixin):
-            return buffer.n_recorded, buffer.n_pieces, buffer.n_episodes
-        # Only reduced by "mean"
-        return buffer.buffer_size * buffer.n_envs, 1, 0
+    def _check_losses(self, losses: dict[str, float]) -> None:
+        """:raises ValueError: if one of them is not finite"""
+        for name, loss in losses.items():
+            if not math.isfinite(loss):
+                self._raise_non_finite_update(name, loss)
 
     def _clip_gradients(self, name: str, parameters: list[th.nn.Parameter], policy_step_taken: bool = False) -> float:
         """
@@ -650,7 +492,7 @@ class VPG(RolloutCollector):
         """
         :raises ValueError: if the process group is another one than when the model was made, or the ranks do not fit together
         """
-        made_for, now = ((one.rank, one.size) for one in (self.processes, distributed.current()))
+        made_for, now = ((one.rank, one.size) for one in (self.processes, current_processes()))
         if made_for != now:
             raise ValueError(
                 f"The model was made in rank {made_for[0]} of {made_for[1]}, but is to learn in rank {now[0]} of {now[1]}: "
@@ -661,7 +503,7 @@ class VPG(RolloutCollector):
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if progress_bar and self.processes.size > 1:
             # SB3's knows the steps of one process
-            callback, progress_bar = [super()._init_callback(callback), ProgressBarOfAllRanks()], False
+            callback, progress_bar = [super()._init_callback(callback), AllRanksProgressBar()], False
         return super()._init_callback(callback, progress_bar)
 
     def set_random_seed(self, seed: int | None = None) -> None:
@@ -712,67 +554,3 @@ class VPG(RolloutCollector):
         # A file of before random states were saved has none
         model._resumes = bool(model._random_states) and kwargs.get("seed") is None
         return model
-
-
-def critic_only_parameters(policy: ActorCriticPolicy) -> set[int]:
-    """
-    :param policy: any actor-critic policy
-    :return: ids of the parameters that only the critic uses: those on which the value depends and neither the log probability
-        nor the entropy, whether they are frozen or not
-    """
-    policy.set_training_mode(False)
-    parameters = list(policy.parameters())
-    zeros = create_empty_array(policy.observation_space, n=1, fn=np.zeros)
-    obs = obs_as_tensor(zeros, policy.device)  # type: ignore[arg-type]
-
-    def depends(output: th.Tensor) -> list[bool]:
-        if not output.requires_grad:
-            return [False] * len(parameters)
-        gradients = th.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)
-        return [gradient is not None for gradient in gradients]
-
-    with forgetting_distributions(policy), thawed(parameters), th.enable_grad():
-        action = policy._predict(obs, deterministic=True).detach()
-        values, log_prob, entropy = policy.evaluate_actions(obs, action)
-        in_value = depends(values.sum())
-        in_actor = depends(log_prob.sum() + (0.0 if entropy is None else entropy.sum()))
-    return {id(p) for p, value, actor in zip(parameters, in_value, in_actor) if value and not actor}
-
-
-@contextmanager
-def thawed(parameters: Iterable[th.nn.Parameter]) -> Iterator[None]:
-    """In this context all parameters require gradients, the frozen ones too."""
-    frozen = [p for p in parameters if not p.requires_grad]
-    for p in frozen:
-        p.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)
-
-
-def check_number(
-    keyword: str,
-    value: object,
-    low: float = -math.inf,
-    high: float = math.inf,
-    *,
-    integer: bool = False,
-    low_included: bool = True,
-    infinite: bool = False,
-    none: bool = False,
-) -> None:
-    """
-    :raises ValueError: if ``value`` is not a number of the kind and range asked for, naming the keyword and both
-    """
-    if none and value is None:
-        return
-    ok = isinstance(value, Integral if integer else Real) and not isinstance(value, bool)
-    ok = ok and (math.isfinite(value) or (infinite and value == math.inf))  # type: ignore[arg-type]
-    if not (ok and (low <= value if low_included else low < value) and value <= high):  # type: ignore[operator]
-        kind = "an integer" if integer else "a number"
-        bounds = [] if low == -math.inf else [f"{'>=' if low_included else '>'} {low}"]
-        bounds += [] if high == math.inf else [f"<= {high}"]
-        allowed = " ".join([kind, " and ".join(bounds)]).strip() + (" or None" if none else "")
-        raise ValueError(f"{keyword}={value!r} is not allowed; it must be {allowed}")

@@ -24,11 +24,11 @@ import yaml
 from stable_baselines3.common.callbacks import CheckpointCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
-from sb3_vpg import distributed, hub
-from sb3_vpg.distributed import ProcessGroup
+from sb3_vpg import hub
+from sb3_vpg.common.collectives import ProcessGroup, current_processes
+from sb3_vpg.distributed.launcher import data_parallel, launched
 from sb3_vpg.envs import ENVIRONMENTS
-from sb3_vpg.torchrun import data_parallel, launched
-from sb3_vpg.vec_env import NativeVecEnv
+from sb3_vpg.envs.native_vec_env import NativeVecEnv
 from sb3_vpg.vpg import VPG
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _extend_manager(exp_manager: Any) -> None:
     exp_manager.knows_vpg = True
     _add_default_config(exp_manager.ExperimentManager)
     _let_runs_go_on(exp_manager.ExperimentManager)
-    processes = distributed.current()
+    processes = current_processes()
     if isinstance(processes, ProcessGroup):
         exp_manager.ExperimentManager = data_parallel(exp_manager, processes)
 
@@ -101,7 +101,7 @@ def _add_default_config(manager: Any) -> None:
     def init_with_own_config(*args: Any, **kwargs: Any) -> None:
         bound = signature.bind(*args, **kwargs)
         algo, env_id = bound.arguments["algo"], bound.arguments["env_id"]
-        if algo == "vpg" and launched() and distributed.current().size != int(os.environ["WORLD_SIZE"]):
+        if algo == "vpg" and launched() and current_processes().size != int(os.environ["WORLD_SIZE"]):
             raise ValueError("VPG trains on several processes with `torchrun ... -m sb3_vpg train`, not with rl_zoo3.train")
         if not bound.arguments.get("config"):
             bound.arguments["config"] = _own_config(algo, env_id)

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_vpg import VPG
-from sb3_vpg.passes import passes_of
+from sb3_vpg.common.policy_runner import make_policy_runner
 
 GAMMA = 0.7
 N_STATES, N_ACTIONS, HORIZON = 5, 2, 3
@@ -126,15 +126,15 @@ def gradient_of_batch(model, batch, last_state=None):
         )
     buffer.finish()
     last_values, dones = th.zeros(len(batch)), np.ones(len(batch), dtype=bool)
-    if model.uses_value_function:
-        model._fill_in_values(buffer, passes_of(model.policy))
+    if model.plan.uses_value_function:
+        model._fill_in_values(buffer, make_policy_runner(model.policy))
     if last_state is not None:
         dones[:] = False
         with th.no_grad():
             last_values = model.policy.predict_values(th.tensor([last_state]))
     buffer.compute_returns_and_advantage(last_values, dones)
     model.policy.zero_grad()
-    model._accumulate_gradients(passes_of(model.policy), *model._count()[:2])
+    model._accumulate_gradients(make_policy_runner(model.policy), *model._count()[:2])
     return actor_gradient(model)
 
 

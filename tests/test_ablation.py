@@ -14,11 +14,11 @@ import pytest
 import yaml
 from installed import CHECKOUT, Environment, call, heed_interruptions, output_of
 
-from sb3_vpg.ablation.__main__ import keep_settings
-from sb3_vpg.ablation.results import Results
-from sb3_vpg.ablation.study import COLUMNS, FIRST_SEARCH_SEED, LAST_METRIC, Run, load_study
-from sb3_vpg.ablation.training import N_BINS, make_env, make_model, measured_formulations, train
 from sb3_vpg.estimators import Formulation
+from sb3_vpg.study.__main__ import keep_settings
+from sb3_vpg.study.results import Results
+from sb3_vpg.study.study import COLUMNS, FIRST_SEARCH_SEED, LAST_METRIC, Run, load_study
+from sb3_vpg.study.training import N_BINS, make_env, make_model, measured_formulations, train
 
 LADDER = CHECKOUT / "hyperparams" / "ablation" / "ladder.yml"
 SETTINGS = {
@@ -227,7 +227,7 @@ def test_what_is_measured_is_what_is_trained(tmp_path: Path):
         model = make_model(study, Run("CartPole-v1", name, "final", 0, 0.01))
         assert one.episodes_per_batch == model.n_envs * model.n_episodes
         if name == "reward_to_go":
-            assert one.formulation == model._formulation
+            assert one.formulation == model.plan.formulation
 
 
 def test_rewards_are_scaled_and_returns_are_not(tmp_path: Path):

@@ -317,7 +317,7 @@ def test_a_non_finite_reward_stops_training_before_the_update(value, mode):
     # Episodes of 3, 5, 3, 5 steps and rollouts of 8: the fourth reward of the fourth episode is in the second rollout, which
     # begins with the third episode, or after another reset, if it is made of whole ones, with the fourth
     model = small_model(faulty("reward", 3, 4, value), **mode)
-    step = 6 if model.partial_episodes_mode in ("bootstrap", "truncate") else 3
+    step = 3 if model.plan.partial_episodes.whole_episodes else 6
     assert_stops_unharmed(model, rf"[Nn]on-finite reward in environment 1 at step {step} of the rollout .*: {value}\.")
     assert model._n_updates == 1
     goes_on(model)

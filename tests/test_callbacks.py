@@ -8,8 +8,8 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_vpg import VPG
-from sb3_vpg.callbacks import ExploringStarts
-from sb3_vpg.vec_env import NativeVecEnv
+from sb3_vpg.envs.exploring_starts import ExploringStarts
+from sb3_vpg.envs.native_vec_env import NativeVecEnv
 
 # With the module that registers it, for the workers of SubprocVecEnv
 ENV = "sb3_vpg:CartPoleSwingUp-v0"

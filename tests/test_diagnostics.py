@@ -18,10 +18,11 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_vpg import VPG
+from sb3_vpg.common.policy_runner import make_policy_runner
 from sb3_vpg.diagnostics import (
     MAX_GROUPS,
     GradientStatisticsCallback,
-    Measured,
+    UpdateSpec,
     batch_gradients,
     collect_episodes,
     episodes_in,
@@ -30,7 +31,6 @@ from sb3_vpg.diagnostics import (
     statistics_of,
 )
 from sb3_vpg.estimators import Formulation
-from sb3_vpg.passes import passes_of
 
 NAMES = [field.name for field in fields(statistics_of(th.eye(2)))]
 
@@ -145,7 +145,7 @@ FORMULATIONS = {
 
 def as_measured(keywords, size, reduction="mean"):
     keywords = {"gamma": GAMMA, "gae_lambda": 0.95, "normalize_advantage": False, **keywords}
-    return Measured(Formulation(**keywords), size, reduction)
+    return UpdateSpec(Formulation(**keywords), size, reduction)
 
 
 def flat_gradient(parameters):
@@ -161,7 +161,7 @@ def test_the_gradient_of_a_batch_is_that_of_the_update(name, loss_reduction):
     _, callback = model._setup_learn(0)
     model.collect_rollouts(env, callback, model.rollout_buffer, 1)
     model.policy.zero_grad()
-    model._accumulate_gradients(passes_of(model.policy), *model._count()[:2])
+    model._accumulate_gradients(make_policy_runner(model.policy), *model._count()[:2])
     measured = as_measured(FORMULATIONS[name], 6, loss_reduction)
     gradient = batch_gradients(model.policy, episodes_in(model.rollout_buffer, 6), [measured])[0, 0]
     expected = -flat_gradient(model._actor_parameters)
@@ -412,7 +412,7 @@ def test_training_is_the_same_with_the_callback():
 def test_many_pieces_are_taken_together():
     model = VPG("MlpPolicy", DummyVecEnv([lambda: CountingEnv([1, 2])] * 2), n_steps=3 * MAX_GROUPS, seed=0)
     model.learn(6 * MAX_GROUPS)
-    assert model.rollout_buffer.n_pieces == 4 * MAX_GROUPS
+    assert model.rollout_buffer.n_segments == 4 * MAX_GROUPS
     statistics = rollout_statistics(model)
     assert statistics.noise_scale.value == pytest.approx(4 * MAX_GROUPS / statistics.snr.value)
 
@@ -438,9 +438,9 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"n_episodes=7 .*4 episodes of 'rtg'"):
         gradient_statistics(model, env, measured, n_episodes=7)
     with pytest.raises(ValueError, match="episodes_per_batch=0"):
-        Measured(Formulation(), 0)
+        UpdateSpec(Formulation(), 0)
     with pytest.raises(ValueError, match="loss_reduction='sum'"):
-        Measured(Formulation(), 4, "sum")
+        UpdateSpec(Formulation(), 4, "sum")
     with pytest.raises(ValueError, match="every_n_rollouts=0"):
         GradientStatisticsCallback(0)
     with pytest.raises(ValueError, match="is for VPG"):

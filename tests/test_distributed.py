@@ -23,8 +23,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from torch import nn
 
 from sb3_vpg import VPG, distributed
-from sb3_vpg.callbacks import ProgressBarOfAllRanks
-from sb3_vpg.passes import SeparatePasses
+from sb3_vpg.common.policy_runner import FastPolicyRunner
+from sb3_vpg.common.progress_bar import AllRanksProgressBar
 from sb3_vpg.zoo import FORMULATIONS
 
 SMALL = {"policy_kwargs": {"net_arch": [16]}, "device": "cpu"}
@@ -59,7 +59,7 @@ def keywords_of(estimator: str, baseline: str | None, way: str) -> dict[str, Any
     return {**WAYS[way], "estimator": estimator, "baseline": baseline}
 
 
-def scripted_actions(self: SeparatePasses, obs: th.Tensor, with_values: bool) -> tuple[np.ndarray, None]:
+def scripted_actions(self: FastPolicyRunner, obs: th.Tensor, with_values: bool) -> tuple[np.ndarray, None]:
     """Actions that depend on the observation alone: the rollouts are the same, whatever rounding does to the weights."""
     return (np.abs(obs.numpy()).sum(axis=1) * 1000).astype(np.int64) % 2, None
 
@@ -68,7 +68,7 @@ def train_with_scripted_actions(n_envs: int, cases: list[tuple[str, str | None, 
     """:return: for each case timesteps, weights and some of what is logged, after three updates on CartPole"""
     results = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(SeparatePasses, "sample", scripted_actions)
+        patch.setattr(FastPolicyRunner, "sample", scripted_actions)
         for case in cases:
             # Time limits, too
             env = make_vec_env("CartPole-v1", n_envs=n_envs, env_kwargs={"max_episode_steps": 20})
@@ -175,7 +175,7 @@ def length_of_progress_bar() -> tuple[float, int, list[str]]:
     """:return: what the bar shows at the end, timesteps, values that are logged"""
     lengths = []
 
-    class Spy(ProgressBarOfAllRanks):
+    class Spy(AllRanksProgressBar):
         def _on_training_end(self) -> None:
             super()._on_training_end()
             lengths.append(self.pbar.n)
@@ -183,7 +183,7 @@ def length_of_progress_bar() -> tuple[float, int, list[str]]:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         # SB3's progress bar
         warnings.filterwarnings("ignore", "rich is experimental")
-        patch.setattr("sb3_vpg.vpg.ProgressBarOfAllRanks", Spy)
+        patch.setattr("sb3_vpg.vpg.AllRanksProgressBar", Spy)
         model = VPG("MlpPolicy", make_vec_env("CartPole-v1", n_envs=2), n_episodes=2, verbose=1, tensorboard_log=".", **SMALL)
         model.learn(500, progress_bar=True)
     return sum(lengths), model.num_timesteps, [type(output).__name__ for output in model.logger.output_formats]

@@ -28,7 +28,7 @@ def last_of(*lengths, n_steps=None):
 def rollout(rewards, last, values=None, next_values=None, mask=None, steps=None):
     rewards = np.asarray(rewards, dtype=np.float64)
     zeros = np.zeros_like(rewards)
-    first = est.first_step_of_piece(last)
+    first = est.first_step_of_segment(last)
     return Rollout(
         rewards=rewards,
         values=zeros if values is None else values,
@@ -194,14 +194,14 @@ def test_estimators_equal_the_double_sum(seed, gamma, shape):
         est.gae(x.rewards, x.values, x.next_values, x.last, gamma, lam), by_definition(x, delta, gamma * lam), atol=1e-12
     )
     from_start = by_definition(x, x.rewards, gamma)
-    expected = np.take_along_axis(from_start, est.first_step_of_piece(x.last), axis=0)
+    expected = np.take_along_axis(from_start, est.first_step_of_segment(x.last), axis=0)
     np.testing.assert_allclose(est.total_return(x.rewards, x.last, gamma), expected, atol=1e-12)
 
 
 def test_piece_index_and_first_step():
     last = np.array([[0, 1], [1, 0], [0, 0], [1, 1]], dtype=bool)
-    np.testing.assert_array_equal(est.piece_index(last), [[0, 2], [0, 3], [1, 3], [1, 3]])
-    np.testing.assert_array_equal(est.first_step_of_piece(last), [[0, 0], [0, 1], [2, 1], [2, 1]])
+    np.testing.assert_array_equal(est.segment_index(last), [[0, 2], [0, 3], [1, 3], [1, 3]])
+    np.testing.assert_array_equal(est.first_step_of_segment(last), [[0, 0], [0, 1], [2, 1], [2, 1]])
 
 
 def test_nothing_leaks_across_a_border():

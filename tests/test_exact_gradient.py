@@ -115,7 +115,7 @@ def expected_gradient_of_two_steps(model):
     pi, total = action_probabilities(model), 0.0
     for episode in trajectories(0.0, horizon=2):
         for last_state, p in successors(episode.states[-1], episode.actions[-1], 0.0):
-            gradient = gradient_of_batch(model, [episode], last_state if model.partial_episodes_mode == "bootstrap" else None)
+            gradient = gradient_of_batch(model, [episode], last_state if model.plan.partial_episodes.bootstrap else None)
             total = total + p * probability(episode, pi) * gradient
     return total
 
@@ -129,6 +129,6 @@ def test_truncate_is_the_gradient_of_the_truncated_return():
 
 def test_bootstrap_with_the_true_critic_is_the_contribution_of_the_steps_taken():
     model = make_model(1, n_steps=2, estimator="reward_to_go", baseline="value", discount_state_distribution=True)
-    assert model.partial_episodes_mode == "bootstrap"
+    assert model.plan.partial_episodes.bootstrap
     set_true_critic(model, 0.0)
     assert_same(expected_gradient_of_two_steps(model), policy_gradient_theorem(model, 0.0, GAMMA, horizon=2))

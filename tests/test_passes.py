@@ -10,7 +10,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, MlpExtr
 from torch import nn
 
 from sb3_vpg import LogisticPolicy
-from sb3_vpg.passes import LARGEST_NUMPY_PRODUCT, Passes, SeparatePasses, passes_of
+from sb3_vpg.common.policy_runner import LARGEST_NUMPY_PRODUCT, FastPolicyRunner, PolicyRunner, make_policy_runner
 
 DISCRETE = ACTION_SPACES["Discrete"]
 
@@ -136,7 +136,7 @@ def test_actions_are_those_of_the_distribution_from_the_same_random_state(policy
         expected = policy.get_distribution(x).get_actions()
     state = th.get_rng_state()
     th.manual_seed(3)
-    actions, values = passes_of(policy).sample(x, with_values=False)
+    actions, values = make_policy_runner(policy).sample(x, with_values=False)
     assert values is None
     assert isinstance(actions, np.ndarray)
     assert th.equal(th.get_rng_state(), state)
@@ -151,10 +151,10 @@ def test_values_can_be_had_with_the_actions(policy, n):
     x = observations(n)
     with th.no_grad():
         expected = policy.predict_values(x).flatten()
-    _, values = passes_of(policy).sample(x, with_values=True)
+    _, values = make_policy_runner(policy).sample(x, with_values=True)
     th.testing.assert_close(values, expected, rtol=1e-4, atol=1e-5)
     with th.no_grad():
-        th.testing.assert_close(passes_of(policy).values(x), expected, rtol=1e-4, atol=1e-5)
+        th.testing.assert_close(make_policy_runner(policy).values(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def gradients(policy, loss):
@@ -179,8 +179,8 @@ def test_an_evaluation_and_its_gradients_are_those_of_the_policys_own(policy, wi
             loss = loss + (weights[2] * values**2).mean()
         return [values, log_prob, entropy], gradients(policy, loss)
 
-    expected, expected_gradients = evaluated(Passes(policy))
-    fast, fast_gradients = evaluated(passes_of(policy))
+    expected, expected_gradients = evaluated(PolicyRunner(policy))
+    fast, fast_gradients = evaluated(make_policy_runner(policy))
     for theirs, ours in zip(expected, fast):
         assert (theirs is None) == (ours is None)
         if theirs is not None:
@@ -199,7 +199,7 @@ def test_an_evaluation_and_its_gradients_are_those_of_the_policys_own(policy, wi
 
 def test_the_kl_divergence_is_that_of_the_distributions(policy):
     x, actions = observations(MANY), stored_actions(policy, MANY)
-    passes = passes_of(policy)
+    passes = make_policy_runner(policy)
 
     def distribution():
         with th.no_grad():
@@ -223,7 +223,7 @@ def test_the_kl_divergence_is_that_of_the_distributions(policy):
 
 def test_the_divergence_of_a_policy_with_passes_of_its_own_is_estimated_from_log_probabilities():
     policy = ActorCriticPolicy(BOX, DISCRETE, lambda _: 0.1)
-    passes, fast = Passes(policy), passes_of(policy)
+    passes, fast = PolicyRunner(policy), make_policy_runner(policy)
     x = observations(1).repeat(100_000, 1)
     with th.no_grad():
         actions = policy.get_distribution(x).get_actions().reshape(-1, 1).float()
@@ -235,7 +235,7 @@ def test_the_divergence_of_a_policy_with_passes_of_its_own_is_estimated_from_log
 
 def test_hooks_of_layers_are_called_in_every_pass():
     policy = POLICIES["observed"]()
-    passes = passes_of(policy)
+    passes = make_policy_runner(policy)
     x = observations(FEW)
     for n_calls, call in enumerate(
         (
@@ -252,8 +252,8 @@ def test_hooks_of_layers_are_called_in_every_pass():
 def test_weights_that_change_between_two_samples_count(share):
     """As they do where they are updated in place, by an optimizer or by loading."""
     policy = POLICIES["Discrete"](share_features_extractor=share)
-    passes = passes_of(policy)
-    assert isinstance(passes, SeparatePasses)
+    passes = make_policy_runner(policy)
+    assert isinstance(passes, FastPolicyRunner)
     for n in (FEW, MANY):
         assert n * 64 * 64 <= LARGEST_NUMPY_PRODUCT or n == MANY
         with th.no_grad():
@@ -273,4 +273,4 @@ def test_observations_of_any_shape_and_type_are_taken_as_the_policy_takes_them()
             with th.no_grad():
                 expected = policy.get_distribution(x).get_actions()
             th.manual_seed(0)
-            np.testing.assert_array_equal(passes_of(policy).sample(x, with_values=False)[0], expected.numpy())
+            np.testing.assert_array_equal(make_policy_runner(policy).sample(x, with_values=False)[0], expected.numpy())

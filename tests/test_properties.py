@@ -22,7 +22,7 @@ from sb3_vpg.estimators import (
     discounted_sum,
     normalize_batch,
     normalize_episode,
-    piece_index,
+    segment_index,
 )
 
 DISCOUNTS = st.sampled_from([0.0, 0.5, 0.9, 0.99, 1.0]) | st.floats(0.0, 1.0)
@@ -33,7 +33,7 @@ ALL = [(estimator, baseline) for estimator in ESTIMATORS for baseline in BASELIN
 VALID = [
     (estimator, baseline)
     for estimator, baseline in ALL
-    if not (ESTIMATORS[estimator].value_function and baseline not in (None, "value"))
+    if not (ESTIMATORS[estimator].uses_value_function and baseline not in (None, "value"))
 ]
 with_all = pytest.mark.parametrize(("estimator", "baseline"), VALID, ids=str)
 with_normalization = pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_the_order_of_environments_does_not_matter(estimator, baseline, normaliz
 def test_episodes_one_after_another_are_as_episodes_side_by_side(estimator, baseline, discounted, rollout):
     """The same episodes, collected by few environments or by as many as there are episodes."""
     formulation = Formulation(estimator, baseline, discount_state_distribution=discounted, gamma=0.9, gae_lambda=0.9)
-    pieces = np.unique(piece_index(rollout.last)[rollout.mask], return_inverse=True)[1]
+    pieces = np.unique(segment_index(rollout.last)[rollout.mask], return_inverse=True)[1]
     steps = rollout.steps[rollout.mask]
 
     def side_by_side(array):
@@ -174,7 +174,7 @@ def test_the_same_bonus_for_each_episode_is_subtracted_by_a_baseline(baseline, r
 @pytest.mark.parametrize("normalize", [normalize_batch, normalize_episode])
 def test_normalised_advantages_know_neither_scale_nor_shift(normalize, rollout, scale, shift):
     advantages = rollout.rewards
-    groups = piece_index(rollout.last) if normalize is normalize_episode else np.zeros_like(rollout.steps)
+    groups = segment_index(rollout.last) if normalize is normalize_episode else np.zeros_like(rollout.steps)
     # A spread that is lost beside the shift is rounding, and so is one that is tiny
     for group in np.unique(groups[rollout.mask]):
         of_group = advantages[rollout.mask & (groups == group)]
@@ -247,7 +247,7 @@ def test_what_is_collected_is_what_happened(lengths, mode, n_steps, time_limit, 
     for _ in range(2):
         model.collect_rollouts(model.env, callback, model.rollout_buffer, n_steps)
         model.train()
-    buffer, whole = model.rollout_buffer, model.partial_episodes_mode == "finish"
+    buffer, whole = model.rollout_buffer, model.plan.partial_episodes.whole_episodes
     assert th.isfinite(th.nn.utils.parameters_to_vector(model.policy.parameters())).all()
     for n, own in enumerate(lengths):
         mask = buffer.mask[:, n]
@@ -270,7 +270,7 @@ def test_what_is_collected_is_what_happened(lengths, mode, n_steps, time_limit, 
         else:
             assert mask.sum() == n_steps
     rollout = buffer.rollout
-    assert model.uses_value_function or not rollout.next_values.any()
+    assert model.plan.uses_value_function or not rollout.next_values.any()
     if not time_limit:
         assert not rollout.next_values[buffer.ends].any()
     expected = by_definition(model.estimator, rollout, gamma, model.gae_lambda)
@@ -310,5 +310,5 @@ def test_one_step_of_one_or_hundreds_of_environments(n_envs, estimator, normaliz
     env = DummyVecEnv([lambda: CountingEnv([1])] * n_envs)
     model = VPG("MlpPolicy", env, n_steps=1, estimator=estimator, normalize_advantage=normalize, seed=0)
     model.learn(2 * n_envs)
-    assert model.rollout_buffer.n_pieces == n_envs
+    assert model.rollout_buffer.n_segments == n_envs
     assert np.isfinite(model.rollout_buffer.advantages).all()

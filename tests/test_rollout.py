@@ -116,7 +116,7 @@ def test_n_episodes_takes_k_of_each_environment_whatever_their_lengths(k):
     for rollout in seen.rollouts:
         for recorded, length in zip(rollout, (2, 5, 11)):
             assert [step for _, step in recorded] == list(range(length)) * k
-    assert model.rollout_buffer.n_episodes == model.rollout_buffer.n_pieces == 3 * k
+    assert model.rollout_buffer.n_episodes == model.rollout_buffer.n_segments == 3 * k
 
 
 @pytest.mark.parametrize("kwargs", [{"n_episodes": 2}, {"n_steps": 4}], ids=str)

@@ -20,9 +20,9 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 
 from sb3_vpg import VPG
+from sb3_vpg.envs.native_vec_env import NativeVecEnv
 from sb3_vpg.random_states import get_random_states, set_random_states
 from sb3_vpg.saving import replacing
-from sb3_vpg.vec_env import NativeVecEnv
 
 DATA = Path(__file__).parent / "data"
 SMALL = {"net_arch": [8]}
@@ -220,7 +220,7 @@ def test_weights_can_be_had_without_unpickling(saved, tmp_path):
 
 
 def test_a_file_without_newer_keywords_loads_with_their_defaults(saved, tmp_path):
-    newer = {"critic_batch_size", "_random_states", "_resumes", "_moved"}
+    newer = {"critic_batch_size", "_random_states", "_resumes", "_stepped_since_reset"}
     with zipfile.ZipFile(saved) as archive, zipfile.ZipFile(tmp_path / "older.zip", "w") as older:
         for name in archive.namelist():
             content = archive.read(name)

@@ -137,7 +137,7 @@ def test_every_pair_of_spaces_trains_the_actor(observation, action, formulation)
     assert model._n_updates >= 1
     assert moved >= set(weights(model, ACTOR))
     # The value function learns where it is part of the formulation, and only there
-    assert moved & set(weights(model, CRITIC)) == (set(weights(model, CRITIC)) if model.uses_value_function else set())
+    assert moved & set(weights(model, CRITIC)) == (set(weights(model, CRITIC)) if model.plan.uses_value_function else set())
     observations = model.env.reset()
     actions, _ = model.predict(observations)
     assert all(model.action_space.contains(action) for action in actions)
@@ -171,7 +171,7 @@ def test_features_extractors_learn_where_they_are_used(observation, share, formu
     before = copy.deepcopy((actor.state_dict(), critic.state_dict()))
     model.learn(16)
     assert changed(before[0], actor.state_dict())
-    assert bool(changed(before[1], critic.state_dict())) == (share or model.uses_value_function)
+    assert bool(changed(before[1], critic.state_dict())) == (share or model.plan.uses_value_function)
 
 
 class TwoHeads(nn.Module):
@@ -205,7 +205,7 @@ def test_a_custom_mlp_extractor_learns(formulation):
     model.learn(40)
     moved = changed(before, weights(model))
     assert {"mlp_extractor.actor.0.weight", "action_net.weight"} <= moved
-    assert ("mlp_extractor.critic.0.weight" in moved) == ("value_net.weight" in moved) == model.uses_value_function
+    assert ("mlp_extractor.critic.0.weight" in moved) == ("value_net.weight" in moved) == model.plan.uses_value_function
 
 
 class OwnForward(ActorCriticPolicy):
@@ -504,8 +504,8 @@ def test_keywords_are_saved_and_can_be_changed_on_loading():
     assert {name: getattr(loaded, name) for name in keywords} == keywords
     assert loaded.rollout_buffer.formulation == model.rollout_buffer.formulation
     other = VPG.load(saved(model), estimator="gae", baseline=None, n_episodes=None)
-    assert other.uses_value_function
-    assert other.partial_episodes_mode == "bootstrap"
+    assert other.plan.uses_value_function
+    assert other.plan.partial_episodes.bootstrap
     assert other.rollout_buffer.formulation.estimator == "gae"
 
 
@@ -889,7 +889,7 @@ def test_the_logged_gradient_norms_are_those_before_clipping(formulation):
     logged = model.logger.name_to_value
     assert logged["train/policy_grad_norm"] == pytest.approx(norm_of_step(ACTOR), rel=1e-3)
     assert logged["train/policy_grad_norm"] > 0
-    if model.uses_value_function:
+    if model.plan.uses_value_function:
         assert logged["train/value_grad_norm"] == pytest.approx(norm_of_step(CRITIC), rel=1e-3)
     clipped = small_model(policy_kwargs=SGD, learning_rate=0.5, max_grad_norm=1e-3, **formulation).learn(1, log_interval=None)
     assert clipped.logger.name_to_value["train/policy_grad_norm"] == pytest.approx(logged["train/policy_grad_norm"])
@@ -1181,7 +1181,7 @@ def test_layers_can_be_frozen_and_thawed_at_any_time(formulation, frozen):
 
     layers = [p for name, p in model.policy.named_parameters() if name.startswith(frozen)]
     in_use = bool(learned())
-    assert in_use == (frozen == ACTOR[1] or model.uses_value_function)
+    assert in_use == (frozen == ACTOR[1] or model.plan.uses_value_function)
     for p in layers:
         p.requires_grad_(False)
     assert not learned()

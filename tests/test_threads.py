@@ -13,8 +13,8 @@ from torch import nn
 import sb3_vpg.buffers
 import sb3_vpg.vpg
 from sb3_vpg import VPG
-from sb3_vpg.passes import LARGEST_SMALL_LAYER, passes_of
-from sb3_vpg.threads import _pool, accumulate_gradients, one_thread
+from sb3_vpg.common.policy_runner import LARGEST_SMALL_LAYER, make_policy_runner
+from sb3_vpg.common.threads import _pool, accumulate_gradients, one_thread
 
 
 @pytest.fixture
@@ -103,14 +103,14 @@ def test_what_is_not_known_to_be_safe_runs_on_one_thread(small_chunks, two_threa
     def small(change=lambda policy: None, **kwargs):
         model = VPG("MlpPolicy", "CartPole-v1", device="cpu", **kwargs)
         change(model.policy)
-        return passes_of(model.policy).small
+        return make_policy_runner(model.policy).single_threaded
 
     assert small()
     assert not small(lambda policy: policy.action_net.register_forward_hook(lambda *_: None))
     assert not small(lambda policy: policy.value_net.weight.register_post_accumulate_grad_hook(lambda _: None))
     assert not small(policy_kwargs={"features_extractor_class": OwnFeatures})
-    assert not passes_of(VPG("LogisticPolicy", "CartPole-v1").policy).small
-    assert not passes_of(VPG("MlpPolicy", "Pendulum-v1", use_sde=True).policy).small
+    assert not make_policy_runner(VPG("LogisticPolicy", "CartPole-v1").policy).single_threaded
+    assert not make_policy_runner(VPG("MlpPolicy", "Pendulum-v1", use_sde=True).policy).single_threaded
     # Wide layers gain by PyTorch's own threads
     width = int(np.sqrt(LARGEST_SMALL_LAYER)) + 1
     assert not small(policy_kwargs={"net_arch": [width, width]})

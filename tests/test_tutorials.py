@@ -41,7 +41,7 @@ class Updates(BaseCallback):
         rollout = self.model.rollout_buffer
         recorded = rollout.advantages[rollout.mask]
         self.updates.append({
-            "steps": rollout.n_recorded, "pieces": rollout.n_pieces, "episodes": rollout.n_episodes,
+            "steps": rollout.n_recorded, "pieces": rollout.n_segments, "episodes": rollout.n_episodes,
             "first": int(rollout.steps[0].max()), "mean": float(recorded.mean()), "std": float(recorded.std(ddof=1)),
         })
 

@@ -19,7 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from test_envs import V0, V1, balancing, swinging
 
 from sb3_vpg import VPG
-from sb3_vpg.vec_env import NativeVecEnv
+from sb3_vpg.envs.native_vec_env import NativeVecEnv
 
 CARTPOLE = "CartPole-v1"
 POLICIES = {CARTPOLE: balancing, V0: swinging, V1: swinging}

@@ -12,7 +12,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import safe_mean
 
 from sb3_vpg import VPG
-from sb3_vpg.vec_env import NativeVecEnv
+from sb3_vpg.envs.native_vec_env import NativeVecEnv
 
 FORMULATIONS = {
     "total_return": {"estimator": "total_return"},

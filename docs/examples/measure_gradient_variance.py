@@ -13,9 +13,9 @@ wrong.
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_vpg import VPG
-from sb3_vpg.diagnostics import Measured, gradient_statistics
+from sb3_vpg.diagnostics import UpdateSpec, gradient_statistics
+from sb3_vpg.envs.native_vec_env import NativeVecEnv
 from sb3_vpg.estimators import Formulation
-from sb3_vpg.vec_env import NativeVecEnv
 
 FORMULATIONS = {
     "total_return": Formulation("total_return"),
@@ -33,7 +33,7 @@ model = VPG("MlpPolicy", env, n_steps=32, gamma=0.99, seed=2, device="cpu").lear
 statistics = gradient_statistics(
     model,
     env,
-    {name: Measured(formulation) for name, formulation in FORMULATIONS.items()},
+    {name: UpdateSpec(formulation) for name, formulation in FORMULATIONS.items()},
     n_episodes=256,
     reference="value",
     seed=2,

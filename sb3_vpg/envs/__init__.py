@@ -6,6 +6,11 @@ import warnings
 
 import gymnasium as gym
 
+from sb3_vpg.envs.exploring_starts import ExploringStarts
+from sb3_vpg.envs.native_vec_env import NativeVecEnv
+
+__all__ = ["ENVIRONMENTS", "ExploringStarts", "NativeVecEnv", "register_environments"]
+
 _MODULE = "sb3_vpg.envs.cartpole_swingup"
 
 # Swings up and balances most of the time: see reward_threshold in gymnasium's EnvSpec

@@ -1,6 +1,6 @@
 """
-The passes through a policy's networks that rollout and update need: to sample actions, to evaluate those taken, to compute
-values. For policies whose passes are SB3's own they give the same numbers in less time.
+Runs a policy's networks for rollout and update: samples actions, evaluates those taken, computes values. For policies whose
+forward passes are SB3's own it gives the same numbers in less time.
 """
 
 import copy
@@ -27,7 +27,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from sb3_vpg.threads import one_thread
+from sb3_vpg.common.threads import one_thread
 
 Layer = Callable[[th.Tensor], th.Tensor]
 
@@ -38,7 +38,7 @@ LARGEST_NUMPY_PRODUCT = 2**18
 LARGEST_SMALL_LAYER = 2**16
 
 # A policy that overrides one of these may compute something else in forward() than the separate passes would.
-SB3_PASSES = (
+SB3_FORWARD = (
     "forward",
     "extract_features",
     "get_distribution",
@@ -48,13 +48,13 @@ SB3_PASSES = (
 )
 
 
-def has_sb3_passes(policy: ActorCriticPolicy) -> bool:
+def has_sb3_forward(policy: ActorCriticPolicy) -> bool:
     """
     :return: whether the passes of the policy are SB3's own, so that actions, log probabilities and values may be computed
         separately and in batches
     """
     # A policy compiled by th.compile() has another type, without these
-    return all(getattr(type(policy), name, None) is getattr(ActorCriticPolicy, name) for name in SB3_PASSES)
+    return all(getattr(type(policy), name, None) is getattr(ActorCriticPolicy, name) for name in SB3_FORWARD)
 
 
 @contextmanager
@@ -263,24 +263,24 @@ HEADS: dict[type[Distribution], type[Head]] = {
 }
 
 
-class Passes:
+class PolicyRunner:
     """
-    The passes through a policy's networks that rollout and update need, for any policy: by its own methods.
+    Runs the networks of any policy, by its own methods.
 
-    To be made anew for each rollout and update, since modules and their hooks may change between.
+    Create one per rollout and per update: modules and hooks may change in between.
 
     :param policy: any actor-critic policy
     """
 
-    #: Whether a pass gains by one thread, and may run in several at a time
-    small = False
+    #: Whether a pass is faster on one thread, and may run in several threads at a time
+    single_threaded = False
 
     def __init__(self, policy: ActorCriticPolicy):
         self.policy = policy
 
     def threads(self) -> AbstractContextManager[None]:
-        """:return: one thread for each operation while in this context, if the passes gain by it"""
-        return one_thread() if th.get_num_threads() > 1 and self.small else nullcontext()
+        """:return: a context with one thread for each operation, if that is faster"""
+        return one_thread() if th.get_num_threads() > 1 and self.single_threaded else nullcontext()
 
     def evaluate(
         self, obs: PyTorchObs, actions: th.Tensor, with_values: bool
@@ -288,8 +288,8 @@ class Passes:
         """
         :param obs: N observations
         :param actions: N actions, as :class:`RolloutBuffer` stores them
-        :param with_values: whether the values are asked for
-        :return: values (None if not asked for), log probabilities, entropies (None without an analytical form), shape (N,)
+        :param with_values: whether values are needed
+        :return: values (None if not needed), log probabilities, entropies (None without an analytical form), shape (N,)
         """
         values, log_prob, entropy = self.policy.evaluate_actions(obs, self._actions(actions))
         return values.flatten() if with_values else None, log_prob, entropy
@@ -318,10 +318,10 @@ class Passes:
         return actions.long().flatten() if isinstance(self.policy.action_space, spaces.Discrete) else actions
 
 
-class SeparatePasses(Passes):
+class FastPolicyRunner(PolicyRunner):
     """
-    The same for a policy for which :func:`has_sb3_passes` holds, so that actions, log probabilities and values may be computed
-    separately: the same numbers, up to rounding, in less time.
+    The same for a policy for which :func:`has_sb3_forward` holds: actions, log probabilities and values are computed
+    separately, which gives the same numbers, up to rounding, in less time.
     """
 
     def __init__(self, policy: ActorCriticPolicy):
@@ -340,7 +340,7 @@ class SeparatePasses(Passes):
         self._critic = [*critic, *layers_of(policy.value_net)]
 
     @cached_property
-    def small(self) -> bool:  # type: ignore[override]
+    def single_threaded(self) -> bool:  # type: ignore[override]
         """No layer wide enough for several threads, nor one of the user's; no hook; no distribution that keeps its state."""
         if not (self._plain and self._only_flatten and isinstance(self._head, NumPyHead)):
             return False
@@ -366,9 +366,9 @@ class SeparatePasses(Passes):
     def sample(self, obs: PyTorchObs, with_values: bool) -> tuple[np.ndarray, th.Tensor | None]:
         """
         :param obs: observations of N environments
-        :param with_values: whether the values are asked for
+        :param with_values: whether values are needed
         :return: actions, the same ones from the same random state as ``policy.get_distribution(obs).get_actions()``; values
-            (None if not asked for), shape (N,), without gradient
+            (None if not needed), shape (N,), without gradient
         """
         if self._small_actor is not None and len(obs) <= self._small_actor.max_batch and not with_values:
             x: th.Tensor = obs  # type: ignore[assignment]
@@ -409,6 +409,6 @@ def _through(layers: list[Layer], x: th.Tensor) -> th.Tensor:
     return x
 
 
-def passes_of(policy: ActorCriticPolicy) -> Passes:
-    """:return: the passes of the policy, the fast ones where they are SB3's own"""
-    return SeparatePasses(policy) if has_sb3_passes(policy) else Passes(policy)
+def make_policy_runner(policy: ActorCriticPolicy) -> PolicyRunner:
+    """:return: a runner for the policy, the fast one if the policy's forward passes are SB3's own"""
+    return FastPolicyRunner(policy) if has_sb3_forward(policy) else PolicyRunner(policy)

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_vpg.callbacks import ProgressBarOfAllRanks
-from sb3_vpg.distributed import ProcessGroup
+from sb3_vpg.common.collectives import ProcessGroup
+from sb3_vpg.common.progress_bar import AllRanksProgressBar
 from sb3_vpg.vpg import VPG
 
 #: Seconds that a rank waits for the others; this environment variable sets others
@@ -93,8 +93,7 @@ def data_parallel(exp_manager: Any, processes: ProcessGroup) -> type:
                 self.save_freq, self.eval_freq, self.show_progress = -1, -1, False
             super().create_callbacks()
             self.callbacks = [
-                ProgressBarOfAllRanks() if isinstance(callback, ProgressBarCallback) else callback
-                for callback in self.callbacks
+                AllRanksProgressBar() if isinstance(callback, ProgressBarCallback) else callback for callback in self.callbacks
             ]
 
         def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:

@@ -18,15 +18,14 @@ import io
 import secrets
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch as th
 import torch.distributed as dist
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecNormalize
-
-from sb3_vpg.estimators import Array, Collectives
 
 if dist.is_available():
     # Its functions have the default group as a default argument. First imported within a process group, as an optimizer does
@@ -34,18 +33,25 @@ if dist.is_available():
     # at its exit (https://github.com/pytorch/pytorch/issues/190489)
     import torch.distributed.nn.functional
 
-if TYPE_CHECKING:
-    from sb3_vpg.vpg import VPG
+Array = np.ndarray
 
-#: Where the parts of all ranks have no more bytes than this, it takes Gloo less time to gather them than to add them up
-GATHERED_BYTES = 2**20
+#: Up to this size, the parts of all ranks together, Gloo gathers faster than it sums
+MAX_ALL_GATHER_BYTES = 2**20
 
 
-class OneProcess(Collectives):
-    """A training in one process: nobody to share with, nothing to be done."""
+class SingleProcess:
+    """The processes that train one model together: here there is only one, and it has the whole batch."""
 
     rank = 0
     size = 1
+
+    def sum(self, x: Array) -> Array:
+        """:return: the sum over the processes, elementwise"""
+        return x
+
+    def gather(self, x: Array) -> Array:
+        """:return: x of each process, along a new first axis"""
+        return x[None]
 
     def seed(self, seed: int | None, n_envs: int) -> int | None:
         """
@@ -55,21 +61,21 @@ class OneProcess(Collectives):
         """
         return seed
 
-    def begin(self, model: "VPG", total_timesteps: int) -> None:
+    def begin(self, model: OnPolicyAlgorithm, total_timesteps: int) -> None:
         """Begin a training with the weights, the state of the optimizer, the counters and the statistics of rank 0."""
 
-    def failing_together(self) -> AbstractContextManager[None]:
+    def propagate_errors(self) -> AbstractContextManager[None]:
         """In this context, up to :meth:`end_rollout`, an exception in one rank is raised in all."""
         return nullcontext()
 
-    def end_rollout(self, goes_on: bool, n_steps: int, vec_normalize: VecNormalize | None) -> tuple[bool, int]:
+    def end_rollout(self, continue_training: bool, n_steps: int, vec_normalize: VecNormalize | None) -> tuple[bool, int]:
         """
-        :param goes_on: whether this rank wants to go on
+        :param continue_training: whether this rank wants to go on
         :param n_steps: what it has stepped in the rollout, all environments together
         :param vec_normalize: its running statistics become those of all
         :return: whether all ranks want to go on, steps of all
         """
-        return goes_on, n_steps
+        return continue_training, n_steps
 
     def sum_gradients(self, parameters: Iterable[th.nn.Parameter], losses: Mapping[str, float]) -> dict[str, float]:
         """
@@ -80,7 +86,7 @@ class OneProcess(Collectives):
         return dict(losses)
 
 
-class ProcessGroup(OneProcess):
+class ProcessGroup(SingleProcess):
     """
     The default process group of ``torch.distributed``, as one of its ranks sees it.
 
@@ -116,7 +122,7 @@ class ProcessGroup(OneProcess):
         return everyone
 
     def _sum(self, x: th.Tensor) -> th.Tensor:
-        if x.is_cpu and x.nbytes * self.size <= GATHERED_BYTES:
+        if x.is_cpu and x.nbytes * self.size <= MAX_ALL_GATHER_BYTES:
             return self._gather(x).sum(dim=0)
         with self._reaching_others():
             dist.all_reduce(x)
@@ -160,7 +166,7 @@ class ProcessGroup(OneProcess):
 
     # --- Beginning
 
-    def begin(self, model: "VPG", total_timesteps: int) -> None:
+    def begin(self, model: OnPolicyAlgorithm, total_timesteps: int) -> None:
         self._check_settings({**settings_of(model), "total_timesteps": total_timesteps})
         statistics = running_statistics(model.get_vec_normalize_env())
         state = io.BytesIO()
@@ -186,7 +192,7 @@ class ProcessGroup(OneProcess):
     # --- The end of a rollout
 
     @contextmanager
-    def failing_together(self) -> Iterator[None]:
+    def propagate_errors(self) -> Iterator[None]:
         self._agreed = False
         try:
             yield
@@ -198,9 +204,9 @@ class ProcessGroup(OneProcess):
                     self._gather_objects(f"{type(error).__name__}: {error}")
             raise
 
-    def end_rollout(self, goes_on: bool, n_steps: int, vec_normalize: VecNormalize | None) -> tuple[bool, int]:
+    def end_rollout(self, continue_training: bool, n_steps: int, vec_normalize: VecNormalize | None) -> tuple[bool, int]:
         self._agreed = True
-        n_steps, n_stopped, n_failed = self.sum(np.array([n_steps, not goes_on, 0])).astype(int).tolist()
+        n_steps, n_stopped, n_failed = self.sum(np.array([n_steps, not continue_training, 0])).astype(int).tolist()
         if n_failed:
             errors = [f"rank {rank}: {error}" for rank, error in enumerate(self._gather_objects(None)) if error is not None]
             raise RuntimeError(f"The rollout has failed in {'; '.join(errors)}")
@@ -232,7 +238,7 @@ def running_statistics(vec_normalize: VecNormalize | None) -> list[RunningMeanSt
     return [part for part in (*parts, vec_normalize.ret_rms) if part is not None]
 
 
-def settings_of(model: "VPG") -> dict[str, Any]:
+def settings_of(model: OnPolicyAlgorithm) -> dict[str, Any]:
     """:return: what must be the same in all ranks, as far as it can be compared"""
     own = {"env", "seed", "verbose", "device", "tensorboard_log"}
     keywords = [name for name in inspect.signature(type(model)).parameters if name not in own]
@@ -240,6 +246,9 @@ def settings_of(model: "VPG") -> dict[str, Any]:
     return {**plain, "number of environments": model.n_envs, "policy": type(model.policy).__name__}
 
 
-def current() -> OneProcess:
+SINGLE_PROCESS = SingleProcess()
+
+
+def current_processes() -> SingleProcess:
     """:return: the processes that train together: those of the process group, if there is one"""
-    return ProcessGroup() if dist.is_available() and dist.is_initialized() else OneProcess()
+    return ProcessGroup() if dist.is_available() and dist.is_initialized() else SingleProcess()

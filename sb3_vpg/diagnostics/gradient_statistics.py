@@ -24,10 +24,12 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_vpg.buffers import VPGBufferMixin, buffer_class_for
-from sb3_vpg.estimators import Array, Formulation, Rollout, check_choice, piece_index
-from sb3_vpg.passes import Passes, forgetting_distributions, passes_of
+from sb3_vpg.common.checks import check_choice, check_number
+from sb3_vpg.common.policy_runner import PolicyRunner, forgetting_distributions, make_policy_runner
+from sb3_vpg.estimators import Array, Formulation, Rollout, segment_index
+from sb3_vpg.keywords import LOSS_REDUCTIONS, PARTIAL_EPISODES, Plan
 from sb3_vpg.rollout import RolloutCollector
-from sb3_vpg.vpg import LOSS_REDUCTIONS, VPG, check_number
+from sb3_vpg.vpg import VPG
 
 # Inner products are summed over so many parameters at a time, in double precision
 GRAM_COLUMNS = 2**16
@@ -163,18 +165,18 @@ def _cosines_with_others(products: Array, gradients: th.Tensor, reference: th.Te
 def actor_parameters(policy: ActorCriticPolicy, buffer: VPGBufferMixin) -> list[th.nn.Parameter]:
     """:return: the policy's parameters on which the log probability of an action depends"""
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    log_prob = log_probabilities(Passes(policy), buffer, np.arange(1))
+    log_prob = log_probabilities(PolicyRunner(policy), buffer, np.arange(1))
     gradients = th.autograd.grad(log_prob.sum(), parameters, allow_unused=True)
     return [p for p, gradient in zip(parameters, gradients) if gradient is not None]
 
 
-def log_probabilities(passes: Passes, buffer: VPGBufferMixin, indices: Array) -> th.Tensor:
+def log_probabilities(runner: PolicyRunner, buffer: VPGBufferMixin, indices: Array) -> th.Tensor:
     samples = buffer._get_samples(indices)
-    return passes.evaluate(samples.observations, samples.actions, with_values=False)[1]
+    return runner.evaluate(samples.observations, samples.actions, with_values=False)[1]
 
 
 def weighted_score(
-    passes: Passes,
+    runner: PolicyRunner,
     parameters: list[th.nn.Parameter],
     buffer: VPGBufferMixin,
     indices: Array,
@@ -183,8 +185,8 @@ def weighted_score(
     """
     ``sum_t w_t grad log pi(a_t | s_t)`` for several weightings w of the same steps: one pass forward, one vectorised back.
 
-    :param passes: through the policy; with several weightings by its own methods, since the fused layer of the fast passes has
-        no vectorised pass back
+    :param runner: runs the policy; with several weightings by the policy's own methods, since the fused layer of the fast
+        runner has no vectorized backward pass
     :param parameters: with respect to which
     :param buffer: a rollout
     :param indices: which steps of it, counted in order of time, then of environment, shape (n,)
@@ -197,7 +199,7 @@ def weighted_score(
     total = th.zeros(len(weights), sum(p.numel() for p in parameters), device=parameters[0].device)
     for start in range(0, len(indices), chunk_size):
         chunk = slice(start, start + chunk_size)
-        log_prob = log_probabilities(passes, buffer, indices[chunk])
+        log_prob = log_probabilities(runner, buffer, indices[chunk])
         directions = th.as_tensor(weights[:, chunk], dtype=log_prob.dtype, device=log_prob.device)
         gradients = th.autograd.grad(log_prob, parameters, directions if several else directions[0], is_grads_batched=several)
         total += th.cat([gradient.reshape(len(weights), -1) for gradient in gradients], dim=1)
@@ -210,7 +212,7 @@ def weighted_score(
 
 
 @dataclass(frozen=True)
-class Measured:
+class UpdateSpec:
     """
     What an update is made of, in a measurement.
 
@@ -246,9 +248,6 @@ class Episodes(NamedTuple):
 class _EpisodeCollector(RolloutCollector):
     """Collects whole episodes with the policy of a model, and leaves the model alone."""
 
-    partial_episodes_mode = "finish"
-    uses_value_function = True
-
     def __init__(self, model: OnPolicyAlgorithm, env: VecEnv, n_episodes: int):
         super().__init__(
             type(model.policy),
@@ -266,7 +265,7 @@ class _EpisodeCollector(RolloutCollector):
             _init_setup_model=False,
         )
         self.policy = model.policy
-        self.n_episodes = n_episodes
+        self.plan = Plan(Formulation("gae"), PARTIAL_EPISODES["finish"], n_episodes)
         self._episode_steps = np.zeros(self.n_envs, dtype=np.int64)
         self.rollout_buffer = buffer_class_for(self.observation_space)(
             self.n_steps, self.observation_space, self.action_space, self.device, n_envs=self.n_envs
@@ -287,13 +286,13 @@ def episodes_in(buffer: VPGBufferMixin, n_episodes: int) -> Episodes:
     :return: the first episodes, in order of environment
     """
     recorded = np.flatnonzero(buffer.mask)
-    pieces = np.unique(piece_index(buffer.rollout.last).ravel()[recorded], return_inverse=True)[1]
-    recorded, pieces = recorded[pieces < n_episodes], pieces[pieces < n_episodes]
+    segments = np.unique(segment_index(buffer.rollout.last).ravel()[recorded], return_inverse=True)[1]
+    recorded, segments = recorded[segments < n_episodes], segments[segments < n_episodes]
     steps = buffer.steps.ravel()[recorded]
 
     def by_episode(array: Array) -> Array:
         columns = np.zeros((steps.max() + 1, n_episodes), dtype=array.dtype)
-        columns[steps, pieces] = array.ravel()[recorded]
+        columns[steps, segments] = array.ravel()[recorded]
         return columns
 
     return Episodes(Rollout(*map(by_episode, buffer.rollout)), by_episode(np.arange(buffer.mask.size)), buffer)
@@ -322,7 +321,7 @@ def collect_episodes(model: OnPolicyAlgorithm, env: VecEnv, n_episodes: int) -> 
 def gradient_statistics(
     model: OnPolicyAlgorithm,
     env: VecEnv,
-    measured: Mapping[str, Measured],
+    measured: Mapping[str, UpdateSpec],
     *,
     n_episodes: int = 512,
     reference: str | None = None,
@@ -371,7 +370,7 @@ def gradient_statistics(
         names = [name for name, one in measured.items() if one.episodes_per_batch == size]
         of_reference = None
         if reference is not None:
-            like_reference = Measured(measured[reference].formulation, size, measured[reference].loss_reduction)
+            like_reference = UpdateSpec(measured[reference].formulation, size, measured[reference].loss_reduction)
             of_reference = batch_gradients(model.policy, episodes, [like_reference])[0]
         n_at_once = max(1, max_bytes // (4 * n_parameters * (n_episodes // size)))
         for start in range(0, len(names), n_at_once):
@@ -382,7 +381,7 @@ def gradient_statistics(
     return {name: statistics[name] for name in measured}
 
 
-def batch_gradients(policy: ActorCriticPolicy, episodes: Episodes, measured: Sequence[Measured]) -> th.Tensor:
+def batch_gradients(policy: ActorCriticPolicy, episodes: Episodes, measured: Sequence[UpdateSpec]) -> th.Tensor:
     """
     :param policy: the policy that collected the episodes
     :param episodes: whole episodes
@@ -391,7 +390,7 @@ def batch_gradients(policy: ActorCriticPolicy, episodes: Episodes, measured: Seq
     :return: the policy gradient of each batch (ascent direction), shape (len(measured), batches, parameters of the actor)
     """
     policy.set_training_mode(False)
-    passes, buffer = Passes(policy), episodes.buffer
+    runner, buffer = PolicyRunner(policy), episodes.buffer
     size = measured[0].episodes_per_batch
     n_batches = episodes.indices.shape[1] // size
     gradients = []
@@ -401,19 +400,19 @@ def batch_gradients(policy: ActorCriticPolicy, episodes: Episodes, measured: Seq
             columns = slice(batch * size, (batch + 1) * size)
             rollout = Rollout(*(array[:, columns] for array in episodes.rollout))
             recorded = rollout.mask
-            weights = np.stack([psi(one, rollout)[recorded] for one in measured])
-            gradients.append(weighted_score(passes, parameters, buffer, episodes.indices[:, columns][recorded], weights))
+            weights = np.stack([psi(update, rollout)[recorded] for update in measured])
+            gradients.append(weighted_score(runner, parameters, buffer, episodes.indices[:, columns][recorded], weights))
     return th.stack(gradients, dim=1)
 
 
-def psi(measured: Measured, rollout: Rollout) -> Array:
+def psi(update: UpdateSpec, rollout: Rollout) -> Array:
     """:return: what multiplies grad log pi at each step, the loss reduction included, shape (T, N)"""
-    formulation = measured.formulation
+    formulation = update.formulation
     if not formulation.uses_value_function:
         nothing = np.zeros_like(rollout.values)
         rollout = rollout._replace(values=nothing, next_values=nothing)
-    n = (rollout.last & rollout.mask).sum() if measured.loss_reduction == "trajectory" else rollout.mask.sum()
-    return formulation(rollout)[0] / n
+    n_steps, n_segments = rollout.mask.sum(), (rollout.last & rollout.mask).sum()
+    return formulation(rollout)[0] / LOSS_REDUCTIONS[update.loss_reduction](n_steps, n_segments)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -425,8 +424,8 @@ class GradientStatisticsCallback(BaseCallback):
     """
     Logs statistics of VPG's policy gradient, for the formulation in training, under ``gradient/``: from the rollout that the
     update uses, without further steps in the environment. The independent estimates are those of the episodes of the rollout,
-    or of the pieces of episodes that lie in it, taken together where there are more than 32; ``gradient/noise_scale`` counts
-    episodes or pieces. A rollout with fewer than two of them logs nothing. Baselines and normalisation that look at other
+    or of the segments of episodes that lie in it, taken together where there are more than 32; ``gradient/noise_scale`` counts
+    episodes or segments. A rollout with fewer than two of them logs nothing. Baselines and normalisation that look at other
     episodes of the batch make the estimates not quite independent; :func:`gradient_statistics` is exact there.
 
     It costs one more pass of the rollout through the policy, forward and back in up to 32 parts, every ``every_n_rollouts``
@@ -467,31 +466,31 @@ def rollout_statistics(model: VPG, n_bootstrap: int = 0) -> GradientStatistics |
     :return: None if there are fewer than two episodes in the rollout
     """
     buffer = model.rollout_buffer
-    if not isinstance(buffer, VPGBufferMixin) or buffer.n_pieces < 2:
+    if not isinstance(buffer, VPGBufferMixin) or buffer.n_segments < 2:
         return None
     model.policy.set_training_mode(False)
-    groups = np.array_split(np.arange(buffer.n_pieces), min(buffer.n_pieces, MAX_GROUPS))
+    groups = np.array_split(np.arange(buffer.n_segments), min(buffer.n_segments, MAX_GROUPS))
     # The mean over groups is then the gradient of the update
-    scale = len(groups) / (buffer.n_pieces if model.loss_reduction == "trajectory" else buffer.n_recorded)
+    scale = len(groups) / model.plan.batch_divisor(buffer.n_recorded, buffer.n_segments)
     weights = scale * buffer.normalized_advantages(model.processes).reshape(1, -1)
-    passes, pieces = passes_of(model.policy), steps_of_pieces(buffer)
+    runner, segments = make_policy_runner(model.policy), steps_of_segments(buffer)
     gradients = []
     with forgetting_distributions(model.policy):
         parameters = actor_parameters(model.policy, buffer)
         for group in groups:
-            indices = np.concatenate([pieces[piece] for piece in group])
-            gradients.append(weighted_score(passes, parameters, buffer, indices, weights[:, indices])[0])
+            indices = np.concatenate([segments[segment] for segment in group])
+            gradients.append(weighted_score(runner, parameters, buffer, indices, weights[:, indices])[0])
     return statistics_of(
         th.stack(gradients),
         n_per_update=len(groups),
-        n_episodes=buffer.n_pieces / len(groups),
+        n_episodes=buffer.n_segments / len(groups),
         n_bootstrap=n_bootstrap,
     )
 
 
-def steps_of_pieces(buffer: VPGBufferMixin) -> list[Array]:
-    """:return: the recorded steps of each piece, counted in order of time, then of environment"""
+def steps_of_segments(buffer: VPGBufferMixin) -> list[Array]:
+    """:return: the recorded steps of each segment, counted in order of time, then of environment"""
     recorded = np.flatnonzero(buffer.mask)
-    pieces = piece_index(buffer.rollout.last).ravel()[recorded]
-    order = np.argsort(pieces, kind="stable")
-    return np.split(recorded[order], np.flatnonzero(np.diff(pieces[order])) + 1)
+    segments = segment_index(buffer.rollout.last).ravel()[recorded]
+    order = np.argsort(segments, kind="stable")
+    return np.split(recorded[order], np.flatnonzero(np.diff(segments[order])) + 1)

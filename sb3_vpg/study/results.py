@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from sb3_vpg.ablation.study import COLUMNS, LAST_METRIC, Row, Run, Study
+from sb3_vpg.study.study import COLUMNS, LAST_METRIC, Row, Run, Study
 
 RUN = list(Run._fields)
 
@@ -24,7 +24,7 @@ def best_learning_rates(results: pd.DataFrame, environment: str) -> dict[str, fl
 
 class Results:
     """
-    A tidy CSV file: the columns of :data:`sb3_vpg.ablation.study.COLUMNS`, a row for each number. Each run is added as it
+    A tidy CSV file: the columns of :data:`sb3_vpg.study.study.COLUMNS`, a row for each number. Each run is added as it
     ends; what a process that was killed has left half-written is dropped.
 
     :param path: the file, made if it is not there
@@ -50,7 +50,7 @@ class Results:
     def add(self, run: Run, rows: Sequence[Row]) -> None:
         """
         :param run: a run that has ended
-        :param rows: its results, the last of them with :data:`sb3_vpg.ablation.study.LAST_METRIC`
+        :param rows: its results, the last of them with :data:`sb3_vpg.study.study.LAST_METRIC`
         """
         text = pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(index=False, header=False)
         with self.path.open("a") as file:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from sb3_vpg.ablation.report import write_report
-from sb3_vpg.ablation.results import Results
-from sb3_vpg.ablation.study import Run, Study, load_study
-from sb3_vpg.ablation.training import execute, prepare_process
-from sb3_vpg.estimators import check_choice
+from sb3_vpg.common.checks import check_choice
+from sb3_vpg.study.report import write_report
+from sb3_vpg.study.results import Results
+from sb3_vpg.study.study import Run, Study, load_study
+from sb3_vpg.study.training import execute, prepare_process
 from sb3_vpg.zoo import HYPERPARAMS
 
 

@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import yaml
 
+from sb3_vpg.common.checks import check_choice, check_number
 from sb3_vpg.envs import register_environments
-from sb3_vpg.estimators import check_choice
-from sb3_vpg.vpg import check_number
 
 #: "search" (for the learning rate), "final", or "statistics" (of gradients)
 PHASES = ("search", "final", "statistics")

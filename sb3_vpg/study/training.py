@@ -15,10 +15,10 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
-from sb3_vpg.ablation.study import LAST_METRIC, Row, Run, Study
-from sb3_vpg.diagnostics import GradientStatistics, Measured, gradient_statistics
+from sb3_vpg.diagnostics import GradientStatistics, UpdateSpec, gradient_statistics
+from sb3_vpg.envs.native_vec_env import NativeVecEnv
 from sb3_vpg.estimators import Formulation
-from sb3_vpg.vec_env import NativeVecEnv
+from sb3_vpg.study.study import LAST_METRIC, Row, Run, Study
 from sb3_vpg.vpg import VPG
 
 #: A learning curve has so many points
@@ -54,7 +54,7 @@ def execute(study: Study, run: Run) -> list[Row]:
     """
     :param study: the study
     :param run: one of its runs
-    :return: its results, see :data:`sb3_vpg.ablation.study.COLUMNS`
+    :return: its results, see :data:`sb3_vpg.study.study.COLUMNS`
     """
     return measure(study, run) if run.phase == "statistics" else train(study, run)
 
@@ -136,7 +136,7 @@ def measure(study: Study, run: Run) -> list[Row]:
     return rows + [(*run._replace(formulation=name), *seconds) for name in dict.fromkeys([*measured, run.formulation])]
 
 
-def measured_formulations(study: Study, env_id: str) -> Mapping[str, Measured]:
+def measured_formulations(study: Study, env_id: str) -> Mapping[str, UpdateSpec]:
     """:return: the study's formulations of whole episodes"""
     n_envs = study.environments[env_id].n_envs
     measured = {}
@@ -145,7 +145,7 @@ def measured_formulations(study: Study, env_id: str) -> Mapping[str, Measured]:
         if keywords.get("n_episodes") is not None:
             formulation = {field.name: keywords[field.name] for field in fields(Formulation) if field.name in keywords}
             reduction = keywords.get("loss_reduction", "mean")
-            measured[name] = Measured(Formulation(**formulation), n_envs * keywords["n_episodes"], reduction)
+            measured[name] = UpdateSpec(Formulation(**formulation), n_envs * keywords["n_episodes"], reduction)
     return measured
 
 

@@ -1,10 +1,10 @@
-"""Callbacks for training, of VPG and of any other algorithm."""
+"""A callback that lets the episodes of a swing-up begin anywhere at first."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
-from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
+from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_vpg.envs.cartpole_swingup import START_STD
 
@@ -52,19 +52,3 @@ class ExploringStarts(BaseCallback):
 
     def _on_step(self) -> bool:
         return True
-
-
-class ProgressBarOfAllRanks(ProgressBarCallback):
-    """SB3's progress bar for a training in several processes: for the timesteps of all of them."""
-
-    def _on_training_start(self) -> None:
-        super()._on_training_start()
-        self.start = self.model.num_timesteps
-
-    def _on_step(self) -> bool:
-        self.pbar.update(self.model.num_timesteps - self.start - self.pbar.n)
-        return True
-
-    def _on_training_end(self) -> None:
-        self._on_step()
-        super()._on_training_end()

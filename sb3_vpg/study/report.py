@@ -26,7 +26,7 @@ from PIL import Image
 from rliable import library, metrics
 from scipy.stats import trim_mean
 
-from sb3_vpg.ablation.study import COLUMNS, PHASES
+from sb3_vpg.study.study import COLUMNS, PHASES
 
 MOMENTS = ["start", "middle", "end"]
 COSINES = {"pairwise_cosine": "pairwise cosine", "cosine_with_reference": "cosine with the reference"}

@@ -1,0 +1,188 @@
+"""
+VPG's keywords: checked here, alone and together, and resolved once into a :class:`Plan`, which rollout and update read.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from stable_baselines3.common.buffers import RolloutBuffer
+
+from sb3_vpg.buffers import VPGBufferMixin, VPGRolloutBuffer
+from sb3_vpg.common.checks import check_choice, check_number
+from sb3_vpg.estimators import BASELINES, Formulation
+
+
+class PartialEpisodes(NamedTuple):
+    """
+    What happens to episodes that are still running when ``n_steps`` are up.
+
+    :param whole_episodes: they are continued until they end
+    :param bootstrap: they are cut, and the value of the last observation is added
+    """
+
+    whole_episodes: bool
+    bootstrap: bool
+
+
+PARTIAL_EPISODES: dict[str, PartialEpisodes] = {
+    "bootstrap": PartialEpisodes(whole_episodes=False, bootstrap=True),
+    "finish": PartialEpisodes(whole_episodes=True, bootstrap=False),
+    "truncate": PartialEpisodes(whole_episodes=False, bootstrap=False),
+}
+
+#: By what the sum over the batch is divided: functions of the numbers of steps and of segments
+LOSS_REDUCTIONS: dict[str, Callable[[int, int], int]] = {
+    "mean": lambda n_steps, n_segments: n_steps,
+    "trajectory": lambda n_steps, n_segments: n_segments,
+}
+
+#: Keywords that are numbers, and their ranges
+NUMBERS: dict[str, dict[str, Any]] = {
+    "n_steps": {"low": 1, "integer": True},
+    "gamma": {"low": 0, "high": 1},
+    "gae_lambda": {"low": 0, "high": 1},
+    "ent_coef": {},
+    "vf_coef": {"low": 0},
+    "max_grad_norm": {"low": 0, "low_included": False, "infinite": True, "none": True},
+    "n_episodes": {"low": 1, "integer": True, "none": True},
+    "n_critic_updates": {"low": 1, "integer": True},
+    "critic_batch_size": {"low": 1, "integer": True, "none": True},
+}
+#: Numbers or schedules
+LEARNING_RATES: dict[str, dict[str, Any]] = {
+    "learning_rate": {"low": 0},
+    "critic_learning_rate": {"low": 0, "none": True},
+}
+#: Keywords with a few allowed values; the formulation checks its own
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "partial_episodes": (None, *PARTIAL_EPISODES),
+    "loss_reduction": tuple(LOSS_REDUCTIONS),
+    "discount_state_distribution": (False, True),
+}
+#: What a rollout buffer that computes its advantages itself goes with
+WITH_FOREIGN_BUFFER: dict[str, tuple[Any, ...]] = {
+    "estimator": ("gae",),
+    "normalize_advantage": (False, True, "batch"),
+    "n_episodes": (None,),
+    "partial_episodes": (None, "bootstrap"),
+    "discount_state_distribution": (False,),
+    "loss_reduction": ("mean",),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    What rollout and update follow.
+
+    :param formulation: estimator, baseline and normalization
+    :param partial_episodes: what happens to episodes that are still running when ``n_steps`` are up
+    :param n_episodes: None, or the number of whole episodes of each environment in a rollout
+    :param batch_divisor: by what the sum of the policy loss over the batch is divided, see :data:`LOSS_REDUCTIONS`
+    """
+
+    formulation: Formulation
+    partial_episodes: PartialEpisodes
+    n_episodes: int | None = None
+    batch_divisor: Callable[[int, int], int] = LOSS_REDUCTIONS["mean"]
+
+    @property
+    def uses_value_function(self) -> bool:
+        """Whether values are needed at all."""
+        return self.formulation.uses_value_function
+
+
+def make_plan(model: Any, n_environments: int) -> Plan:
+    """
+    Check the keywords of a model and resolve names and defaults.
+
+    :param model: VPG, with its keywords as attributes
+    :param n_environments: number of environments of all processes together
+    :return: the plan
+    :raises ValueError: if a keyword has an invalid value, alone or together with others; the message names the keyword, the
+        value and what is allowed
+    """
+    for keyword, limits in NUMBERS.items():
+        check_number(keyword, getattr(model, keyword), **limits)
+    for keyword, limits in LEARNING_RATES.items():
+        if not callable(getattr(model, keyword)):
+            check_number(keyword, getattr(model, keyword), **limits)
+    for keyword, choices in CHOICES.items():
+        check_choice(keyword, getattr(model, keyword), choices)
+    formulation = Formulation(
+        model.estimator,
+        model.baseline,
+        model.normalize_advantage,
+        model.discount_state_distribution,
+        float(model.gamma),
+        float(model.gae_lambda),
+    )
+    partial_episodes = _resolve_partial_episodes(model, formulation)
+    _check_single_episode(model, formulation, n_environments)
+    _check_rollout_buffer_class(model)
+    return Plan(formulation, partial_episodes, model.n_episodes, LOSS_REDUCTIONS[model.loss_reduction])
+
+
+def _resolve_partial_episodes(model: Any, formulation: Formulation) -> PartialEpisodes:
+    given = f"estimator={model.estimator!r} with baseline={model.baseline!r}"
+    if model.n_episodes is not None:
+        if model.partial_episodes is not None:
+            raise ValueError(
+                f"partial_episodes={model.partial_episodes!r} has no effect with n_episodes={model.n_episodes}, which "
+                "collects no partial episodes; allowed: None"
+            )
+        return PARTIAL_EPISODES["finish"]
+    if model.partial_episodes is None:
+        by_default = formulation.uses_value_function and not formulation.needs_whole_episodes
+        return PARTIAL_EPISODES["bootstrap" if by_default else "finish"]
+    mode = PARTIAL_EPISODES[model.partial_episodes]
+    if formulation.needs_whole_episodes and not mode.whole_episodes:
+        raise ValueError(
+            f"partial_episodes={model.partial_episodes!r} cuts episodes, but {given} is defined for whole episodes only; "
+            "allowed: None, 'finish'"
+        )
+    if mode.bootstrap and not formulation.uses_value_function:
+        raise ValueError(
+            f"partial_episodes={model.partial_episodes!r} needs a value function, but {given} has none; "
+            "allowed: None, 'finish', 'truncate'"
+        )
+    return mode
+
+
+def _check_single_episode(model: Any, formulation: Formulation, n_environments: int) -> None:
+    """With one episode per update, some formulations are zero at every step, or have no other episode to compare with."""
+    if model.n_episodes is None or model.n_episodes * n_environments > 1:
+        return
+    one = "n_episodes=1 with one environment gives one episode per update"
+    if BASELINES[model.baseline].compares_episodes:
+        raise ValueError(
+            f"baseline={model.baseline!r} compares episodes, but {one}; allowed: a larger n_episodes, more environments, "
+            "or baseline=None, 'mean', 'value'"
+        )
+    centered = model.baseline is not None or model.normalize_advantage is not False
+    if formulation.constant_within_episode and centered:
+        raise ValueError(
+            f"estimator={model.estimator!r} with baseline={model.baseline!r} and "
+            f"normalize_advantage={model.normalize_advantage!r} is zero at every step, since {one} and the advantage is one "
+            "number per episode; allowed: a larger n_episodes, more environments, or baseline=None with "
+            "normalize_advantage=False"
+        )
+
+
+def _check_rollout_buffer_class(model: Any) -> None:
+    """A buffer class that is not VPG's has a fixed length and computes SB3's GAE advantages, or its own."""
+    buffer_class = model.rollout_buffer_class
+    if buffer_class is None:
+        return
+    if not (isinstance(buffer_class, type) and issubclass(buffer_class, RolloutBuffer)):
+        raise ValueError(f"rollout_buffer_class={buffer_class!r} is not allowed; it must be None or a RolloutBuffer class")
+    if issubclass(buffer_class, VPGBufferMixin):
+        return
+    for keyword, allowed in WITH_FOREIGN_BUFFER.items():
+        if getattr(model, keyword) not in allowed:
+            raise ValueError(
+                f"{keyword}={getattr(model, keyword)!r} is not supported with rollout_buffer_class={buffer_class.__name__}, "
+                f"which computes its own advantages; choose one of {', '.join(map(repr, allowed))}, or derive the class from "
+                f"{VPGRolloutBuffer.__name__}"
+            )
