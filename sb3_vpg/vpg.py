@@ -233,11 +233,12 @@ class VPG(RolloutCollector):
         self.policy.set_training_mode(True)
 
         runner = make_policy_runner(self.policy)
+        n_threads = self._n_threads(runner)
         n_steps, n_segments, n_episodes = self._batch_counts()
         with runner.threads():
             # The gradient of policy loss, entropy bonus and value loss, over the whole batch
             self.policy.optimizer.zero_grad()
-            losses, kl_sample = self._accumulate_gradients(runner, n_steps, n_segments)
+            losses, kl_sample = self._accumulate_gradients(runner, n_steps, n_segments, n_threads)
             self._check_losses(losses)
             policy_grad_norm = self._clip_gradients("policy gradient", self._actor_parameters)
             value_grad_norm = self._clip_gradients("value gradient", self._critic_parameters)
@@ -253,7 +254,7 @@ class VPG(RolloutCollector):
             if self.plan.uses_value_function and any(p.requires_grad for p in self._critic_parameters):
                 self.policy.set_training_mode(True)
                 for _ in range(self.n_critic_updates - 1):
-                    self._fit_critic(runner, n_steps)
+                    self._fit_critic(runner, n_steps, n_threads)
                 self.policy.set_training_mode(False)
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -326,7 +327,7 @@ class VPG(RolloutCollector):
             self.logger.record("train/critic_learning_rate", learning_rates["critic"])
 
     def _accumulate_gradients(
-        self, runner: PolicyRunner, n_steps: int, n_segments: int
+        self, runner: PolicyRunner, n_steps: int, n_segments: int, n_threads: int = 1
     ) -> tuple[dict[str, float], tuple[Any, th.Tensor]]:
         """
         Add the gradient of policy loss, entropy bonus and value loss over the whole batch to the parameters' gradients.
@@ -356,7 +357,7 @@ class VPG(RolloutCollector):
         last_batch: Samples
         batches = self.recorder.get_normalized(self._chunk_size, self.processes)
         for last_batch, parts in accumulate_gradients(  # noqa: B007
-            loss_of, batches, self.policy.parameters(), self._n_threads(runner)
+            loss_of, batches, self.policy.parameters(), n_threads
         ):
             for name, loss in parts.items():
                 losses[name] += float(loss)
@@ -364,11 +365,10 @@ class VPG(RolloutCollector):
         every = slice(None, None, -(-len(last_batch.actions) // KL_STEPS))
         return losses, (map_obs(lambda obs: obs[every], last_batch.observations), last_batch.actions[every])
 
-    def _fit_critic(self, runner: PolicyRunner, n_steps: int) -> None:
+    def _fit_critic(self, runner: PolicyRunner, n_steps: int, n_threads: int) -> None:
         """One pass of the value regression, moving only parameters that the actor does not use."""
         batches: Iterable[tuple[Iterable[Samples], int]]
         if self.critic_batch_size is None:
-            n_threads = self._n_threads(runner)
             batches = [(self.recorder.get(self._chunk_size, shuffle=False), n_steps)]
         else:
             # One chunk each, which leaves nothing to other threads

@@ -124,17 +124,18 @@ def gradient_of_batch(model, batch, last_state=None):
             np.array([t == 0 or t >= len(episode.states) for episode in batch]),
             recorded=recorded,
         )
+    model.recorder = buffer
     buffer.finish()
     last_values, dones = th.zeros(len(batch)), np.ones(len(batch), dtype=bool)
     if model.plan.uses_value_function:
-        model._fill_in_values(buffer, make_policy_runner(model.policy))
+        model._compute_values(buffer, make_policy_runner(model.policy))
     if last_state is not None:
         dones[:] = False
         with th.no_grad():
             last_values = model.policy.predict_values(th.tensor([last_state]))
     buffer.compute_returns_and_advantage(last_values, dones)
     model.policy.zero_grad()
-    model._accumulate_gradients(make_policy_runner(model.policy), *model._count()[:2])
+    model._accumulate_gradients(make_policy_runner(model.policy), *model._batch_counts()[:2])
     return actor_gradient(model)
 
 

@@ -20,16 +20,15 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_vpg import VPG
 from sb3_vpg.common.policy_runner import make_policy_runner
 from sb3_vpg.diagnostics import (
-    MAX_GROUPS,
     GradientStatisticsCallback,
     UpdateSpec,
     batch_gradients,
     collect_episodes,
-    episodes_in,
     gradient_statistics,
     rollout_statistics,
     statistics_of,
 )
+from sb3_vpg.diagnostics.gradient_statistics import MAX_GROUPS, episodes_in
 from sb3_vpg.estimators import Formulation
 
 NAMES = [field.name for field in fields(statistics_of(th.eye(2)))]
@@ -161,7 +160,7 @@ def test_the_gradient_of_a_batch_is_that_of_the_update(name, loss_reduction):
     _, callback = model._setup_learn(0)
     model.collect_rollouts(env, callback, model.rollout_buffer, 1)
     model.policy.zero_grad()
-    model._accumulate_gradients(make_policy_runner(model.policy), *model._count()[:2])
+    model._accumulate_gradients(make_policy_runner(model.policy), *model._batch_counts()[:2])
     measured = as_measured(FORMULATIONS[name], 6, loss_reduction)
     gradient = batch_gradients(model.policy, episodes_in(model.rollout_buffer, 6), [measured])[0, 0]
     expected = -flat_gradient(model._actor_parameters)
