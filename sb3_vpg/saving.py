@@ -79,7 +79,10 @@ def check_model_file(path: str | Path | io.BufferedIOBase, keyword: str) -> None
                     "can be taken over by set_parameters(other.get_parameters())"
                 )
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is not a whole zip file: it is something else, or was cut short") from error
+        # The last words are SB3's
+        raise ValueError(
+            f"{path} is not a whole zip file: it is something else, or was cut short. Error: the file {path} wasn't a zip-file"
+        ) from error
     finally:
         if isinstance(path, (str, Path)):
             file.close()

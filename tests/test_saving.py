@@ -162,6 +162,18 @@ def test_a_file_that_was_cut_short_is_refused(share, saved, tmp_path):
         VPG.load(tmp_path / "model.zip")
 
 
+def test_a_file_that_is_no_zip_file_is_refused_in_sb3s_words_too(tmp_path):
+    (tmp_path / "model.zip").write_text("some text")
+    messages = []
+    for algorithm in (VPG, PPO):
+        with pytest.raises(ValueError, match="zip") as error:
+            algorithm.load(tmp_path / "model.zip")
+        messages.append(str(error.value))
+    ours, theirs = messages
+    assert ours.startswith(f"{tmp_path / 'model.zip'} is not a whole zip file")
+    assert theirs in ours
+
+
 def test_a_byte_that_has_changed_is_noticed(saved, tmp_path):
     content = bytearray(saved.read_bytes())
     with zipfile.ZipFile(saved) as archive:
