@@ -100,14 +100,14 @@ class RolloutCollector(OnPolicyAlgorithm):
         """:meth:`collect_rollouts` of this process"""
         if self.policy.training:
             self.policy.set_training_mode(False)
+        # Before anything is drawn for the rollout: a model that is saved here goes on with the same rollout
+        callback.on_rollout_start()
         passes = passes_of(self.policy)
         separate = passes if isinstance(passes, SeparatePasses) and isinstance(rollout_buffer, VPGBufferMixin) else None
         # Values are computed in one go after the rollout, unless the features they need are there at each step
         values_at_each_step = self.uses_value_function and (separate is None or separate.shares_features)
         whole_episodes = self.n_episodes is not None or self.partial_episodes_mode == "finish"
 
-        # Before anything is drawn for the rollout: a model that is saved here goes on with the same rollout
-        callback.on_rollout_start()
         self._start_rollout(env, rollout_buffer, fresh=whole_episodes)
 
         n_steps = 0
