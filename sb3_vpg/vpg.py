@@ -644,7 +644,8 @@ class VPG(RolloutCollector):
     ) -> None:
         """
         Save all the attributes of the object and the model parameters in a zip-file, with the states of the random number
-        generators. A file of that name stays as it is until the new one is whole, whatever happens in between.
+        generators. A file of that name stays as it is until the new one is whole, whatever happens in between. A generator of
+        an environment whose state cannot be stored is left out, with a warning that names it.
 
         :param path: path to the file where the rl agent should be saved
         :param exclude: name of parameters that should be excluded in addition to the default ones
