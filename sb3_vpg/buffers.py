@@ -138,7 +138,8 @@ class VPGBufferMixin(RolloutBuffer):
         :param terminal_obs: the observation at the time limit, without the axis of environments
         """
         self._time_limits.append((self.pos, env_index))
-        self._terminal_obs.append(terminal_obs)
+        # The environments may use the same array again
+        self._terminal_obs.append(map_obs(np.array, terminal_obs))
 
     def finish(self) -> None:
         """Call once after the last step: cuts the arrays to the rows that were added."""
@@ -190,7 +191,8 @@ class VPGBufferMixin(RolloutBuffer):
         over: Collectives = ONE_PROCESS,
     ) -> None:
         """
-        Compute ``advantages`` and ``returns`` (the targets of the value function) by the formulation.
+        Compute ``advantages`` (psi_t minus the baseline, not normalized yet) and ``returns`` (the targets of the value
+        function) by the formulation.
 
         :param last_values: V(s_T) of the observation after the last step, N elements; zeros if nothing is to be
             bootstrapped there
@@ -216,9 +218,17 @@ class VPGBufferMixin(RolloutBuffer):
         self.steps = np.where(begins >= 0, rows - begins, self.first_steps + rows)
 
         self.rollout = Rollout(self.rewards, self.values, next_values, self._last, self.mask, self.steps)
-        advantages, returns = self.formulation(self.rollout, over)
-        self.advantages = advantages.astype(np.float32)
+        # In double precision: normalizing subtracts the mean, which may be large
+        self.advantages, returns = self.formulation.advantages(self.rollout, over)
         self.returns = returns.astype(np.float32)
+
+    def normalized_advantages(self, over: Collectives = ONE_PROCESS) -> np.ndarray:
+        """
+        :param over: the processes that share the batch, if there are several
+        :return: what multiplies grad log pi in the update: ``advantages``, normalized and weighted as the formulation says,
+            shape (T, N)
+        """
+        return self.formulation.normalize(self.advantages, self.rollout, over)
 
     def get(  # type: ignore[override]
         self, batch_size: int | None = None, shuffle: bool = True
@@ -269,6 +279,14 @@ class VPGBufferMixin(RolloutBuffer):
         """
         return map_obs(lambda array: self._flat(array, indices), self.observations)
 
+    def flat(self, array: np.ndarray, indices: np.ndarray | slice) -> th.Tensor:
+        """
+        :param array: a number for each step and environment, shape (T, N)
+        :param indices: which steps, counted in order of time, then of environment
+        :return: their numbers on the buffer's device, in single precision
+        """
+        return self.to_torch(array.reshape(-1)[indices].astype(np.float32, copy=False), copy=False)
+
     def _flat(self, array: np.ndarray, indices: np.ndarray | slice) -> th.Tensor:
         return self.to_torch(array.reshape(-1, *array.shape[2:])[indices], copy=False)
 
@@ -280,10 +298,10 @@ class VPGBufferMixin(RolloutBuffer):
             observations=self.flat_observations(batch_inds),  # type: ignore[arg-type]
             # As in SB3, in single precision: some distributions cannot take the dtype of MultiBinary
             actions=self._flat(self.actions, batch_inds).to(th.float32),
-            old_values=self._flat(self.values, batch_inds),
-            old_log_prob=self._flat(self.log_probs, batch_inds),
-            advantages=self._flat(self.advantages, batch_inds),
-            returns=self._flat(self.returns, batch_inds),
+            old_values=self.flat(self.values, batch_inds),
+            old_log_prob=self.flat(self.log_probs, batch_inds),
+            advantages=self.flat(self.advantages, batch_inds),
+            returns=self.flat(self.returns, batch_inds),
         )
 
 

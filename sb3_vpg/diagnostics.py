@@ -25,7 +25,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_vpg.buffers import VPGBufferMixin, buffer_class_for
 from sb3_vpg.estimators import Array, Formulation, Rollout, check_choice, piece_index
-from sb3_vpg.passes import Passes, passes_of
+from sb3_vpg.passes import Passes, forgetting_distributions, passes_of
 from sb3_vpg.rollout import RolloutCollector
 from sb3_vpg.vpg import LOSS_REDUCTIONS, VPG, check_number
 
@@ -311,6 +311,11 @@ def collect_episodes(model: OnPolicyAlgorithm, env: VecEnv, n_episodes: int) -> 
     :return: the episodes
     """
     buffer = _EpisodeCollector(model, env, -(-n_episodes // env.num_envs)).collect()
+    training_env = model.get_env()
+    if training_env is not None and env.unwrapped is training_env.unwrapped:
+        # They are not where the model left them
+        model._last_obs = training_env.reset()  # type: ignore[assignment]
+        model._last_episode_starts = np.ones(training_env.num_envs, dtype=bool)
     return episodes_in(buffer, n_episodes)
 
 
@@ -387,16 +392,17 @@ def batch_gradients(policy: ActorCriticPolicy, episodes: Episodes, measured: Seq
     """
     policy.set_training_mode(False)
     passes, buffer = Passes(policy), episodes.buffer
-    parameters = actor_parameters(policy, buffer)
     size = measured[0].episodes_per_batch
     n_batches = episodes.indices.shape[1] // size
     gradients = []
-    for batch in range(n_batches):
-        columns = slice(batch * size, (batch + 1) * size)
-        rollout = Rollout(*(array[:, columns] for array in episodes.rollout))
-        recorded = rollout.mask
-        weights = np.stack([psi(one, rollout)[recorded] for one in measured])
-        gradients.append(weighted_score(passes, parameters, buffer, episodes.indices[:, columns][recorded], weights))
+    with forgetting_distributions(policy):
+        parameters = actor_parameters(policy, buffer)
+        for batch in range(n_batches):
+            columns = slice(batch * size, (batch + 1) * size)
+            rollout = Rollout(*(array[:, columns] for array in episodes.rollout))
+            recorded = rollout.mask
+            weights = np.stack([psi(one, rollout)[recorded] for one in measured])
+            gradients.append(weighted_score(passes, parameters, buffer, episodes.indices[:, columns][recorded], weights))
     return th.stack(gradients, dim=1)
 
 
@@ -467,13 +473,14 @@ def rollout_statistics(model: VPG, n_bootstrap: int = 0) -> GradientStatistics |
     groups = np.array_split(np.arange(buffer.n_pieces), min(buffer.n_pieces, MAX_GROUPS))
     # The mean over groups is then the gradient of the update
     scale = len(groups) / (buffer.n_pieces if model.loss_reduction == "trajectory" else buffer.n_recorded)
-    weights = scale * buffer.advantages.reshape(1, -1)
+    weights = scale * buffer.normalized_advantages(model.processes).reshape(1, -1)
     passes, pieces = passes_of(model.policy), steps_of_pieces(buffer)
-    parameters = actor_parameters(model.policy, buffer)
     gradients = []
-    for group in groups:
-        indices = np.concatenate([pieces[piece] for piece in group])
-        gradients.append(weighted_score(passes, parameters, buffer, indices, weights[:, indices])[0])
+    with forgetting_distributions(model.policy):
+        parameters = actor_parameters(model.policy, buffer)
+        for group in groups:
+            indices = np.concatenate([pieces[piece] for piece in group])
+            gradients.append(weighted_score(passes, parameters, buffer, indices, weights[:, indices])[0])
     return statistics_of(
         th.stack(gradients),
         n_per_update=len(groups),

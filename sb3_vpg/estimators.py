@@ -451,9 +451,18 @@ class Formulation:
         """
         :param rollout: arrays of shape (T, N)
         :param over: the processes that share the batch, of which this is the part of one
-        :return: what multiplies grad log pi at each step, zero where nothing was recorded, and the target of the value
-            function: A_t + V(s_t) for "gae", r_t + gamma v'_t for "td_residual", G_t for the others;
-            both float64 of shape (T, N)
+        :return: what multiplies grad log pi at each step (:meth:`normalize` of :meth:`advantages`), zero where nothing was
+            recorded, and the target of the value function; both float64 of shape (T, N)
+        """
+        advantages, value_target = self.advantages(rollout, over)
+        return self.normalize(advantages, rollout, over), value_target
+
+    def advantages(self, rollout: Rollout, over: Collectives = ONE_PROCESS) -> tuple[Array, Array]:
+        """
+        :param rollout: arrays of shape (T, N)
+        :param over: the processes that share the batch, of which this is the part of one
+        :return: psi_t minus the baseline, zero where nothing was recorded, and the target of the value function:
+            A_t + V(s_t) for "gae", r_t + gamma v'_t for "td_residual", G_t for the others; both float64 of shape (T, N)
         """
         _check_shapes(**rollout._asdict())
         mask = rollout.mask
@@ -463,10 +472,22 @@ class Formulation:
         value_target = estimator.value_target(rollout, self.gamma, self.gae_lambda, psi)
         # td_residual and gae have subtracted V(s_t) already
         baseline = 0.0 if estimator.value_function else BASELINES[self.baseline].baseline(psi, rollout, over)
-        advantages = NORMALIZATIONS[self.normalize_advantage](psi - baseline, mask, rollout.last, over)
+        return np.where(mask, psi - baseline, 0.0), value_target
+
+    def normalize(self, advantages: Array, rollout: Rollout, over: Collectives = ONE_PROCESS) -> Array:
+        """
+        Standardize the advantages as ``normalize_advantage`` says, then weight them by gamma^t if
+        ``discount_state_distribution`` says so.
+
+        :param advantages: as :meth:`advantages` returns them, shape (T, N)
+        :param rollout: what they were computed from
+        :param over: the processes that share the batch, of which this is the part of one
+        :return: what multiplies grad log pi at each step, zero where nothing was recorded, float64, shape (T, N)
+        """
+        normalized = NORMALIZATIONS[self.normalize_advantage](advantages, rollout.mask, rollout.last, over)
         if self.discount_state_distribution and self.estimator != "total_return":
-            advantages = advantages * self.gamma**rollout.steps
-        return np.where(mask, advantages, 0.0), value_target
+            normalized = normalized * self.gamma**rollout.steps
+        return np.where(rollout.mask, normalized, 0.0)
 
 
 def check_choice(keyword: str, value: object, allowed: object) -> None:

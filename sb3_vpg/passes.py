@@ -5,8 +5,8 @@ values. For policies whose passes are SB3's own they give the same numbers in le
 
 import copy
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any, TypeGuard, TypeVar
 
@@ -66,6 +66,20 @@ def has_sb3_passes(policy: ActorCriticPolicy) -> bool:
         return False
     shared = policy.features_extractor is policy.pi_features_extractor is policy.vf_features_extractor
     return shared or not policy.share_features_extractor
+
+
+@contextmanager
+def forgetting_distributions(policy: ActorCriticPolicy) -> Iterator[None]:
+    """
+    In this context the policy works on a copy of its distribution. A policy keeps the last distribution that it has computed,
+    with its graph, and could not be copied by ``copy.deepcopy`` then.
+    """
+    kept = policy.action_dist
+    policy.action_dist = copy.copy(kept)
+    try:
+        yield
+    finally:
+        policy.action_dist = kept
 
 
 class _LinearTanh(th.autograd.Function):

@@ -128,6 +128,8 @@ class RolloutCollector(OnPolicyAlgorithm):
             except Exception as error:
                 self._raise_failed(env, error)
 
+            # A copy, and of this dtype: they are used as a mask
+            dones = np.array(dones, dtype=bool)
             self.num_timesteps += env.num_envs
 
             callback.update_locals(locals())

@@ -2,6 +2,7 @@
 SB3 vectorised environments over natively vectorised gymnasium environments: many environments in one array.
 """
 
+import copy
 import inspect
 import time
 import warnings
@@ -93,7 +94,7 @@ class NativeVecEnv(VecEnv):
         self.reset_infos = [info_of(infos, i) for i in range(self.num_envs)]
         self._returns[:], self._lengths[:] = 0.0, 0
         self._was_reset = True
-        return observations
+        return copy.deepcopy(observations)
 
     def step_async(self, actions: np.ndarray) -> None:
         if not self._was_reset:
@@ -110,7 +111,8 @@ class NativeVecEnv(VecEnv):
             step_infos = [{**running, **info_of(infos, i)} for i, running in enumerate(step_infos)]
         if dones.any():
             self._end_episodes(dones.nonzero()[0], terminated, infos, step_infos)
-        return observations, rewards.astype(np.float32), dones, step_infos
+        # As DummyVecEnv: a copy, since the vectorized environment may use its arrays again
+        return copy.deepcopy(observations), rewards.astype(np.float32), dones, step_infos
 
     def _end_episodes(
         self, ended: np.ndarray, terminated: np.ndarray, infos: dict[str, Any], step_infos: list[dict[str, Any]]
@@ -123,7 +125,7 @@ class NativeVecEnv(VecEnv):
             self.reset_infos[i] = info_of(infos, i)
             info = step_infos[i] = info_of(final_infos, i)
             info["TimeLimit.truncated"] = not was_terminated
-            info["terminal_observation"] = infos["final_obs"][i]
+            info["terminal_observation"] = copy.deepcopy(infos["final_obs"][i])
             monitor = self._monitors[i]
             if monitor is not None:
                 episode = {"r": round(episode_return, 6), "l": length, "t": round(now - monitor.t_start, 6)}

@@ -3,8 +3,10 @@
 import io
 import itertools
 import math
+import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
@@ -29,7 +31,7 @@ from sb3_vpg import distributed
 from sb3_vpg.buffers import VPGBufferMixin, VPGRolloutBuffer, buffer_class_for, map_obs
 from sb3_vpg.callbacks import ProgressBarOfAllRanks
 from sb3_vpg.estimators import NORMALIZATIONS, Formulation, check_choice
-from sb3_vpg.passes import Passes, passes_of
+from sb3_vpg.passes import Passes, forgetting_distributions, passes_of
 from sb3_vpg.policies import CnnPolicy, LogisticPolicy, MlpPolicy, MultiInputPolicy
 from sb3_vpg.random_states import get_random_states, set_random_states
 from sb3_vpg.rollout import RolloutCollector
@@ -206,9 +208,9 @@ class VPG(RolloutCollector):
         super()._setup_model()
         if isinstance(self.rollout_buffer, VPGBufferMixin):
             self.rollout_buffer.formulation = self._formulation
-        self._actor_parameters, self._critic_parameters = self._separate_parameters()
-        self._split_parameter_groups()
+        self._group_parameters()
         self._fuse_optimizer()
+        self._set_learning_rates(self._learning_rates(1.0))
         # Batch normalisation mixes the steps of a batch: such a network must see all of them at once
         self._in_chunks = not any(isinstance(module, th.nn.modules.batchnorm._BatchNorm) for module in self.policy.modules())
         if not self._in_chunks and self.processes.size > 1:
@@ -221,6 +223,7 @@ class VPG(RolloutCollector):
         super()._setup_lr_schedule()
         own = self.critic_learning_rate is not None
         self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate) if own else self.lr_schedule  # type: ignore[arg-type]
+        self._learning_rates(1.0)
 
     def _excluded_save_params(self) -> list[str]:
         return [
@@ -228,6 +231,7 @@ class VPG(RolloutCollector):
             "_formulation",
             "_actor_parameters",
             "_critic_parameters",
+            "_grouped",
             "_statistics",
             "processes",
         ]
@@ -330,47 +334,29 @@ class VPG(RolloutCollector):
                     f"{', '.join(map(repr, allowed))}, or derive the class from {VPGRolloutBuffer.__name__}"
                 )
 
-    def _separate_parameters(self) -> tuple[list[th.nn.Parameter], list[th.nn.Parameter]]:
+    def _group_parameters(self) -> None:
         """
-        :return: parameters of the actor, including those it shares with the critic, and parameters that only the critic uses:
-            those on which the value depends and neither the log probability nor the entropy
+        Split each parameter group of the optimizer into one of the actor and one of the critic. Does nothing unless the
+        optimizer or a parameter of the policy is another one than at the last call.
         """
-        self.policy.set_training_mode(False)
-        parameters = [p for p in self.policy.parameters() if p.requires_grad]
-        zeros = create_empty_array(self.policy.observation_space, n=1, fn=np.zeros)
-        obs = obs_as_tensor(zeros, self.device)  # type: ignore[arg-type]
-        with th.no_grad():
-            action = self.policy._predict(obs, deterministic=True)
-        with th.enable_grad():
-            values, log_prob, entropy = self.policy.evaluate_actions(obs, action)
-            actor_output = log_prob.sum() + (0.0 if entropy is None else entropy.sum())
-
-        def depends(output: th.Tensor) -> list[bool]:
-            if not output.requires_grad:
-                return [False] * len(parameters)
-            gradients = th.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)
-            return [gradient is not None for gradient in gradients]
-
-        critic_only = [in_value and not in_actor for in_value, in_actor in zip(depends(values.sum()), depends(actor_output))]
-        with th.no_grad():
-            # The policy keeps its last distribution: one that holds on to a graph could not be copied
-            self.policy._predict(obs, deterministic=True)
-        return (
-            [p for p, is_critic in zip(parameters, critic_only) if not is_critic],
-            [p for p, is_critic in zip(parameters, critic_only) if is_critic],
-        )
-
-    def _split_parameter_groups(self) -> None:
-        """Split each parameter group of the optimizer into one of the actor and one of the critic."""
-        critic = {id(p) for p in self._critic_parameters}
-        learning_rates = {"actor": self.lr_schedule(1), "critic": self.critic_lr_schedule(1)}
+        optimizer = self.policy.optimizer
+        parameters = list(self.policy.parameters())
+        grouped = [optimizer, *parameters]
+        known = getattr(self, "_grouped", [])
+        unchanged = len(known) == len(grouped) and all(map(operator.is_, known, grouped))
+        if unchanged and all("role" in group for group in optimizer.param_groups):
+            return
+        self._grouped = grouped
+        critic = critic_only_parameters(self.policy)
+        self._actor_parameters = [p for p in parameters if id(p) not in critic]
+        self._critic_parameters = [p for p in parameters if id(p) in critic]
         groups = []
-        for group in self.policy.optimizer.param_groups:
+        for group in optimizer.param_groups:
             for role in ("actor", "critic"):
                 params = [p for p in group["params"] if (id(p) in critic) == (role == "critic")]
                 if params:
-                    groups.append({**group, "params": params, "role": role, "lr": learning_rates[role]})
-        self.policy.optimizer.param_groups = groups
+                    groups.append({**group, "params": params, "role": role})
+        optimizer.param_groups = groups
 
     def _fuse_optimizer(self) -> None:
         """Let Adam take its steps in one kernel: the same numbers in a quarter of the time, where networks are small."""
@@ -391,11 +377,14 @@ class VPG(RolloutCollector):
         Update policy using the currently gathered rollout buffer: one gradient step over the whole data, then
         ``n_critic_updates - 1`` further passes of the value regression.
 
-        :raises ValueError: if a loss or gradient is not finite; no weight has been changed by it then
+        :raises ValueError: if a learning rate, loss or gradient is not finite, or all parameters are frozen; the message says
+            what has changed by then
         """
+        self._group_parameters()
+        self._check_trainable()
+        self._update_learning_rates()
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
-        self._update_learning_rates()
 
         passes = passes_of(self.policy)
         n_threads = self._n_threads(passes)
@@ -412,15 +401,15 @@ class VPG(RolloutCollector):
             self.policy.set_training_mode(False)
             policy_before = passes.snapshot(*some_steps)
             self.policy.optimizer.step()
+            self._n_updates += 1
             kl = passes.kl_divergence(policy_before, passes.snapshot(*some_steps))
 
-            if self.uses_value_function and self._critic_parameters and self.n_critic_updates > 1:
+            if self.uses_value_function and any(p.requires_grad for p in self._critic_parameters):
                 self.policy.set_training_mode(True)
                 for _ in range(self.n_critic_updates - 1):
                     self._fit_critic(passes, n_steps, n_threads)
                 self.policy.set_training_mode(False)
 
-        self._n_updates += 1
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, loss in losses.items():
             self.logger.record(f"train/{name}", loss)
@@ -437,24 +426,64 @@ class VPG(RolloutCollector):
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
 
+    def _check_trainable(self) -> None:
+        """:raises ValueError: if there is nothing to train"""
+        trained = self._actor_parameters + (self._critic_parameters if self.uses_value_function else [])
+        if not any(p.requires_grad for p in trained):
+            raise ValueError(
+                "All parameters that the update trains are frozen (requires_grad=False): thaw at least one layer of the policy"
+            )
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        # The last rollout may exceed the budget; a schedule ends at 0 (SB3 goes on below it)
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+
+    def _learning_rates(self, progress_remaining: float) -> dict[str, float]:
+        """
+        :return: learning rates of actor and critic
+        :raises ValueError: if a schedule returns a negative number or one that is not finite
+        """
+        own = self.critic_learning_rate is not None
+        learning_rates = {}
+        for role, keyword, schedule in (
+            ("actor", "learning_rate", self.lr_schedule),
+            ("critic", "critic_learning_rate" if own else "learning_rate", self.critic_lr_schedule),
+        ):
+            learning_rates[role] = schedule(progress_remaining)
+            check_number(f"{keyword}({progress_remaining:g})", learning_rates[role], low=0)
+        return learning_rates
+
+    def _set_learning_rates(self, learning_rates: dict[str, float]) -> None:
+        for group in self.policy.optimizer.param_groups:
+            group["lr"] = learning_rates[group["role"]]
+
     def _update_learning_rates(self) -> None:
-        self._update_learning_rate(self.policy.optimizer)
+        learning_rates = self._learning_rates(self._current_progress_remaining)
+        self._set_learning_rates(learning_rates)
+        self.logger.record("train/learning_rate", learning_rates["actor"])
         if self.critic_learning_rate is not None:
-            critic_learning_rate = self.critic_lr_schedule(self._current_progress_remaining)
-            self.logger.record("train/critic_learning_rate", critic_learning_rate)
-            for group in self.policy.optimizer.param_groups:
-                if group["role"] == "critic":
-                    group["lr"] = critic_learning_rate
+            self.logger.record("train/critic_learning_rate", learning_rates["critic"])
 
     def _chunks(self) -> Iterator[Samples]:
         """The whole batch, in pieces that fit the cache."""
         buffer = self.rollout_buffer
         if isinstance(buffer, VPGBufferMixin):
             return buffer.get(buffer.chunk_size if self._in_chunks else None, shuffle=False)
-        return map(self._normalize_advantages, buffer.get(batch_size=None))
+        return buffer.get(batch_size=None)
+
+    def _normalized_chunks(self) -> Iterator[Samples]:
+        """The same with normalized advantages, weighted by gamma^t if the formulation says so."""
+        buffer = self.rollout_buffer
+        if isinstance(buffer, VPGBufferMixin):
+            normalized = buffer.normalized_advantages(self.processes)
+            for indices in buffer.batch_indices(buffer.chunk_size if self._in_chunks else None):
+                yield buffer._get_samples(indices)._replace(advantages=buffer.flat(normalized, indices))
+        else:
+            yield from map(self._normalize_advantages, self._chunks())
 
     def _normalize_advantages(self, batch: Samples) -> Samples:
-        """For a buffer that computes its advantages itself: they are normalised here, as with A2C."""
+        """For a buffer that computes its advantages itself."""
         advantages = batch.advantages.numpy(force=True).reshape(-1, 1)
         everywhere = np.ones(advantages.shape, dtype=bool)
         normalized = NORMALIZATIONS[self.normalize_advantage](advantages, everywhere, everywhere, self.processes)
@@ -490,7 +519,7 @@ class VPG(RolloutCollector):
         losses: dict[str, float] = defaultdict(float)
         last_batch: Samples
         for last_batch, parts in accumulate_gradients(  # noqa: B007
-            loss_of, self._chunks(), self.policy.parameters(), n_threads
+            loss_of, self._normalized_chunks(), self.policy.parameters(), n_threads
         ):
             for name, loss in parts.items():
                 losses[name] += float(loss)
@@ -515,7 +544,7 @@ class VPG(RolloutCollector):
             self.policy.optimizer.zero_grad()
             list(accumulate_gradients(loss_of, chunks, self._critic_parameters, n_threads))
             self.processes.sum_gradients(self._critic_parameters, {})
-            self._clip_gradients("value gradient", self._critic_parameters)
+            self._clip_gradients("value gradient", self._critic_parameters, policy_step_taken=True)
             self.policy.optimizer.step()
 
     def _critic_batches(self, n_steps: int, batch_size: int) -> Iterator[tuple[list[Samples], int]]:
@@ -548,23 +577,31 @@ class VPG(RolloutCollector):
         # Only reduced by "mean"
         return buffer.buffer_size * buffer.n_envs, 1, 0
 
-    def _clip_gradients(self, name: str, parameters: list[th.nn.Parameter]) -> float:
+    def _clip_gradients(self, name: str, parameters: list[th.nn.Parameter], policy_step_taken: bool = False) -> float:
         """
+        :param policy_step_taken: whether the policy's step of this update was taken before
         :return: norm of the gradient before clipping
         :raises ValueError: if it is not finite
         """
         max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = th.nn.utils.clip_grad_norm_(parameters, max_norm).item()
         if not math.isfinite(norm):
-            self._raise_non_finite_update(name, norm)
+            self._raise_non_finite_update(name, norm, policy_step_taken)
         return norm
 
-    def _raise_non_finite_update(self, name: str, value: float) -> NoReturn:
+    def _raise_non_finite_update(self, name: str, value: float, policy_step_taken: bool = False) -> NoReturn:
         self.policy.optimizer.zero_grad()
+        update = self._n_updates if policy_step_taken else self._n_updates + 1
+        state = (
+            "The step was not taken. The policy's step of this update and the earlier steps of its value regression were: the "
+            "critic may have diverged, and it is safer to continue from an earlier save."
+            if policy_step_taken
+            else "The step was not taken: weights and optimizer are as before it and the model can be saved."
+        )
         raise ValueError(
-            f"Non-finite {name.replace('_', ' ')} ({value}) in update {self._n_updates + 1} (timestep {self.num_timesteps}). "
-            "The step was not taken: weights and optimizer are as before it and the model can be saved. Very large rewards or "
-            "observations are the usual cause: scale them, e.g. with VecNormalize, or lower the learning rate."
+            f"Non-finite {name.replace('_', ' ')} ({value}) in update {update} (timestep {self.num_timesteps}). {state} "
+            "Very large rewards or observations are the usual cause: scale them, e.g. with VecNormalize, or lower the "
+            "learning rate."
         )
 
     # ------------------------------------------------------------------------------------------------------------
@@ -676,6 +713,44 @@ class VPG(RolloutCollector):
         # A file of before random states were saved has none
         model._resumes = bool(model._random_states) and kwargs.get("seed") is None
         return model
+
+
+def critic_only_parameters(policy: ActorCriticPolicy) -> set[int]:
+    """
+    :param policy: any actor-critic policy
+    :return: ids of the parameters that only the critic uses: those on which the value depends and neither the log probability
+        nor the entropy, whether they are frozen or not
+    """
+    policy.set_training_mode(False)
+    parameters = list(policy.parameters())
+    zeros = create_empty_array(policy.observation_space, n=1, fn=np.zeros)
+    obs = obs_as_tensor(zeros, policy.device)  # type: ignore[arg-type]
+
+    def depends(output: th.Tensor) -> list[bool]:
+        if not output.requires_grad:
+            return [False] * len(parameters)
+        gradients = th.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)
+        return [gradient is not None for gradient in gradients]
+
+    with forgetting_distributions(policy), thawed(parameters), th.enable_grad():
+        action = policy._predict(obs, deterministic=True).detach()
+        values, log_prob, entropy = policy.evaluate_actions(obs, action)
+        in_value = depends(values.sum())
+        in_actor = depends(log_prob.sum() + (0.0 if entropy is None else entropy.sum()))
+    return {id(p) for p, value, actor in zip(parameters, in_value, in_actor) if value and not actor}
+
+
+@contextmanager
+def thawed(parameters: Iterable[th.nn.Parameter]) -> Iterator[None]:
+    """In this context all parameters require gradients, the frozen ones too."""
+    frozen = [p for p in parameters if not p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 def check_number(

@@ -455,6 +455,25 @@ def test_a_loss_or_gradient_that_overflows_stops_training_and_changes_nothing(re
     assert all(p.isfinite().all() for p in model.policy.parameters())
 
 
+@pytest.mark.parametrize("critic_batch_size", [None, 4])
+def test_a_critic_that_diverges_in_its_further_passes_is_an_error_that_says_what_has_changed(critic_batch_size):
+    model = small_model(
+        n_critic_updates=10,
+        critic_batch_size=critic_batch_size,
+        critic_learning_rate=1e6,
+        max_grad_norm=None,
+        policy_kwargs={**SMALL, "optimizer_class": th.optim.SGD},
+    )
+    before = {name: p.detach().clone() for name, p in model.policy.named_parameters()}
+    message = r"value gradient \((inf|nan)\) in update 1 .*step was not taken\. The policy's step .* were: .*an earlier save"
+    with pytest.raises(ValueError, match=message):
+        model.learn(8)
+    assert model._n_updates == 1
+    moved = {name for name, p in model.policy.named_parameters() if not th.equal(p, before[name])}
+    assert {"action_net.weight", "value_net.weight"} <= moved
+    assert all(p.isfinite().all() for p in model.policy.parameters())
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Episodes that do not end
 # ---------------------------------------------------------------------------------------------------------------

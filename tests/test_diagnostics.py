@@ -287,6 +287,47 @@ def test_any_algorithm_and_the_model_is_left_alone(algorithm):
     model.learn(32, reset_num_timesteps=False)
 
 
+@pytest.mark.parametrize("algorithm", [A2C, VPG])
+def test_training_goes_on_after_a_measurement_in_the_training_environment(algorithm):
+    env = DummyVecEnv([lambda: CountingEnv([7]), lambda: CountingEnv([5])])
+    model = algorithm("MlpPolicy", env, n_steps=6, seed=0).learn(12)
+    gradient_statistics(model, env, {"gae": as_measured({"estimator": "gae"}, 2)}, n_episodes=4, n_bootstrap=0)
+    rollouts = []
+
+    class Keeper(BaseCallback):
+        def _on_step(self):
+            return True
+
+        def _on_rollout_end(self):
+            rollouts.append(copy.deepcopy(self.model.rollout_buffer))
+
+    model.learn(12, callback=Keeper(), reset_num_timesteps=False)
+    (buffer,) = rollouts
+    # Observations are (episode, step of the episode), rewards one more than the step
+    np.testing.assert_array_equal(buffer.episode_starts[0], 1.0)
+    np.testing.assert_array_equal(buffer.observations[:, :, 1] + 1, buffer.rewards)
+    if algorithm is VPG:
+        np.testing.assert_array_equal(buffer.steps, buffer.observations[:, :, 1])
+
+
+@pytest.mark.parametrize("action", ["Discrete", "Box", "MultiDiscrete"])
+def test_the_policy_can_be_copied_after_a_measurement(action):
+    env = spaces_env("Box", action)
+    model = VPG("MlpPolicy", env, n_steps=16, seed=0).learn(32, callback=GradientStatisticsCallback(1))
+    copy.deepcopy(model.policy)
+    gradient_statistics(model, env, {"gae": as_measured({"estimator": "gae"}, 2)}, n_episodes=4, n_bootstrap=0)
+    copy.deepcopy(model.policy)
+    copied = []
+
+    class Copier(GradientStatisticsCallback):
+        def _on_rollout_end(self):
+            super()._on_rollout_end()
+            copied.append(copy.deepcopy(self.model.policy))
+
+    model.learn(32, callback=Copier(1))
+    assert copied
+
+
 def test_little_memory_gives_the_same_statistics():
     env = spaces_env("Box", "Box")
     model = VPG("MlpPolicy", env, seed=0)

@@ -1,5 +1,7 @@
 """Which steps end up in a rollout, and what is added to their rewards where an episode is cut or ends."""
 
+from functools import partial
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
 
 from sb3_vpg import VPG
 
@@ -56,13 +58,14 @@ class Snapshots(BaseCallback):
             [[tuple(map(int, obs[1:])) for obs in buffer.observations[buffer.mask[:, n], n]] for n in range(buffer.n_envs)]
         )
         names = ("rewards", "steps", "mask", "values", "advantages", "returns", "ends")
-        self.buffers.append({name: getattr(buffer, name).copy() for name in names})
+        arrays = {name: getattr(buffer, name).copy() for name in names}
+        self.buffers.append({**arrays, "normalized_advantages": buffer.normalized_advantages()})
 
 
-def train(lengths, n_rollouts=2, **kwargs):
+def train(lengths, n_rollouts=2, wrap=lambda env: env, **kwargs):
     """Train for ``n_rollouts`` rollouts on one scripted environment per entry of ``lengths``."""
     env = DummyVecEnv([lambda n=n: Monitor(Script(n, lengths[n])) for n in range(len(lengths))])
-    model = VPG("MlpPolicy", env, **{"policy_kwargs": {"net_arch": [8]}, "seed": 0, "device": "cpu", **kwargs})
+    model = VPG("MlpPolicy", wrap(env), **{"policy_kwargs": {"net_arch": [8]}, "seed": 0, "device": "cpu", **kwargs})
     seen = Snapshots()
     for _ in range(n_rollouts):
         model.learn(1, callback=seen, reset_num_timesteps=False)
@@ -186,8 +189,31 @@ def test_gamma_to_the_t_is_right_in_the_middle_of_an_episode():
         normalize_advantage=False,
     )
     to_go = np.array([1.875, 1.75, 1.5, 1])
-    np.testing.assert_allclose(seen.buffers[0]["advantages"][:, 0], to_go * 0.5 ** np.arange(4))
-    np.testing.assert_allclose(seen.buffers[1]["advantages"][:, 0], to_go * 0.5 ** np.arange(4, 8))
+    np.testing.assert_allclose(seen.buffers[0]["normalized_advantages"][:, 0], to_go * 0.5 ** np.arange(4))
+    np.testing.assert_allclose(seen.buffers[1]["normalized_advantages"][:, 0], to_go * 0.5 ** np.arange(4, 8))
+
+
+@pytest.mark.parametrize("normalize_advantage", [False, True, "batch", "episode"])
+def test_callbacks_see_advantages_that_are_not_normalized_yet_as_with_a2c(normalize_advantage):
+    _, seen = train([[3, 4], [5]], n_steps=10, normalize_advantage=normalize_advantage)
+    for buffer in seen.buffers:
+        np.testing.assert_allclose(buffer["advantages"], buffer["returns"] - buffer["values"], rtol=1e-5, atol=1e-6)
+        is_normalized = np.allclose(buffer["normalized_advantages"], buffer["advantages"])
+        assert is_normalized == (normalize_advantage is False)
+
+
+def test_the_update_uses_the_advantages_that_callbacks_leave_in_the_buffer():
+    class Zero(BaseCallback):
+        def _on_step(self):
+            return True
+
+        def _on_rollout_end(self):
+            self.model.rollout_buffer.advantages[:] = 0.0
+
+    model, _ = train([[3, 4], [5]], n_rollouts=0, n_steps=10)
+    before = model.policy.action_net.weight.detach().clone()
+    model.learn(1, callback=Zero())
+    assert th.equal(model.policy.action_net.weight, before)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -234,6 +260,59 @@ def test_the_value_at_the_time_limit_is_that_of_the_terminal_observation_not_of_
 
 
 @pytest.mark.parametrize("estimator", ["gae", "td_residual"])
+class TerminalObsInPlace(VecEnvWrapper):
+    """Each environment uses the same array for each of its terminal observations."""
+
+    def __init__(self, venv):
+        super().__init__(venv)
+        self.terminal_obs = np.zeros((venv.num_envs, *venv.observation_space.shape), np.float32)
+
+    def reset(self):
+        return self.venv.reset()
+
+    def step_wait(self):
+        *rest, infos = self.venv.step_wait()
+        for info, terminal_obs in zip(infos, self.terminal_obs):
+            if "terminal_observation" in info:
+                terminal_obs[:] = info["terminal_observation"]
+                info["terminal_observation"] = terminal_obs
+        return *rest, infos
+
+
+class Dones(VecEnvWrapper):
+    """Gives ``dones`` in one array of another dtype, which it uses again."""
+
+    def __init__(self, venv, dtype):
+        super().__init__(venv)
+        self.dones = np.zeros(venv.num_envs, dtype)
+
+    def reset(self):
+        return self.venv.reset()
+
+    def step_wait(self):
+        observations, rewards, dones, infos = self.venv.step_wait()
+        self.dones[:] = dones
+        return observations, rewards, self.dones, infos
+
+
+ODD_ENVIRONMENTS = {
+    "terminal observations in place": TerminalObsInPlace,
+    **{f"{dtype} dones": partial(Dones, dtype=dtype) for dtype in ("bool", "uint8", "int64", "float32")},
+}
+
+
+@pytest.mark.parametrize("keywords", [{}, {"estimator": "reward_to_go"}, {"n_episodes": 2}], ids=str)
+@pytest.mark.parametrize("wrap", ODD_ENVIRONMENTS.values(), ids=ODD_ENVIRONMENTS)
+def test_the_arrays_that_environments_give_may_be_used_again_and_of_any_dtype(wrap, keywords):
+    lengths = [[-3, 2, -4], [-2, -5], [6, -1]]
+    _, expected = train(lengths, n_steps=20, **keywords)
+    _, seen = train(lengths, n_steps=20, wrap=wrap, **keywords)
+    assert seen.rollouts == expected.rollouts
+    for buffer, expected_buffer in zip(seen.buffers, expected.buffers):
+        for name, array in expected_buffer.items():
+            np.testing.assert_array_equal(buffer[name], array, err_msg=name)
+
+
 def test_truncate_adds_nothing_at_the_cut(estimator):
     buffer = returns_with_constant_critic([10], 3, estimator=estimator, partial_episodes="truncate", gae_lambda=0.0)
     np.testing.assert_array_equal(buffer["advantages"][:, 0], [1 + 4 - 8, 1 + 4 - 8, 1 - 8])

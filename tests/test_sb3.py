@@ -915,8 +915,8 @@ def test_verbose_prints_a_table(capsys):
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def recorded_learning_rates(**keywords):
-    """Learning rates of actor and critic at each of 4 updates."""
+def recorded_learning_rates(total_timesteps=80, **keywords):
+    """Learning rates of actor and critic at each update; 4 of them by default."""
     seen = []
 
     class Recorder(th.optim.SGD):
@@ -925,7 +925,7 @@ def recorded_learning_rates(**keywords):
             return super().step(closure)
 
     model = small_model(policy_kwargs={**SMALL, "optimizer_class": Recorder}, **keywords)
-    model.learn(80)
+    model.learn(total_timesteps)
     return np.transpose(seen)
 
 
@@ -942,6 +942,34 @@ def test_a_critic_learning_rate_schedule_reaches_the_critic_alone():
     actor, critic = recorded_learning_rates(learning_rate=lambda remaining: 0.25 * remaining, critic_learning_rate=0.5)
     np.testing.assert_allclose(actor, [0.1875, 0.125, 0.0625, 0.0])
     np.testing.assert_allclose(critic, [0.5] * 4)
+
+
+@with_and_without_critic
+def test_no_schedule_is_asked_for_what_comes_after_its_end(formulation):
+    # The third rollout of 2 environments x 10 steps, or of somewhat more with whole episodes, ends after 50 steps
+    both = recorded_learning_rates(
+        50, learning_rate=lambda remaining: 0.25 * remaining, critic_learning_rate=lambda remaining: remaining, **formulation
+    )
+    np.testing.assert_array_equal(both[:, -1], 0.0)
+    assert both[:, :-1].min() > 0
+    progress = []
+    callback = Spy(lambda spy: progress.append(spy.model._current_progress_remaining), "rollout_start")
+    model = small_model(**formulation).learn(50, callback=callback)
+    assert [*progress, model._current_progress_remaining][-1] == 0.0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -0.125])
+@pytest.mark.parametrize("keyword", ["learning_rate", "critic_learning_rate"])
+def test_a_schedule_that_gives_a_bad_learning_rate_is_refused_before_the_step(keyword, bad):
+    model = small_model(**{keyword: lambda remaining: 0.125 if remaining > 0.5 else bad})
+    before, optimizer = weights(model), copy.deepcopy(model.policy.optimizer.state_dict())
+    with pytest.raises(ValueError, match=rf"{keyword}\(0\.5\)={bad} is not allowed; it must be a number >= 0"):
+        model.learn(40)
+    assert model._n_updates == 0
+    assert changed(before, weights(model)) == set()
+    assert model.policy.optimizer.state_dict() == optimizer
+    with pytest.raises(ValueError, match=rf"{keyword}\(1\)={bad} is not allowed"):
+        small_model(**{keyword: lambda _: bad})
 
 
 def test_each_learning_rate_scales_the_steps_of_its_own_parameters():
@@ -1160,6 +1188,85 @@ def test_layers_can_be_frozen_and_thawed_at_any_time(formulation, frozen):
     for p in layers:
         p.requires_grad_(True)
     assert bool(learned()) == in_use
+
+
+@pytest.mark.parametrize("n_critic_updates", [1, 3])
+@pytest.mark.parametrize("critic_batch_size", [None, 8])
+def test_a_frozen_critic_leaves_the_actor_to_learn(n_critic_updates, critic_batch_size):
+    model = small_model(n_critic_updates=n_critic_updates, critic_batch_size=critic_batch_size)
+    for name, p in model.policy.named_parameters():
+        p.requires_grad_(not name.startswith(CRITIC))
+    before = weights(model)
+    model.learn(40)
+    assert changed(before, weights(model)) == set(weights(model, ACTOR))
+
+
+def test_a_frozen_actor_leaves_the_critic_to_learn():
+    model = small_model(n_critic_updates=3)
+    for name, p in model.policy.named_parameters():
+        p.requires_grad_(name.startswith(CRITIC))
+    before = weights(model)
+    model.learn(40)
+    assert changed(before, weights(model)) == set(weights(model, CRITIC))
+
+
+@with_and_without_critic
+def test_a_policy_with_nothing_to_train_is_refused(formulation):
+    model = small_model(**formulation)
+    model.policy.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"frozen \(requires_grad=False\)"):
+        model.learn(20)
+    assert model._n_updates == 0
+
+
+class FrozenCritic(ActorCriticPolicy):
+    """Its critic is frozen at construction."""
+
+    def _build(self, lr_schedule):
+        super()._build(lr_schedule)
+        self.value_net.requires_grad_(False)
+        self.mlp_extractor.value_net.requires_grad_(False)
+
+
+def test_a_critic_frozen_at_construction_and_thawed_later_is_the_critics():
+    model = VPG(FrozenCritic, spaces_envs(), n_steps=10, n_critic_updates=3, critic_learning_rate=0.5, policy_kwargs=SGD)
+    assert learning_rates(model) == (0.002, 0.5)
+    model.learn(20)
+    model.policy.requires_grad_(True)
+    before = weights(model)
+    model.learn(20)
+    assert changed(before, weights(model)) == set(before)
+    assert learning_rates(model) == (0.002, 0.5)
+    # Which layers are frozen is not saved, and the groups do not depend on it
+    file = io.BytesIO()
+    model.save(file)
+    file.seek(0)
+    assert learning_rates(VPG.load(file)) == (0.002, 0.5)
+
+
+@pytest.mark.parametrize("groups", ["one", "one for each parameter"])
+def test_another_optimizer_is_split_between_actor_and_critic(groups):
+    def trained(replace):
+        model = small_model(learning_rate=0.125, critic_learning_rate=0.5, n_critic_updates=2, policy_kwargs=SGD)
+        if replace:
+            params = list(model.policy.parameters())
+            params = params if groups == "one" else [{"params": [p]} for p in params]
+            model.policy.optimizer = th.optim.SGD(params, lr=1.0)
+        return model.learn(40)
+
+    model = trained(replace=True)
+    assert learning_rates(model) == (0.125, 0.5)
+    assert_same_weights(model, trained(replace=False))
+
+
+def test_a_layer_that_replaces_another_is_trained_as_what_it_is():
+    model = small_model(learning_rate=0.125, critic_learning_rate=0.5, policy_kwargs=SGD).learn(20)
+    model.policy.value_net = nn.Linear(16, 1)
+    model.policy.optimizer.add_param_group({"params": model.policy.value_net.parameters()})
+    before = weights(model)
+    model.learn(20)
+    assert changed(before, weights(model)) == set(before)
+    assert learning_rates(model) == (0.125, 0.5)
 
 
 def adam(**kwargs):

@@ -135,6 +135,23 @@ def same_step_form(env_class):
     return make_many
 
 
+def in_place_form(num_envs, max_episode_steps, autoreset_mode):
+    """Gives the same arrays at each step, as gymnasium's ``SyncVectorEnv(copy=False)`` does."""
+
+    class FinalObsInPlace(SyncVectorEnv):
+        final_obs = np.zeros((num_envs, 2), np.float32)
+
+        def step(self, actions):
+            *rest, infos = super().step(actions)
+            for i in np.flatnonzero(infos.get("_final_obs", ())):
+                self.final_obs[i] = infos["final_obs"][i]
+                infos["final_obs"][i] = self.final_obs[i]
+            return *rest, infos
+
+    envs = [lambda: TimeLimit(TellingEnv(), max_episode_steps)] * num_envs
+    return FinalObsInPlace(envs, copy=False, autoreset_mode=autoreset_mode)
+
+
 def next_step_form(num_envs, max_episode_steps):
     return same_step_form(TellingEnv)(num_envs, max_episode_steps, AutoresetMode.NEXT_STEP)
 
@@ -145,6 +162,7 @@ def others():
     forms = {
         "Telling-v0": (TellingEnv, same_step_form(TellingEnv)),
         "Scoring-v0": (ScoringEnv, same_step_form(ScoringEnv)),
+        "InPlace-v0": (TellingEnv, in_place_form),
         "NextStepOnly-v0": (TellingEnv, next_step_form),
     }
     for env_id, (entry_point, form) in forms.items():
@@ -215,6 +233,11 @@ def test_infos_of_other_packages_arrive(others, tmp_path):
     assert all(info["is_success"] == info["episode"]["is_success"] for info in infos if "episode" in info)
     assert {info.get("third") for info in infos} == {None, "time"}
     assert {"length", "title"} == steps[-1][-1][0].keys()
+
+
+def test_a_vectorised_environment_may_use_its_arrays_again(others, tmp_path):
+    # play() sees to it that what was given stays as it was
+    assert_same(*play_others("InPlace-v0", tmp_path, ()))
 
 
 def test_only_what_gymnasium_itself_calls_final_is_taken_out_of_infos(others, tmp_path):
