@@ -4,15 +4,22 @@ Files of models: written so that the old one is there until the new one is whole
 SB3 opens a file for writing before it knows what to write: whatever goes wrong then has destroyed the last good model.
 """
 
+import copy
 import io
 import json
 import os
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.save_util import open_path
+from torch import Tensor, nn
+
+State = dict[str, Any]
 
 #: What a model's archive must have: keywords and counters, weights, state of the optimizer
 MEMBERS = ("data", "policy.pth", "policy.optimizer.pth")
@@ -88,3 +95,75 @@ def check_model_file(path: str | Path | io.BufferedIOBase, keyword: str) -> None
             file.close()
         else:
             file.seek(start)
+
+
+def named_optimizer_state(policy: ActorCriticPolicy) -> State:
+    """:return: the state of the policy's optimizer; each group has the "names" of its parameters in the policy"""
+    names = {id(parameter): name for name, parameter in _named_parameters(policy)}
+    state = policy.optimizer.state_dict()
+    for group, in_state in zip(policy.optimizer.param_groups, state["param_groups"]):
+        in_state["names"] = [names.get(id(parameter)) for parameter in group["params"]]
+    return state
+
+
+def fit_optimizer_state(state: State, policy: ActorCriticPolicy) -> State:
+    """
+    Bring the state of another policy's optimizer into the form that the optimizer of this policy can load. What it knows of
+    each parameter, such as Adam's moments, is assigned by the names of the parameters, whatever groups they are in. The
+    settings of the groups, such as Adam's betas, are taken over only if the groups are the same.
+
+    :param state: from VPG, or from an algorithm whose optimizer has all parameters in one group, as those of SB3
+    :param policy: a policy whose parameters have the same names
+    :return: a copy of what fits
+    :raises ValueError: if nothing does, since it is of another kind of optimizer, or nobody knows which parameters are meant
+    """
+    state, own = copy.deepcopy(state), named_optimizer_state(policy)
+    groups, own_groups = state["param_groups"], own["param_groups"]
+    missing = [key for key, value in policy.optimizer.defaults.items() if _is_number(value) and key not in groups[0]]
+    if missing:
+        raise ValueError(f"it has no {', '.join(missing)}, so it is not one of {type(policy.optimizer).__name__}")
+    if not all("names" in group for group in groups):
+        _add_names(groups, own_groups, [name for name, _ in _named_parameters(policy)])
+
+    def structure(groups: list[State]) -> list[tuple[str | None, list[str]]]:
+        return [(group.get("role"), group["names"]) for group in groups]
+
+    if structure(groups) != structure(own_groups):
+        of_name = {name: state["state"].get(i) for group in groups for name, i in zip(group["names"], group["params"]) if name}
+        of_own = {i: of_name.get(name) for group in own_groups for name, i in zip(group["names"], group["params"])}
+        state = {"state": {i: known for i, known in of_own.items() if known}, "param_groups": own_groups}
+    for group in state["param_groups"]:
+        del group["names"]
+    return state
+
+
+def _add_names(groups: list[State], own_groups: list[State], names: list[str]) -> None:
+    """
+    Add the "names" of parameters to the groups of another optimizer.
+
+    :param own_groups: the groups of our own one, with "names"
+    :param names: of all parameters, in order
+    :raises ValueError: if they cannot be told
+    """
+
+    def shape(groups: list[State]) -> list[tuple[str | None, int]]:
+        return [(group.get("role"), len(group["params"])) for group in groups]
+
+    if shape(groups) == shape(own_groups):
+        # Saved by VPG without names
+        for group, own_group in zip(groups, own_groups):
+            group["names"] = own_group["names"]
+    elif len(groups) == 1 and len(groups[0]["params"]) == len(names):
+        groups[0]["names"] = names
+    else:
+        raise ValueError("it has other groups of parameters")
+
+
+def _named_parameters(policy: ActorCriticPolicy) -> Iterator[tuple[str, nn.Parameter]]:
+    # torch.compile() adds a prefix to the names
+    return getattr(policy, "_orig_mod", policy).named_parameters()
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a setting that belongs to the optimizer's equations, or several, rather than a switch."""
+    return isinstance(value, Real | tuple | Tensor) and not isinstance(value, bool)

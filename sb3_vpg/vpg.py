@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 import operator
+import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from gymnasium.vector.utils import create_empty_array
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import (
     DictRolloutBufferSamples,
     GymEnv,
@@ -35,7 +37,7 @@ from sb3_vpg.passes import Passes, forgetting_distributions, passes_of
 from sb3_vpg.policies import CnnPolicy, LogisticPolicy, MlpPolicy, MultiInputPolicy
 from sb3_vpg.random_states import get_random_states, set_random_states
 from sb3_vpg.rollout import RolloutCollector
-from sb3_vpg.saving import check_model_file, model_path, replacing
+from sb3_vpg.saving import check_model_file, fit_optimizer_state, model_path, named_optimizer_state, replacing
 from sb3_vpg.threads import accumulate_gradients
 
 SelfVPG = TypeVar("SelfVPG", bound="VPG")
@@ -694,6 +696,43 @@ class VPG(RolloutCollector):
                 super().save(file, exclude, include)
         else:
             super().save(path, exclude, include)
+
+    def get_parameters(self) -> dict[str, dict]:
+        """
+        :return: as SB3's; each parameter group of the optimizer has the "names" of its parameters, too, so that
+            :meth:`set_parameters` can assign them
+        """
+        return {**super().get_parameters(), "policy.optimizer": named_optimizer_state(self.policy)}
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | dict[str, Any],
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """
+        Load parameters from a given zip-file or a nested dictionary, see :meth:`get_parameters`, of this or another algorithm
+        with the same policy, such as A2C or PPO. The state of the optimizer is taken over where it fits, that is, where it is
+        of the same kind; a warning says so where it is not, and the optimizer is left as it is.
+
+        :param load_path_or_dict: Location of the saved data (path or file-like, see ``save``), or a dictionary that maps
+            "policy" and "policy.optimizer" to state dictionaries
+        :param exact_match: If True, both and each of their parameters must be given; else those that are given are set
+        :param device: Device on which the code should run
+        """
+        if not isinstance(load_path_or_dict, dict):
+            load_path_or_dict = load_from_zip_file(load_path_or_dict, device=device, load_data=False)[1]
+        parameters = dict(load_path_or_dict)
+        state = parameters.get("policy.optimizer", {})
+        # Others are refused by PyTorch
+        if state.keys() >= {"state", "param_groups"}:
+            try:
+                parameters["policy.optimizer"] = fit_optimizer_state(state, self.policy)
+            except ValueError as reason:
+                parameters["policy.optimizer"] = self.policy.optimizer.state_dict()
+                if state["state"]:
+                    warnings.warn(f"The state of the optimizer is not taken over: {reason}", stacklevel=2)
+        super().set_parameters(parameters, exact_match, device)
 
     @classmethod
     def load(cls: type[SelfVPG], path: str | Path | io.BufferedIOBase, *args: Any, **kwargs: Any) -> SelfVPG:
