@@ -259,7 +259,6 @@ def test_the_value_at_the_time_limit_is_that_of_the_terminal_observation_not_of_
     assert np.abs(v_terminal - v_reset).min() > 1e-3
 
 
-@pytest.mark.parametrize("estimator", ["gae", "td_residual"])
 class TerminalObsInPlace(VecEnvWrapper):
     """Each environment uses the same array for each of its terminal observations."""
 
@@ -313,6 +312,7 @@ def test_the_arrays_that_environments_give_may_be_used_again_and_of_any_dtype(wr
             np.testing.assert_array_equal(buffer[name], array, err_msg=name)
 
 
+@pytest.mark.parametrize("estimator", ["gae", "td_residual"])
 def test_truncate_adds_nothing_at_the_cut(estimator):
     buffer = returns_with_constant_critic([10], 3, estimator=estimator, partial_episodes="truncate", gae_lambda=0.0)
     np.testing.assert_array_equal(buffer["advantages"][:, 0], [1 + 4 - 8, 1 + 4 - 8, 1 - 8])
