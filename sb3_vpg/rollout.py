@@ -15,20 +15,20 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
 
 from sb3_vpg.buffers import Recorder, VPGBufferMixin, adapt_buffer
+from sb3_vpg.common.checkpoint import ResumableAlgorithm
 from sb3_vpg.common.collectives import SINGLE_PROCESS, SingleProcess
 from sb3_vpg.common.faults import LOST_WORKER, failed_environment
 from sb3_vpg.common.policy_runner import FastPolicyRunner, PolicyRunner, make_policy_runner
 from sb3_vpg.keywords import Plan
 
 
-class RolloutCollector(OnPolicyAlgorithm):
+class RolloutCollector(ResumableAlgorithm):
     """
     An on-policy algorithm with VPG's rollouts. The subclass sets before ``learn``:
 
@@ -46,6 +46,7 @@ class RolloutCollector(OnPolicyAlgorithm):
 
     def _setup_model(self) -> None:
         super()._setup_model()
+        self.recorder = adapt_buffer(self.rollout_buffer, self.plan.formulation, self.policy)
         # Whether the environments were stepped since they were all reset
         self._stepped_since_reset = True
         # Index within its episode of the next step of each environment; kept when training is continued

@@ -1,12 +1,10 @@
 """Vanilla policy gradient for Stable-Baselines3."""
 
-import io
 import itertools
 import math
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
@@ -21,15 +19,20 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from sb3_vpg.buffers import Samples, buffer_class_for, map_obs
 from sb3_vpg.common.checks import check_number
 from sb3_vpg.common.collectives import current_processes
-from sb3_vpg.common.optimization import critic_only_parameters, fuse_adam, split_parameter_groups
+from sb3_vpg.common.optimization import (
+    check_trainable,
+    critic_only_parameters,
+    fuse_adam,
+    set_learning_rates,
+    split_parameter_groups,
+)
 from sb3_vpg.common.policy_runner import PolicyRunner, make_policy_runner
 from sb3_vpg.common.progress_bar import AllRanksProgressBar
+from sb3_vpg.common.random_states import set_random_states
 from sb3_vpg.common.threads import accumulate_gradients
 from sb3_vpg.keywords import make_plan
 from sb3_vpg.policies import CnnPolicy, LogisticPolicy, MlpPolicy, MultiInputPolicy
-from sb3_vpg.random_states import get_random_states, set_random_states
 from sb3_vpg.rollout import RolloutCollector
-from sb3_vpg.saving import check_model_file, model_path, replacing
 
 SelfVPG = TypeVar("SelfVPG", bound="VPG")
 
@@ -97,6 +100,7 @@ class VPG(RolloutCollector):
     :raises ValueError: if a keyword has a value that is not allowed, alone or together with others
     """
 
+    own_keyword = "estimator"
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": MlpPolicy,
         "CnnPolicy": CnnPolicy,
@@ -177,16 +181,8 @@ class VPG(RolloutCollector):
         self.critic_batch_size = critic_batch_size
         self.critic_learning_rate = critic_learning_rate
 
-        # Whether the next training is to go on with the random numbers of a saved one
-        self._resumes = False
-        self._random_states: dict[str, Any] = {}
-
         if _init_setup_model:
             self._setup_model()
-
-    # ------------------------------------------------------------------------------------------------------------
-    # Setup
-    # ------------------------------------------------------------------------------------------------------------
 
     def _setup_model(self) -> None:
         self.processes = current_processes()
@@ -196,7 +192,7 @@ class VPG(RolloutCollector):
         super()._setup_model()
         self._group_parameters()
         fuse_adam(self.policy.optimizer)
-        self._set_learning_rates(self._learning_rates(1.0))
+        set_learning_rates(self.policy.optimizer, self._learning_rates(1.0))
         # Batch normalization mixes the steps of a batch: such a network must see all of them at once
         self._in_chunks = not any(isinstance(module, th.nn.modules.batchnorm._BatchNorm) for module in self.policy.modules())
         if not self._in_chunks and self.processes.size > 1:
@@ -214,10 +210,6 @@ class VPG(RolloutCollector):
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_actor_parameters", "_critic_parameters", "_grouped"]
 
-    # ------------------------------------------------------------------------------------------------------------
-    # Update
-    # ------------------------------------------------------------------------------------------------------------
-
     def train(self) -> None:
         """
         Update policy using the currently gathered rollout buffer: one gradient step over the whole data, then
@@ -227,7 +219,7 @@ class VPG(RolloutCollector):
             what has changed by then
         """
         self._group_parameters()
-        self._check_trainable()
+        check_trainable(self._actor_parameters + self._critic_parameters * self.plan.uses_value_function)
         self._update_learning_rates()
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
@@ -239,7 +231,9 @@ class VPG(RolloutCollector):
             # The gradient of policy loss, entropy bonus and value loss, over the whole batch
             self.policy.optimizer.zero_grad()
             losses, kl_sample = self._accumulate_gradients(runner, n_steps, n_segments, n_threads)
-            self._check_losses(losses)
+            for name, loss in losses.items():
+                if not math.isfinite(loss):
+                    self._raise_non_finite_update(name, loss)
             policy_grad_norm = self._clip_gradients("policy gradient", self._actor_parameters)
             value_grad_norm = self._clip_gradients("value gradient", self._critic_parameters)
 
@@ -287,14 +281,6 @@ class VPG(RolloutCollector):
             self._critic_parameters = [p for p in parameters if id(p) in critic]
             split_parameter_groups(optimizer, critic)
 
-    def _check_trainable(self) -> None:
-        """:raises ValueError: if there is nothing to train"""
-        trained = self._actor_parameters + (self._critic_parameters if self.plan.uses_value_function else [])
-        if not any(p.requires_grad for p in trained):
-            raise ValueError(
-                "All parameters that the update trains are frozen (requires_grad=False): unfreeze at least one layer"
-            )
-
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
         # The last rollout may exceed the budget; a schedule ends at 0 (SB3 continues below it)
@@ -305,23 +291,17 @@ class VPG(RolloutCollector):
         :return: learning rates of actor and critic
         :raises ValueError: if a schedule returns a negative number or one that is not finite
         """
-        own = self.critic_learning_rate is not None
-        learning_rates = {}
-        for role, keyword, schedule in (
-            ("actor", "learning_rate", self.lr_schedule),
-            ("critic", "critic_learning_rate" if own else "learning_rate", self.critic_lr_schedule),
-        ):
-            learning_rates[role] = schedule(progress_remaining)
-            check_number(f"{keyword}({progress_remaining:g})", learning_rates[role], low=0)
-        return learning_rates
-
-    def _set_learning_rates(self, learning_rates: dict[str, float]) -> None:
-        for group in self.policy.optimizer.param_groups:
-            group["lr"] = learning_rates[group["role"]]
+        schedules = {"learning_rate": self.lr_schedule, "critic_learning_rate": self.critic_lr_schedule}
+        if self.critic_learning_rate is None:
+            del schedules["critic_learning_rate"]
+        rates = {keyword: schedule(progress_remaining) for keyword, schedule in schedules.items()}
+        for keyword, rate in rates.items():
+            check_number(f"{keyword}({progress_remaining:g})", rate, low=0)
+        return {"actor": rates["learning_rate"], "critic": rates.get("critic_learning_rate", rates["learning_rate"])}
 
     def _update_learning_rates(self) -> None:
         learning_rates = self._learning_rates(self._current_progress_remaining)
-        self._set_learning_rates(learning_rates)
+        set_learning_rates(self.policy.optimizer, learning_rates)
         self.logger.record("train/learning_rate", learning_rates["actor"])
         if self.critic_learning_rate is not None:
             self.logger.record("train/critic_learning_rate", learning_rates["critic"])
@@ -413,12 +393,6 @@ class VPG(RolloutCollector):
         own = (self.recorder.n_recorded, self.recorder.n_segments, self.recorder.n_episodes)
         return tuple(self.processes.sum(np.array(own)).astype(int).tolist())
 
-    def _check_losses(self, losses: dict[str, float]) -> None:
-        """:raises ValueError: if one of them is not finite"""
-        for name, loss in losses.items():
-            if not math.isfinite(loss):
-                self._raise_non_finite_update(name, loss)
-
     def _clip_gradients(self, name: str, parameters: list[th.nn.Parameter], policy_step_taken: bool = False) -> float:
         """
         :param policy_step_taken: whether the policy's step of this update was taken before
@@ -445,10 +419,6 @@ class VPG(RolloutCollector):
             "Very large rewards or observations are the usual cause: scale them, e.g. with VecNormalize, or lower the "
             "learning rate."
         )
-
-    # ------------------------------------------------------------------------------------------------------------
-    # Learning
-    # ------------------------------------------------------------------------------------------------------------
 
     def learn(
         self: SelfVPG,
@@ -479,26 +449,14 @@ class VPG(RolloutCollector):
         if self._resumes and not reset_num_timesteps and self.env is not None:
             set_random_states(self._random_states, self.env)
             if self.processes.rank > 0:
-                # The states are those of one process: the others go on with numbers that are drawn from them
+                # The states are those of one process: the other ranks draw seeds from them
                 self.set_random_seed(int(th.randint(2**31, ())))
         self._resumes = False
-        self._join_others(total_timesteps)
+        self.processes.begin(self, total_timesteps)
         if self.processes.rank > 0:
-            # One tells for all
+            # Only rank 0 logs
             self.verbose, self.tensorboard_log, progress_bar = 0, None, False
         return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)
-
-    def _join_others(self, total_timesteps: int) -> None:
-        """
-        :raises ValueError: if the process group is another one than when the model was made, or the ranks do not fit together
-        """
-        made_for, now = ((one.rank, one.size) for one in (self.processes, current_processes()))
-        if made_for != now:
-            raise ValueError(
-                f"The model was made in rank {made_for[0]} of {made_for[1]}, but is to learn in rank {now[0]} of {now[1]}: "
-                "make or load it after torch.distributed.init_process_group(), or destroy_process_group()"
-            )
-        self.processes.begin(self, total_timesteps)
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if progress_bar and self.processes.size > 1:
@@ -508,49 +466,5 @@ class VPG(RolloutCollector):
 
     def set_random_seed(self, seed: int | None = None) -> None:
         super().set_random_seed(self.processes.seed(seed, self.n_envs))
-        # These are the random numbers that are wanted
+        # These random numbers take precedence over those of a saved model
         self._resumes = False
-
-    # ------------------------------------------------------------------------------------------------------------
-    # Saving
-    # ------------------------------------------------------------------------------------------------------------
-
-    def save(
-        self,
-        path: str | Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
-        """
-        Save all the attributes of the object and the model parameters in a zip-file, with the states of the random number
-        generators. A file of that name stays as it is until the new one is whole, whatever happens in between.
-
-        :param path: path to the file where the rl agent should be saved
-        :param exclude: name of parameters that should be excluded in addition to the default ones
-        :param include: name of parameters that might be excluded but should be included anyway
-        """
-        self._random_states = get_random_states(self.env)
-        if isinstance(path, (str, Path)):
-            with replacing(model_path(path)) as file:
-                super().save(file, exclude, include)
-        else:
-            super().save(path, exclude, include)
-
-    @classmethod
-    def load(cls: type[SelfVPG], path: str | Path | io.BufferedIOBase, *args: Any, **kwargs: Any) -> SelfVPG:
-        """
-        Load the model from a zip-file. Parameters and return value are those of SB3's ``load``. The first
-        ``learn(reset_num_timesteps=False)`` goes on with the random numbers that would have come next, in the environments,
-        too, if their number is the same; not if a ``seed`` is given here, or by ``set_random_seed``.
-
-        Loading unpickles, and a pickle can execute anything: load only files you trust. ``set_parameters`` of a model that you
-        have constructed yourself takes weights alone; see the README.
-
-        :raises FileNotFoundError: if there is no such file
-        :raises ValueError: if the file is damaged, or not a model of VPG; nothing has been unpickled then
-        """
-        check_model_file(path, keyword="estimator")
-        model = super().load(path, *args, **kwargs)
-        # A file of before random states were saved has none
-        model._resumes = bool(model._random_states) and kwargs.get("seed") is None
-        return model

@@ -275,7 +275,7 @@ def make_models_that_are_refused() -> list[str]:
 def test_what_cannot_work_in_several_ranks_is_refused(tmp_path):
     for rank, messages in enumerate(in_ranks(make_models_that_are_refused, folder=tmp_path / "ranks")):
         assert "of which each of 2 ranks has a part; allowed: torch.nn.LayerNorm" in messages[0]
-        assert f"made in rank {rank} of 2, but is to learn in rank 0 of 1" in messages[1]
+        assert f"made in rank {rank} of 2, but learns in rank 0 of 1" in messages[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------

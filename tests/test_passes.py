@@ -5,11 +5,14 @@ import pytest
 import torch as th
 from envs import ACTION_SPACES, BOX
 from gymnasium import spaces
+from stable_baselines3 import A2C
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, MlpExtractor
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
 
-from sb3_vpg import LogisticPolicy
+from sb3_vpg import VPG, LogisticPolicy
 from sb3_vpg.common.policy_runner import LARGEST_NUMPY_PRODUCT, FastPolicyRunner, PolicyRunner, make_policy_runner
 
 DISCRETE = ACTION_SPACES["Discrete"]
@@ -65,7 +68,53 @@ def without_bias(policy):
 
 
 def spectral_norm(policy):
-    nn.utils.parametrizations.spectral_norm(policy.mlp_extractor.policy_net[2])
+    parametrizations.spectral_norm(policy.mlp_extractor.policy_net[2])
+    return policy
+
+
+def weight_norm(policy):
+    parametrizations.weight_norm(policy.mlp_extractor.policy_net[2])
+    parametrizations.weight_norm(policy.value_net)
+    return policy
+
+
+def pruned(policy):
+    prune.l1_unstructured(policy.mlp_extractor.policy_net[0], "weight", amount=0.5)
+    return policy
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x
+
+
+def parametrized_noise(policy):
+    parametrize.register_parametrization(policy, "log_std", Doubled())
+    return policy
+
+
+def other_layers(policy):
+    """Neither network can be gone through layer by layer."""
+    policy.mlp_extractor.policy_net = nn.Linear(3, 64)
+    policy.mlp_extractor.value_net = Doubled()
+    policy.value_net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+    return policy
+
+
+def own_forward_of_a_layer(policy):
+    layer = policy.mlp_extractor.policy_net[0]
+    layer.forward = lambda x: 2 * nn.Linear.forward(layer, x)
+    return policy
+
+
+def own_forward_of_an_activation(policy):
+    policy.mlp_extractor.policy_net[1].forward = lambda x: x.sigmoid()
+    return policy
+
+
+def more_than_flattened(policy):
+    for extractor in {policy.pi_features_extractor, policy.vf_features_extractor}:
+        extractor.flatten = nn.Sequential(nn.Flatten(), nn.Linear(3, 3))
     return policy
 
 
@@ -89,7 +138,21 @@ POLICIES = {
     "changed as a whole": lambda **kw: hook_of_all_layers(ActorCriticPolicy(BOX, DISCRETE, lambda _: 0.1, **kw)),
     "frozen": lambda **kw: frozen(ActorCriticPolicy(BOX, DISCRETE, lambda _: 0.1, **kw)),
     "without bias": lambda **kw: without_bias(ActorCriticPolicy(BOX, DISCRETE, lambda _: 0.1, **kw)),
-    "spectral norm": lambda **kw: spectral_norm(ActorCriticPolicy(BOX, DISCRETE, lambda _: 0.1, **kw)),
+    "parametrized noise": lambda **kw: parametrized_noise(ActorCriticPolicy(BOX, ACTION_SPACES["Box"], lambda _: 0.1, **kw)),
+    **{
+        changed.__name__.replace("_", " "): lambda changed=changed, **kw: changed(
+            ActorCriticPolicy(BOX, DISCRETE, lambda _: 0.1, **kw)
+        )
+        for changed in (
+            spectral_norm,
+            weight_norm,
+            pruned,
+            other_layers,
+            own_forward_of_a_layer,
+            own_forward_of_an_activation,
+            more_than_flattened,
+        )
+    },
 }
 # Few observations go through NumPy, many through PyTorch
 FEW, MANY = 5, 200
@@ -274,3 +337,139 @@ def test_observations_of_any_shape_and_type_are_taken_as_the_policy_takes_them()
                 expected = policy.get_distribution(x).get_actions()
             th.manual_seed(0)
             np.testing.assert_array_equal(make_policy_runner(policy).sample(x, with_values=False)[0], expected.numpy())
+
+
+def hooked(policy, name, hook):
+    """A hook of the module of this name; "" is the policy, None any module."""
+    if name is None:
+        return getattr(nn.modules.module, f"register_module_{hook}_hook")
+    return getattr(policy.get_submodule(name), f"register_{hook}_hook")
+
+
+EVERY_MODULE = [
+    "",
+    "features_extractor",
+    "features_extractor.flatten",
+    "mlp_extractor",
+    "mlp_extractor.policy_net",
+    "mlp_extractor.policy_net.0",
+    "mlp_extractor.policy_net.1",
+    "mlp_extractor.value_net",
+    "mlp_extractor.value_net.0",
+    "action_net",
+    "value_net",
+    None,
+]
+# Backward hooks of the others are not called by A2C: no gradient passes through the observations or policy.forward()
+WITH_GRADIENT = [name for name in EVERY_MODULE if name is None or name.startswith(("mlp_extractor", "action", "value"))]
+
+
+# PyTorch's: observations require no gradient, with A2C as with VPG
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize(
+    ("hook", "name"),
+    [(hook, name) for hook in ("forward", "forward_pre") for name in EVERY_MODULE]
+    + [(hook, name) for hook in ("full_backward", "full_backward_pre") for name in WITH_GRADIENT],
+)
+def test_a_hook_that_a2c_calls_is_called_in_rollout_and_update(hook, name):
+    """One gradient step per rollout and no learning rate: both train the same."""
+
+    def calls(algorithm, **kwargs):
+        model = algorithm(
+            "MlpPolicy", "CartPole-v1", n_steps=8, seed=0, policy_kwargs={"net_arch": [8]}, device="cpu", **kwargs
+        )
+        counts = {"rollout": 0, "update": 0}
+        during = "rollout"
+
+        def count(*args):
+            counts[during] += 1
+
+        def update(train=model.train):
+            nonlocal during
+            during = "update"
+            train()
+            during = "rollout"
+
+        model.train = update
+        handle = hooked(model.policy, name, hook)(count)
+        try:
+            model.learn(16)
+        finally:
+            handle.remove()
+        return counts
+
+    a2c, vpg = calls(A2C), calls(VPG, n_critic_updates=1)
+    assert a2c["rollout"] + a2c["update"] > 0
+    for part, n_calls in a2c.items():
+        assert (vpg[part] > 0) == (n_calls > 0), part
+    if "value" not in (name or "") and "forward" in hook:
+        # Values are computed for the whole rollout at once, unless features are shared
+        assert vpg["rollout"] >= 16
+
+
+def test_a_hook_of_the_features_extractor_is_called_once_in_each_pass(share):
+    policy = POLICIES["Discrete"](share_features_extractor=share)
+    calls = []
+    policy.pi_features_extractor.register_forward_hook(lambda *_: calls.append(1))
+    passes = make_policy_runner(policy)
+    x, actions = observations(FEW), th.zeros(FEW, 1)
+    passes.sample(x, with_values=True)
+    assert len(calls) == 1
+    passes.evaluate(x, actions, with_values=True)
+    assert len(calls) == 2
+
+
+def test_a_hook_of_the_features_extractor_that_changes_its_output_counts(share):
+    policy = POLICIES["Discrete"](share_features_extractor=share)
+    for extractor in {policy.pi_features_extractor, policy.vf_features_extractor}:
+        extractor.register_forward_hook(lambda module, args, output: 3 * output)
+    x, actions = observations(MANY), stored_actions(policy, MANY)
+    for theirs, ours in zip(
+        PolicyRunner(policy).evaluate(x, actions, True), make_policy_runner(policy).evaluate(x, actions, True)
+    ):
+        th.testing.assert_close(ours, theirs)
+
+
+def own_evaluation(policy):
+    evaluate_actions = policy.evaluate_actions
+    policy.evaluate_actions = lambda *args: [2 * x for x in evaluate_actions(*args)]
+
+
+def own_network(policy):
+    mlp = policy.mlp_extractor
+    mlp.forward = lambda features: (mlp.forward_actor(2 * features), mlp.forward_critic(3 * features))
+
+
+def own_extractor(policy):
+    policy.features_extractor = nn.Sequential(nn.Flatten(), Doubled())
+
+
+@pytest.mark.parametrize("replace", [own_evaluation, own_network, own_extractor])
+def test_what_is_replaced_in_a_policy_after_construction_counts(replace):
+    policy = POLICIES["Discrete"]()
+    with th.no_grad():
+        # Small at first
+        policy.action_net.weight *= 100
+    x, actions = observations(MANY), stored_actions(policy, MANY)
+    before = make_policy_runner(policy).evaluate(x, actions, with_values=True)
+    replace(policy)
+    expected = policy.evaluate_actions(x, actions.long().flatten())
+    after = make_policy_runner(policy).evaluate(x, actions, with_values=True)
+    for theirs, ours, old in zip(expected, after, before):
+        th.testing.assert_close(ours, theirs.flatten())
+        assert not th.allclose(ours, old)
+
+
+def test_hooks_registered_at_the_start_of_a_rollout_are_called_in_it():
+    calls = []
+
+    class Register(BaseCallback):
+        def _on_rollout_start(self):
+            if self.num_timesteps == 0:
+                self.model.policy.register_forward_hook(lambda *_: calls.append(1))
+
+        def _on_step(self):
+            return True
+
+    VPG("MlpPolicy", "CartPole-v1", n_steps=8, policy_kwargs={"net_arch": [8]}).learn(8, callback=Register())
+    assert len(calls) == 8

@@ -62,7 +62,17 @@ class SingleProcess:
         return seed
 
     def begin(self, model: OnPolicyAlgorithm, total_timesteps: int) -> None:
-        """Begin a training with the weights, the state of the optimizer, the counters and the statistics of rank 0."""
+        """
+        Begin a training with the weights, the state of the optimizer, the counters and the statistics of rank 0.
+
+        :raises ValueError: if the process group is another one than when the model was made, or the ranks have other settings
+        """
+        now = current_processes()
+        if (self.rank, self.size) != (now.rank, now.size):
+            raise ValueError(
+                f"The model was made in rank {self.rank} of {self.size}, but learns in rank {now.rank} of {now.size}: make or "
+                "load it after torch.distributed.init_process_group(), or destroy_process_group()"
+            )
 
     def propagate_errors(self) -> AbstractContextManager[None]:
         """In this context, up to :meth:`end_rollout`, an exception in one rank is raised in all."""
@@ -167,6 +177,7 @@ class ProcessGroup(SingleProcess):
     # --- Beginning
 
     def begin(self, model: OnPolicyAlgorithm, total_timesteps: int) -> None:
+        super().begin(model, total_timesteps)
         self._check_settings({**settings_of(model), "total_timesteps": total_timesteps})
         statistics = running_statistics(model.get_vec_normalize_env())
         state = io.BytesIO()

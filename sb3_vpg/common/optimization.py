@@ -32,7 +32,7 @@ def critic_only_parameters(policy: ActorCriticPolicy) -> set[int]:
         gradients = th.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)
         return [gradient is not None for gradient in gradients]
 
-    with forgetting_distributions(policy), thawed(parameters), th.enable_grad():
+    with forgetting_distributions(policy), unfrozen(parameters), th.enable_grad():
         action = policy._predict(obs, deterministic=True).detach()
         values, log_prob, entropy = policy.evaluate_actions(obs, action)
         in_value = depends(values.sum())
@@ -41,9 +41,9 @@ def critic_only_parameters(policy: ActorCriticPolicy) -> set[int]:
 
 
 @contextmanager
-def thawed(parameters: Iterable[th.nn.Parameter]) -> Iterator[None]:
+def unfrozen(parameters: Iterable[th.nn.Parameter]) -> Iterator[None]:
     """In this context all parameters require gradients, the frozen ones too."""
-    frozen = [p for p in parameters if not p.requires_grad]
+    frozen = [p for p in parameters if not p.requires_grad and p.is_floating_point()]
     for p in frozen:
         p.requires_grad_(True)
     try:
@@ -67,6 +67,21 @@ def split_parameter_groups(optimizer: th.optim.Optimizer, critic: set[int]) -> N
             if params:
                 groups.append({**group, "params": params, "role": role})
     optimizer.param_groups = groups
+
+
+def set_learning_rates(optimizer: th.optim.Optimizer, learning_rates: dict[str, float]) -> None:
+    """
+    :param optimizer: split by :func:`split_parameter_groups`
+    :param learning_rates: of "actor" and "critic"
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rates[group["role"]]
+
+
+def check_trainable(parameters: Iterable[th.nn.Parameter]) -> None:
+    """:raises ValueError: if all of the parameters are frozen"""
+    if not any(p.requires_grad for p in parameters):
+        raise ValueError("All parameters that the update trains are frozen (requires_grad=False): unfreeze at least one layer")
 
 
 def fuse_adam(optimizer: th.optim.Optimizer) -> None:

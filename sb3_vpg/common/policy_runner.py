@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 import torch as th
@@ -26,10 +26,12 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Flatten
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import _has_any_global_hook
 
 from sb3_vpg.common.threads import one_thread
 
 Layer = Callable[[th.Tensor], th.Tensor]
+ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 LOG_2_PI = math.log(2 * math.pi)
 #: OpenBLAS, NumPy's, does not heed PyTorch's number of threads, but has one thread for products of matrices up to this size
@@ -50,11 +52,20 @@ SB3_FORWARD = (
 
 def has_sb3_forward(policy: ActorCriticPolicy) -> bool:
     """
-    :return: whether the passes of the policy are SB3's own, so that actions, log probabilities and values may be computed
-        separately and in batches
+    :return: whether the forward passes of the policy are SB3's own, without hooks of the policy itself, so that actions, log
+        probabilities and values may be computed separately and in batches
     """
     # A policy compiled by th.compile() has another type, without these
-    return all(getattr(type(policy), name, None) is getattr(ActorCriticPolicy, name) for name in SB3_FORWARD)
+    if any(getattr(type(policy), name, None) is not getattr(ActorCriticPolicy, name) for name in SB3_FORWARD):
+        return False
+    # Called as a whole by SB3's passes, not by separate ones
+    if _has_hooks(policy) or _has_hooks(policy.mlp_extractor):
+        return False
+    # Replaced after construction
+    if not vars(policy).keys().isdisjoint(SB3_FORWARD) or "forward" in vars(policy.mlp_extractor):
+        return False
+    shared = policy.features_extractor is policy.pi_features_extractor is policy.vf_features_extractor
+    return shared or not policy.share_features_extractor
 
 
 @contextmanager
@@ -100,14 +111,29 @@ def _linear_tanh(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+    """Whether a call of the module calls hooks: its own or, of any module, those registered for all modules."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or _has_any_global_hook()
+
+
+def _is_plain(module: nn.Module | None, kind: type[ModuleType]) -> TypeGuard[ModuleType]:
+    """Whether the module computes what modules of this kind do: neither a subclass nor a ``forward()`` of its own."""
+    return type(module) is kind and "forward" not in vars(module)
 
 
 def _is_plain_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
     """Whether NumPy can compute the layer: with a bias, in single precision, on a CPU."""
-    if type(module) is not nn.Linear or module.bias is None:
+    if not _is_plain(module, nn.Linear) or module.bias is None:
         return False
     return module.weight.is_cpu and module.weight.dtype == th.float32
+
+
+def _only_flattens(extractor: nn.Module) -> bool:
+    """Whether the features are the flattened observation, and no hook sees them."""
+    if not _is_plain(extractor, FlattenExtractor) or any(map(_has_hooks, extractor.modules())):
+        return False
+    flatten = extractor.flatten
+    return _is_plain(flatten, nn.Flatten) and (flatten.start_dim, flatten.end_dim) == (1, -1)
 
 
 def _fused(linear: nn.Linear) -> Layer:
@@ -128,7 +154,7 @@ def layers_of(*modules: nn.Module) -> list[Layer]:
     layers: list[Layer] = []
     previous: nn.Module | None = None
     for module in modules:
-        if type(module) is nn.Tanh and _is_plain_linear(previous) and not _has_hooks(previous) and not _has_hooks(module):
+        if _is_plain(module, nn.Tanh) and _is_plain_linear(previous) and not _has_hooks(previous) and not _has_hooks(module):
             layers[-1] = _fused(previous)
         else:
             layers.append(module if _has_hooks(module) else module.forward)
@@ -329,12 +355,14 @@ class FastPolicyRunner(PolicyRunner):
         extractors = (policy.pi_features_extractor, policy.vf_features_extractor)
         flat = isinstance(policy.observation_space, spaces.Box) and not is_image_space(policy.observation_space)
         #: What extract_features() comes down to in the most common case
-        self._only_flatten = flat and all(type(extractor) is FlattenExtractor for extractor in extractors)
+        self._only_flatten = flat and all(map(_only_flattens, extractors))
         #: Features that take time and serve actor and critic alike
         self.shares_features = policy.share_features_extractor and not self._only_flatten
         self._head = HEADS.get(type(policy.action_dist), Head)(policy)
         mlp = policy.mlp_extractor
-        self._plain = type(mlp) is MlpExtractor and not any(map(_has_hooks, (mlp, mlp.policy_net, mlp.value_net)))
+        self._plain = _is_plain(mlp, MlpExtractor) and all(
+            _is_plain(network, nn.Sequential) and not _has_hooks(network) for network in (mlp.policy_net, mlp.value_net)
+        )
         self._actor: list[Layer] = layers_of(*mlp.policy_net) if self._plain else [mlp.forward_actor]
         critic: list[Layer] = layers_of(*mlp.value_net) if self._plain else [mlp.forward_critic]
         self._critic = [*critic, *layers_of(policy.value_net)]
@@ -355,7 +383,7 @@ class FastPolicyRunner(PolicyRunner):
             return None
         modules = [*self.policy.mlp_extractor.policy_net, self.policy.action_net]
         linears, activations = modules[::2], modules[1::2]
-        fits = all(map(_is_plain_linear, linears)) and all(type(module) is nn.Tanh for module in activations)
+        fits = all(map(_is_plain_linear, linears)) and all(_is_plain(module, nn.Tanh) for module in activations)
         return None if not fits or any(map(_has_hooks, modules)) else SmallActor(linears, self._head)
 
     def _features(self, obs: PyTorchObs, extractor: BaseFeaturesExtractor) -> th.Tensor:
