@@ -8,11 +8,13 @@ they are imported, or :func:`register` does so explicitly, as ``python -m sb3_vp
 import functools
 import importlib
 import inspect
+import json
 import os
 import re
 import signal
 import sys
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -27,7 +29,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from sb3_vpg import distributed, hub
 from sb3_vpg.distributed import ProcessGroup
 from sb3_vpg.envs import ENVIRONMENTS
-from sb3_vpg.torchrun import data_parallel, launched
+from sb3_vpg.saving import check_model_file
+from sb3_vpg.torchrun import data_parallel, launched, restarted
 from sb3_vpg.vec_env import NativeVecEnv
 from sb3_vpg.vpg import VPG
 
@@ -126,8 +129,16 @@ def _add_default_config(manager: Any) -> None:
 
 
 def _let_runs_go_on(manager: Any) -> None:
-    original_load = manager._load_pretrained_agent
+    original_load, original_create_log_folder = manager._load_pretrained_agent, manager.create_log_folder
     original_callbacks, original_normalize = manager.create_callbacks, manager._maybe_normalize
+
+    @functools.wraps(original_create_log_folder)
+    def create_log_folder_if_budget_is_left(self: Any) -> None:
+        """An error leaves no folder of a run that has not begun."""
+        # Where torchrun has started its processes again, the last checkpoint may be the end of the run
+        if self.algo == "vpg" and self.continue_training and not restarted():
+            check_budget(self.trained_agent, self.n_timesteps)
+        original_create_log_folder(self)
 
     @functools.wraps(original_callbacks)
     def callbacks_with_statistics(self: Any) -> None:
@@ -156,6 +167,7 @@ def _let_runs_go_on(manager: Any) -> None:
             model.__class__ = ContinuedVPG
             # The zoo always gives a seed
             model._resumes = bool(model._random_states)
+            print(f"Continuing: {model.num_timesteps} of {self.n_timesteps} steps are done")
         return model
 
     def until_terminated(method: Callable[..., None]) -> Callable[..., None]:
@@ -171,6 +183,7 @@ def _let_runs_go_on(manager: Any) -> None:
 
         return heedful
 
+    manager.create_log_folder = create_log_folder_if_budget_is_left
     manager._load_pretrained_agent = load_and_continue
     manager.learn = until_terminated(manager.learn)
     manager.hyperparameters_optimization = until_terminated(manager.hyperparameters_optimization)
@@ -183,12 +196,27 @@ class ContinuedVPG(VPG):
 
     def learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> "ContinuedVPG":
         """
-        :param total_timesteps: of the run that was interrupted and this one together; of this one alone, if the other had come
-            to its end
+        :param total_timesteps: the budget of the whole run, including what the loaded model has been trained for
         """
-        if self.num_timesteps < total_timesteps:
-            total_timesteps -= self.num_timesteps
-        return super().learn(total_timesteps, *args, **{**kwargs, "reset_num_timesteps": False})
+        return super().learn(total_timesteps - self.num_timesteps, *args, **{**kwargs, "reset_num_timesteps": False})
+
+
+def check_budget(model_file: str | Path, n_timesteps: int) -> None:
+    """
+    Check that there are steps left to train. Nothing is unpickled.
+
+    :param model_file: the model to be trained further
+    :param n_timesteps: the budget of the whole run, including what the model has been trained for
+    :raises ValueError: if the budget is used up, or the file is not a model of VPG
+    """
+    check_model_file(model_file, keyword="estimator")
+    with zipfile.ZipFile(model_file) as archive:
+        done = json.loads(archive.read("data"))["num_timesteps"]
+    if done >= n_timesteps:
+        raise ValueError(
+            f"{model_file} has been trained for {done} steps. The budget of the whole run (-n, or the entry's n_timesteps) is "
+            f"{n_timesteps}: no steps are left. To train it for {n_timesteps} steps more, give -n {done + n_timesteps}"
+        )
 
 
 @contextmanager

@@ -79,11 +79,62 @@ def test_enjoy_plays_the_trained_agent(installed: Environment, trained: str):
     assert re.search(r"Mean reward: \d+", output)
 
 
-def test_training_goes_on_from_a_trained_agent(installed: Environment, trained: str):
+@pytest.fixture(scope="module")
+def trained_for_1000_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learned for 1000 steps, in rollouts of 50."""
+    file = tmp_path_factory.mktemp("trained") / "model.zip"
+    policy_kwargs = {"net_arch": [16]}
+    VPG("MlpPolicy", "CartPole-v1", n_steps=50, policy_kwargs=policy_kwargs, seed=1).learn(1000).save(file)
+    return file
+
+
+@pytest.mark.parametrize(("n", "steps_more"), [(1001, 50), (1050, 50), (1051, 100), (1500, 500), (2000, 1000)])
+def test_n_is_the_budget_of_the_loaded_model_and_the_run_together(trained_for_1000_steps: Path, n: int, steps_more: int):
+    zoo.check_budget(trained_for_1000_steps, n)
+    model = zoo.ContinuedVPG.load(trained_for_1000_steps, env=gym.make("CartPole-v1")).learn(n)
+    assert model.num_timesteps == 1000 + steps_more
+
+
+@pytest.mark.parametrize("n", [1, 999, 1000])
+def test_a_budget_that_is_used_up_is_refused(trained_for_1000_steps: Path, n: int):
+    message = f"trained for 1000 steps. .* is {n}: no steps are left. To train it for {n} steps more, give -n {1000 + n}$"
+    with pytest.raises(ValueError, match=message):
+        zoo.check_budget(trained_for_1000_steps, n)
+
+
+def test_where_the_budget_is_used_up_nothing_is_left_to_train(trained_for_1000_steps: Path):
+    model = zoo.ContinuedVPG.load(trained_for_1000_steps, env=gym.make("CartPole-v1")).learn(900)
+    assert (model.num_timesteps, model._n_updates) == (1000, 20)
+
+
+def test_training_goes_on_until_the_budget_of_both_runs_is_used_up(installed: Environment, trained: str):
     agent = "trained/vpg/CartPole-v1_1/CartPole-v1.zip"
-    output = output_of(installed.run(*zoo_command(*TRAIN_CARTPOLE, "-n", "300", "-f", "continued", "-i", agent)))
-    assert "Loading pretrained agent" in output
+    command = zoo_command(*TRAIN_CARTPOLE, "-f", "continued", "-i", agent)
+    process = installed.run(*command, "-n", "500")
+    assert process.returncode == 1
+    # More than the 500 that it was told to: a rollout of whole episodes ends with them
+    done = int(re.search(f"ValueError: {agent} has been trained for (\\d+) steps", process.stderr)[1])
+    assert done > 500
+    assert not (installed.cwd / "continued").exists()
+
+    output = output_of(installed.run(*command, "-n", str(done + 1)))
+    assert f"Continuing: {done} of {done + 1} steps are done" in output
     assert (installed.cwd / "continued/vpg/CartPole-v1_1/CartPole-v1.zip").is_file()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_at_the_end_of_the_run_is_what_a_restarted_job_saves(installed: Environment, trained: str):
+    agent = "trained/vpg/CartPole-v1_1/CartPole-v1.zip"
+    command = zoo_command(*TRAIN_CARTPOLE, "-n", "500", "-f", "restarted", "-i", agent)
+    # torchrun's name for the number of times that it has started a job again
+    output_of(installed.run(*command, env={"TORCHELASTIC_RESTART_COUNT": "1"}))
+    same = """
+import sys
+from sb3_vpg import VPG
+first, second = map(VPG.load, sys.argv[1:])
+print(first.num_timesteps == second.num_timesteps, first._n_updates == second._n_updates)
+"""
+    assert output_of(installed.run("-c", same, agent, "restarted/vpg/CartPole-v1_1/CartPole-v1.zip")) == "True True\n"
 
 
 COUNTERS_OF = """
