@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import gymnasium as gym
 import yaml
-from stable_baselines3.common.callbacks import CheckpointCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_vpg import distributed, hub
@@ -52,6 +52,11 @@ FORMULATIONS: dict[str, tuple[str, str | None]] = {
     }.items()
     for baseline in baselines
 }
+
+#: Steps of a rollout that Optuna chooses from, all environments together
+SMALLEST_BATCH, LARGEST_BATCH = 32, 16384
+#: Updates that the budget of a trial is enough for, at least
+UPDATES_OF_A_TRIAL = 8
 
 
 def register() -> None:
@@ -82,7 +87,11 @@ def _add_algorithm(utils: ModuleType) -> None:
 def _add_search_space(hyperparams_opt: ModuleType) -> None:
     convert = functools.partial(convert_vpg_params, convert_onpolicy_params=hyperparams_opt.convert_onpolicy_params)
     hyperparams_opt.HYPERPARAMS_CONVERTER["vpg"] = convert
-    hyperparams_opt.HYPERPARAMS_SAMPLER["vpg"] = lambda trial, *_: convert(sample_vpg_params(trial))
+
+    def sample(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+        return convert(sample_vpg_params(trial, n_envs, trial.user_attrs.get("n_timesteps")))
+
+    hyperparams_opt.HYPERPARAMS_SAMPLER["vpg"] = sample
 
 
 def _extend_manager(exp_manager: Any) -> None:
@@ -90,6 +99,7 @@ def _extend_manager(exp_manager: Any) -> None:
         return
     exp_manager.knows_vpg = True
     _add_default_config(exp_manager.ExperimentManager)
+    _bound_trials(exp_manager.ExperimentManager)
     _let_runs_go_on(exp_manager.ExperimentManager)
     processes = distributed.current()
     if isinstance(processes, ProcessGroup):
@@ -126,6 +136,38 @@ def _add_default_config(manager: Any) -> None:
 
     manager.__init__ = init_with_own_config
     manager._preprocess_schedules = staticmethod(with_critic_schedule)
+
+
+def _bound_trials(manager: Any) -> None:
+    original_optimization, original_objective = manager.hyperparameters_optimization, manager.objective
+
+    @functools.wraps(original_optimization)
+    def optimization_within_budget(self: Any) -> None:
+        if self.algo == "vpg":
+            specified = self.specified_callbacks or []
+            specified = specified if isinstance(specified, list) else [specified]
+            self.specified_callbacks = [*specified, f"{__name__}.{StopAtBudget.__name__}"]
+        original_optimization(self)
+
+    @functools.wraps(original_objective)
+    def objective_with_budget(self: Any, trial: "optuna.Trial") -> float:
+        """The zoo does not pass the budget of a trial to the function that draws its hyperparameters."""
+        if self.algo == "vpg":
+            trial.set_user_attr("n_timesteps", self.n_timesteps)
+        return original_objective(self, trial)
+
+    manager.hyperparameters_optimization = optimization_within_budget
+    manager.objective = objective_with_budget
+
+
+class StopAtBudget(BaseCallback):
+    """
+    Stop a trial as soon as its budget is used up, also within a rollout: one of whole episodes may have many more steps. The
+    zoo evaluates within the budget, so the rest of the rollout would not change the value of the trial.
+    """
+
+    def _on_step(self) -> bool:
+        return self.num_timesteps < self.model._total_timesteps
 
 
 def _let_runs_go_on(manager: Any) -> None:
@@ -264,17 +306,28 @@ PATCHES: dict[str, Callable[[ModuleType], None]] = {
 }
 
 
-def sample_vpg_params(trial: "optuna.Trial") -> dict[str, Any]:
+def sample_vpg_params(trial: "optuna.Trial", n_envs: int, n_timesteps: int | None = None) -> dict[str, Any]:
     """
     Draw hyperparameters of VPG. Estimator and baseline are drawn together, so that every draw is a valid combination.
+    ``n_steps`` is drawn so that the batch in all, ``n_envs * n_steps``, is 32 to 16384 steps and less than an eighth of the
+    budget; it is 1 where even that is more.
 
     :param trial: the trial to draw for
+    :param n_envs: number of environments that the trial trains in
+    :param n_timesteps: the budget of the trial, all environments together; None if it is not known
     :return: the drawn values under the names of Optuna's study, to be converted by :func:`convert_vpg_params`
     """
+    largest_batch = LARGEST_BATCH
+    if n_timesteps is not None:
+        # Less than a whole part of the budget: where it ends, the last update is still to come
+        largest_batch = min((n_timesteps - 1) // UPDATES_OF_A_TRIAL, LARGEST_BATCH)
+    # Powers of two: the last that is not too large, the first that is not too small
+    highest = max(largest_batch // n_envs, 1).bit_length() - 1
+    lowest = min(((SMALLEST_BATCH - 1) // n_envs).bit_length(), highest)
     params: dict[str, Any] = {
         "formulation": trial.suggest_categorical("formulation", list(FORMULATIONS)),
         "normalize_advantage": trial.suggest_categorical("normalize_advantage", [False, True]),
-        "n_steps_pow": trial.suggest_int("n_steps_pow", 3, 11),
+        "n_steps_pow": trial.suggest_int("n_steps_pow", lowest, highest),
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.0001, 0.1, log=True),
         "one_minus_gae_lambda": trial.suggest_float("one_minus_gae_lambda", 0.0001, 0.2, log=True),
         "learning_rate": trial.suggest_float("learning_rate", 1e-4, 0.03, log=True),
@@ -289,6 +342,7 @@ def sample_vpg_params(trial: "optuna.Trial") -> dict[str, Any]:
     trial.set_user_attr("gamma", 1 - params["one_minus_gamma"])
     trial.set_user_attr("gae_lambda", 1 - params["one_minus_gae_lambda"])
     trial.set_user_attr("n_steps", 2 ** params["n_steps_pow"])
+    trial.set_user_attr("batch_size", n_envs * 2 ** params["n_steps_pow"])
     return params
 
 
