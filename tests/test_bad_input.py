@@ -455,6 +455,14 @@ def test_a_loss_or_gradient_that_overflows_stops_training_and_changes_nothing(re
     assert all(p.isfinite().all() for p in model.policy.parameters())
 
 
+def test_a_further_critic_pass_that_overflows_stops_training_with_finite_weights():
+    # After a first step this long, the square of the error is not a number of single precision
+    model = small_model(n_critic_updates=2, critic_learning_rate=1e30, max_grad_norm=None)
+    with pytest.raises(ValueError, match=r"[Nn]on-finite value (loss|gradient) \((inf|nan)\) in update 1 "):
+        model.learn(8)
+    assert all(p.isfinite().all() for p in model.policy.parameters())
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Episodes that do not end
 # ---------------------------------------------------------------------------------------------------------------
