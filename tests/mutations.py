@@ -49,26 +49,26 @@ class Fault(NamedTuple):
     what: str
     tests: Sequence[str]
 
-    def planted(self) -> str:
+    def planted(self, checkout: Path) -> str:
         """
         :return: the file with the fault
-        :raises ValueError: if its text is not there, or more than once
+        :raises ValueError: if the text is not there, or more than once
         """
-        path = CHECKOUT / "sb3_vpg" / self.file
+        path = checkout / "sb3_vpg" / self.file
         source = path.read_text() if path.is_file() else ""
         if source.count(self.find) != 1:
             raise ValueError(f"{self.find!r} occurs {source.count(self.find)} times in sb3_vpg/{self.file}, not once")
         return source.replace(self.find, self.replace)
 
 
-def run(tests: Sequence[str], fault: Fault | None = None) -> tuple[str, str]:
+def run(original: Path, tests: Sequence[str], fault: Fault | None = None) -> tuple[str, str]:
     """:return: what came of it, and the test that failed or the end of the output"""
     with tempfile.TemporaryDirectory(prefix="mutations_") as folder:
         checkout = Path(folder) / "checkout"
-        shutil.copytree(CHECKOUT, checkout, ignore=NOT_COPIED)
+        shutil.copytree(original, checkout)
         if fault is not None:
             try:
-                (checkout / "sb3_vpg" / fault.file).write_text(fault.planted())
+                (checkout / "sb3_vpg" / fault.file).write_text(fault.planted(original))
             except ValueError as error:
                 return "ERROR", str(error)
         env = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -94,45 +94,42 @@ def main() -> int:
     parser.add_argument("-k", metavar="TEXT", default="", help="only faults with this text in their file or description")
     parser.add_argument("--first", metavar="N", type=int, default=1, help="begin with the N-th, where a run was stopped")
     parser.add_argument("--processes", type=int, default=2, help="faults at a time")
-    parser.add_argument("--list", action="store_true", help="print the faults and look for their texts, run nothing")
+    parser.add_argument(
+        "--list", action="store_true", help="print the faults, and which of their texts are not there; run nothing"
+    )
     args = parser.parse_args()
 
     table = tomllib.loads((CHECKOUT / "tests" / "mutations.toml").read_text())
     every = [Fault(i, **{"tests": table["tests"][x["file"]], **x}) for i, x in enumerate(table["faults"], start=1)]
     faults = [fault for fault in every if fault.number >= args.first and args.k in f"{fault.file}: {fault.what}"]
 
-    def try_out(fault: Fault) -> str:
+    if args.list:
+        for fault in faults:
+            print(f"{fault.number:4} {fault.file}: {fault.what}")
+            try:
+                fault.planted(CHECKOUT)
+            except ValueError as error:
+                print(f"     ERROR: {error}")
+        return 0
+
+    def try_out(fault: Fault) -> None:
         begin = time.monotonic()
-        harmed = [f"{test} without the fault: {unharmed[test][1]}" for test in fault.tests if unharmed[test][0] != "SURVIVED"]
-        outcome, detail = ("ERROR", harmed[0]) if harmed else run(fault.tests, fault)
-        print(
-            f"{fault.number:4} {outcome} in {time.monotonic() - begin:.0f} s  {fault.file}: {fault.what}  [{detail}]",
-            flush=True,
-        )
-        return outcome
+        harmed = [f"{test} without it: {unharmed[test][1]}" for test in fault.tests if unharmed[test][0] != "SURVIVED"]
+        outcome, detail = ("ERROR", harmed[0]) if harmed else run(original, fault.tests, fault)
+        line = f"{fault.number:4} {outcome} in {time.monotonic() - begin:.0f} s  {fault.file}: {fault.what}  [{detail}]"
+        print(line, flush=True)
+        survivors.extend([] if outcome.startswith("caught") else [line])
 
-    def look_up(fault: Fault) -> str:
-        print(f"{fault.number:4} {fault.file}: {fault.what}")
-        try:
-            fault.planted()
-        except ValueError as error:
-            print(f"     ERROR: {error}")
-            return "ERROR"
-        return "found"
-
-    with ThreadPoolExecutor(args.processes) as pool:
-        if args.list:
-            outcomes = list(map(look_up, faults))
-        else:
-            tests = sorted({test for fault in faults for test in fault.tests})
-            unharmed = dict(zip(tests, pool.map(lambda test: run([test]), tests)))
-            outcomes = list(pool.map(try_out, faults))
-    good = [outcome.startswith(("caught", "found")) for outcome in outcomes]
-    print(f"{'found' if args.list else 'caught'} {sum(good)} of {len(faults)} ({sum(good) / max(len(faults), 1):.1%})")
-    for fault, outcome, is_good in zip(faults, outcomes, good):
-        if not is_good:
-            print(f"{outcome:8} {fault.number:4} {fault.file}: {fault.what}")
-    return int(not all(good))
+    survivors: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="mutations_") as folder, ThreadPoolExecutor(args.processes) as pool:
+        # The checkout may be worked on meanwhile
+        original = Path(shutil.copytree(CHECKOUT, Path(folder) / "original", ignore=NOT_COPIED))
+        tests = sorted({test for fault in faults for test in fault.tests})
+        unharmed = dict(zip(tests, pool.map(lambda test: run(original, [test]), tests)))
+        list(pool.map(try_out, faults))
+    n_caught = len(faults) - len(survivors)
+    print(f"caught {n_caught} of {len(faults)} ({n_caught / max(len(faults), 1):.1%})", *survivors, sep="\n")
+    return int(bool(survivors))
 
 
 if __name__ == "__main__":

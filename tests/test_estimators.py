@@ -135,9 +135,10 @@ def test_without_spread_normalisation_centres_and_does_not_scale(x, normalize):
     np.testing.assert_allclose(result, 0, atol=1e-6 * abs(x[0]))
 
 
-def test_rounding_noise_is_not_blown_up_to_unit_variance():
+@pytest.mark.parametrize("normalize", [est.normalize_batch, est.normalize_episode])
+def test_rounding_noise_is_not_blown_up_to_unit_variance(normalize):
     noise = 1000 * (1 + 1e-9 * np.random.default_rng(0).normal(size=(50, 1)))
-    assert np.abs(est.normalize_batch(noise, np.ones((50, 1), dtype=bool), last_of(50))).max() < 1e-5
+    assert np.abs(normalize(noise, np.ones((50, 1), dtype=bool), last_of(50))).max() < 1e-5
 
 
 def test_normalisation_ignores_unrecorded_steps():
