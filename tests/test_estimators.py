@@ -95,6 +95,27 @@ def test_gae_by_hand():
     np.testing.assert_array_equal(result, column(1 + 1 / 4, 2 - 1, -4, -6))
 
 
+def test_targets_of_the_value_function_by_hand():
+    # Three steps, every value 8, and 0 after the last step
+    x = rollout(column(1, 2, 4), last_of(3), values=column(8, 8, 8), next_values=column(8, 8, 0))
+    to_go = column(1 + 2 / 2 + 4 / 4, 2 + 4 / 2, 4)
+    targets = {
+        "total_return": to_go,
+        "reward_to_go": to_go,
+        "td_residual": column(1 + 8 / 2, 2 + 8 / 2, 4),
+        # TD residuals -3, -2, -4
+        "gae": 8 + column(-3 - 2 / 4 - 4 / 16, -2 - 4 / 4, -4),
+    }
+    for estimator, target in targets.items():
+        np.testing.assert_array_equal(Formulation(estimator, gamma=HALF, gae_lambda=HALF)(x)[1], target)
+
+
+@pytest.mark.parametrize("estimator", ["td_residual", "gae"])
+def test_the_value_function_is_subtracted_once_whether_it_is_named_or_not(estimator):
+    x = random_rollout(0)
+    np.testing.assert_array_equal(Formulation(estimator, "value")(x), Formulation(estimator, None)(x))
+
+
 def test_baselines_by_hand():
     # Episodes of psi (1, 3), (5,) and, in the second column, (9, 7, 2)
     psi = np.array([[1.0, 9], [3, 7], [5, 2]])
