@@ -8,11 +8,13 @@ they are imported, or :func:`register` does so explicitly, as ``python -m sb3_vp
 import functools
 import importlib
 import inspect
+import json
 import os
 import re
 import signal
 import sys
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -21,14 +23,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import gymnasium as gym
 import yaml
-from stable_baselines3.common.callbacks import CheckpointCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
-from sb3_vpg import hub
-from sb3_vpg.common.collectives import ProcessGroup, current_processes
-from sb3_vpg.distributed.launcher import data_parallel, launched
+from sb3_vpg import distributed, hub
+from sb3_vpg.distributed import ProcessGroup
 from sb3_vpg.envs import ENVIRONMENTS
-from sb3_vpg.envs.native_vec_env import NativeVecEnv
+from sb3_vpg.saving import check_model_file
+from sb3_vpg.torchrun import data_parallel, launched, restarted
+from sb3_vpg.vec_env import NativeVecEnv
 from sb3_vpg.vpg import VPG
 
 if TYPE_CHECKING:
@@ -49,6 +52,11 @@ FORMULATIONS: dict[str, tuple[str, str | None]] = {
     }.items()
     for baseline in baselines
 }
+
+#: Steps of a rollout that Optuna chooses from, all environments together
+SMALLEST_BATCH, LARGEST_BATCH = 32, 16384
+#: Updates that the budget of a trial is enough for, at least
+UPDATES_OF_A_TRIAL = 8
 
 
 def register() -> None:
@@ -79,7 +87,11 @@ def _add_algorithm(utils: ModuleType) -> None:
 def _add_search_space(hyperparams_opt: ModuleType) -> None:
     convert = functools.partial(convert_vpg_params, convert_onpolicy_params=hyperparams_opt.convert_onpolicy_params)
     hyperparams_opt.HYPERPARAMS_CONVERTER["vpg"] = convert
-    hyperparams_opt.HYPERPARAMS_SAMPLER["vpg"] = lambda trial, *_: convert(sample_vpg_params(trial))
+
+    def sample(trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+        return convert(sample_vpg_params(trial, n_envs, trial.user_attrs.get("n_timesteps")))
+
+    hyperparams_opt.HYPERPARAMS_SAMPLER["vpg"] = sample
 
 
 def _extend_manager(exp_manager: Any) -> None:
@@ -87,8 +99,9 @@ def _extend_manager(exp_manager: Any) -> None:
         return
     exp_manager.knows_vpg = True
     _add_default_config(exp_manager.ExperimentManager)
+    _bound_trials(exp_manager.ExperimentManager)
     _let_runs_go_on(exp_manager.ExperimentManager)
-    processes = current_processes()
+    processes = distributed.current()
     if isinstance(processes, ProcessGroup):
         exp_manager.ExperimentManager = data_parallel(exp_manager, processes)
 
@@ -101,7 +114,7 @@ def _add_default_config(manager: Any) -> None:
     def init_with_own_config(*args: Any, **kwargs: Any) -> None:
         bound = signature.bind(*args, **kwargs)
         algo, env_id = bound.arguments["algo"], bound.arguments["env_id"]
-        if algo == "vpg" and launched() and current_processes().size != int(os.environ["WORLD_SIZE"]):
+        if algo == "vpg" and launched() and distributed.current().size != int(os.environ["WORLD_SIZE"]):
             raise ValueError("VPG trains on several processes with `torchrun ... -m sb3_vpg train`, not with rl_zoo3.train")
         if not bound.arguments.get("config"):
             bound.arguments["config"] = _own_config(algo, env_id)
@@ -125,9 +138,49 @@ def _add_default_config(manager: Any) -> None:
     manager._preprocess_schedules = staticmethod(with_critic_schedule)
 
 
+def _bound_trials(manager: Any) -> None:
+    original_optimization, original_objective = manager.hyperparameters_optimization, manager.objective
+
+    @functools.wraps(original_optimization)
+    def optimization_within_budget(self: Any) -> None:
+        if self.algo == "vpg":
+            specified = self.specified_callbacks or []
+            specified = specified if isinstance(specified, list) else [specified]
+            self.specified_callbacks = [*specified, f"{__name__}.{StopAtBudget.__name__}"]
+        original_optimization(self)
+
+    @functools.wraps(original_objective)
+    def objective_with_budget(self: Any, trial: "optuna.Trial") -> float:
+        """The zoo does not pass the budget of a trial to the function that draws its hyperparameters."""
+        if self.algo == "vpg":
+            trial.set_user_attr("n_timesteps", self.n_timesteps)
+        return original_objective(self, trial)
+
+    manager.hyperparameters_optimization = optimization_within_budget
+    manager.objective = objective_with_budget
+
+
+class StopAtBudget(BaseCallback):
+    """
+    Stop a trial as soon as its budget is used up, also within a rollout: one of whole episodes may have many more steps. The
+    zoo evaluates within the budget, so the rest of the rollout would not change the value of the trial.
+    """
+
+    def _on_step(self) -> bool:
+        return self.num_timesteps < self.model._total_timesteps
+
+
 def _let_runs_go_on(manager: Any) -> None:
-    original_load = manager._load_pretrained_agent
+    original_load, original_create_log_folder = manager._load_pretrained_agent, manager.create_log_folder
     original_callbacks, original_normalize = manager.create_callbacks, manager._maybe_normalize
+
+    @functools.wraps(original_create_log_folder)
+    def create_log_folder_if_budget_is_left(self: Any) -> None:
+        """An error leaves no folder of a run that has not begun."""
+        # Where torchrun has started its processes again, the last checkpoint may be the end of the run
+        if self.algo == "vpg" and self.continue_training and not restarted():
+            check_budget(self.trained_agent, self.n_timesteps)
+        original_create_log_folder(self)
 
     @functools.wraps(original_callbacks)
     def callbacks_with_statistics(self: Any) -> None:
@@ -156,6 +209,7 @@ def _let_runs_go_on(manager: Any) -> None:
             model.__class__ = ContinuedVPG
             # The zoo always gives a seed
             model._resumes = bool(model._random_states)
+            print(f"Continuing: {model.num_timesteps} of {self.n_timesteps} steps are done")
         return model
 
     def until_terminated(method: Callable[..., None]) -> Callable[..., None]:
@@ -171,6 +225,7 @@ def _let_runs_go_on(manager: Any) -> None:
 
         return heedful
 
+    manager.create_log_folder = create_log_folder_if_budget_is_left
     manager._load_pretrained_agent = load_and_continue
     manager.learn = until_terminated(manager.learn)
     manager.hyperparameters_optimization = until_terminated(manager.hyperparameters_optimization)
@@ -183,12 +238,27 @@ class ContinuedVPG(VPG):
 
     def learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> "ContinuedVPG":
         """
-        :param total_timesteps: of the run that was interrupted and this one together; of this one alone, if the other had come
-            to its end
+        :param total_timesteps: the budget of the whole run, including what the loaded model has been trained for
         """
-        if self.num_timesteps < total_timesteps:
-            total_timesteps -= self.num_timesteps
-        return super().learn(total_timesteps, *args, **{**kwargs, "reset_num_timesteps": False})
+        return super().learn(total_timesteps - self.num_timesteps, *args, **{**kwargs, "reset_num_timesteps": False})
+
+
+def check_budget(model_file: str | Path, n_timesteps: int) -> None:
+    """
+    Check that there are steps left to train. Nothing is unpickled.
+
+    :param model_file: the model to be trained further
+    :param n_timesteps: the budget of the whole run, including what the model has been trained for
+    :raises ValueError: if the budget is used up, or the file is not a model of VPG
+    """
+    check_model_file(model_file, keyword="estimator")
+    with zipfile.ZipFile(model_file) as archive:
+        done = json.loads(archive.read("data"))["num_timesteps"]
+    if done >= n_timesteps:
+        raise ValueError(
+            f"{model_file} has been trained for {done} steps. The budget of the whole run (-n, or the entry's n_timesteps) is "
+            f"{n_timesteps}: no steps are left. To train it for {n_timesteps} steps more, give -n {done + n_timesteps}"
+        )
 
 
 @contextmanager
@@ -236,17 +306,28 @@ PATCHES: dict[str, Callable[[ModuleType], None]] = {
 }
 
 
-def sample_vpg_params(trial: "optuna.Trial") -> dict[str, Any]:
+def sample_vpg_params(trial: "optuna.Trial", n_envs: int, n_timesteps: int | None = None) -> dict[str, Any]:
     """
     Draw hyperparameters of VPG. Estimator and baseline are drawn together, so that every draw is a valid combination.
+    ``n_steps`` is drawn so that the batch in all, ``n_envs * n_steps``, is 32 to 16384 steps and less than an eighth of the
+    budget; it is 1 where even that is more.
 
     :param trial: the trial to draw for
+    :param n_envs: number of environments that the trial trains in
+    :param n_timesteps: the budget of the trial, all environments together; None if it is not known
     :return: the drawn values under the names of Optuna's study, to be converted by :func:`convert_vpg_params`
     """
+    largest_batch = LARGEST_BATCH
+    if n_timesteps is not None:
+        # Less than a whole part of the budget: where it ends, the last update is still to come
+        largest_batch = min((n_timesteps - 1) // UPDATES_OF_A_TRIAL, LARGEST_BATCH)
+    # Powers of two: the last that is not too large, the first that is not too small
+    highest = max(largest_batch // n_envs, 1).bit_length() - 1
+    lowest = min(((SMALLEST_BATCH - 1) // n_envs).bit_length(), highest)
     params: dict[str, Any] = {
         "formulation": trial.suggest_categorical("formulation", list(FORMULATIONS)),
         "normalize_advantage": trial.suggest_categorical("normalize_advantage", [False, True]),
-        "n_steps_pow": trial.suggest_int("n_steps_pow", 3, 11),
+        "n_steps_pow": trial.suggest_int("n_steps_pow", lowest, highest),
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.0001, 0.1, log=True),
         "one_minus_gae_lambda": trial.suggest_float("one_minus_gae_lambda", 0.0001, 0.2, log=True),
         "learning_rate": trial.suggest_float("learning_rate", 1e-4, 0.03, log=True),
@@ -261,6 +342,7 @@ def sample_vpg_params(trial: "optuna.Trial") -> dict[str, Any]:
     trial.set_user_attr("gamma", 1 - params["one_minus_gamma"])
     trial.set_user_attr("gae_lambda", 1 - params["one_minus_gae_lambda"])
     trial.set_user_attr("n_steps", 2 ** params["n_steps_pow"])
+    trial.set_user_attr("batch_size", n_envs * 2 ** params["n_steps_pow"])
     return params
 
 

@@ -59,6 +59,13 @@ CASES = {
     "multi-binary": ("MlpPolicy", VECTOR, spaces.MultiBinary(3), {}),
     "dict": ("MultiInputPolicy", spaces.Dict({"a": VECTOR, "b": FORCE}), FORCE, {}),
     "gSDE": ("MlpPolicy", VECTOR, FORCE, {"use_sde": True, "sde_sample_freq": 3}),
+    # Without an analytical form of the entropy
+    "squashed gSDE": (
+        "MlpPolicy",
+        VECTOR,
+        FORCE,
+        {"use_sde": True, "ent_coef": 0.1, "policy_kwargs": {**SMALL, "squash_output": True}},
+    ),
     "CNN": (
         "CnnPolicy",
         IMAGE,
@@ -85,7 +92,7 @@ def train(algorithm, policy, observation_space, action_space, wrap=lambda env: e
         seed=3,
         device="cpu",
     )
-    return model.learn(N_UPDATES * n_steps * 2)
+    return model.learn(N_UPDATES * n_steps * 2, log_interval=None)
 
 
 def assert_same_weights(vpg, a2c):
@@ -95,11 +102,21 @@ def assert_same_weights(vpg, a2c):
     assert vpg._n_updates == a2c._n_updates == N_UPDATES
 
 
+def assert_same_logs(vpg, a2c):
+    """Of the last update."""
+    names = {name for name in a2c.logger.name_to_value if name.startswith("train/")}
+    assert {"train/policy_loss", "train/entropy_loss", "train/value_loss", "train/explained_variance"} <= names
+    for name in names:
+        logged, expected = (model.logger.name_to_value[name] for model in (vpg, a2c))
+        assert logged == pytest.approx(expected, rel=1e-3, abs=1e-4), name
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_vpg_is_a2c(case):
     *spaces_and_policy, kwargs = CASES[case]
     a2c, vpg = (train(algorithm, *spaces_and_policy, **kwargs) for algorithm in (A2C, VPG))
     assert_same_weights(vpg, a2c)
+    assert_same_logs(vpg, a2c)
     untrained = VPG(spaces_and_policy[0], a2c.get_env(), policy_kwargs=a2c.policy_kwargs, use_sde=a2c.use_sde, seed=3)
     moved = [
         not th.allclose(before, after, atol=1e-3)

@@ -518,6 +518,15 @@ def test_an_environment_that_only_waits_may_take_its_time(monkeypatch):
     assert model.num_timesteps == 2 * 80
 
 
+def test_an_environment_that_only_waits_does_not_hide_one_whose_episode_does_not_end(monkeypatch):
+    monkeypatch.setattr(VPG, "max_episode_steps", 50)
+    # The second one waits in an episode that began before the endless one of the first
+    env = DummyVecEnv([lambda: CountingEnv((3, inf)), lambda: CountingEnv((1, 1, inf))])
+    model = small_model(env, estimator="reward_to_go", n_episodes=2)
+    with pytest.raises(RuntimeError, match="environment 0 has not ended after 50 steps"):
+        model.learn(1, callback=lambda *_: model.num_timesteps < 200)
+
+
 def test_training_goes_on_after_an_endless_episode(monkeypatch):
     monkeypatch.setattr(VPG, "max_episode_steps", 50)
     model = small_model(CountingEnv((inf, 3)), estimator="reward_to_go")

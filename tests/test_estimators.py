@@ -95,6 +95,27 @@ def test_gae_by_hand():
     np.testing.assert_array_equal(result, column(1 + 1 / 4, 2 - 1, -4, -6))
 
 
+def test_targets_of_the_value_function_by_hand():
+    # Three steps, every value 8, and 0 after the last step
+    x = rollout(column(1, 2, 4), last_of(3), values=column(8, 8, 8), next_values=column(8, 8, 0))
+    to_go = column(1 + 2 / 2 + 4 / 4, 2 + 4 / 2, 4)
+    targets = {
+        "total_return": to_go,
+        "reward_to_go": to_go,
+        "td_residual": column(1 + 8 / 2, 2 + 8 / 2, 4),
+        # TD residuals -3, -2, -4
+        "gae": 8 + column(-3 - 2 / 4 - 4 / 16, -2 - 4 / 4, -4),
+    }
+    for estimator, target in targets.items():
+        np.testing.assert_array_equal(Formulation(estimator, gamma=HALF, gae_lambda=HALF)(x)[1], target)
+
+
+@pytest.mark.parametrize("estimator", ["td_residual", "gae"])
+def test_the_value_function_is_subtracted_once_whether_it_is_named_or_not(estimator):
+    x = random_rollout(0)
+    np.testing.assert_array_equal(Formulation(estimator, "value")(x), Formulation(estimator, None)(x))
+
+
 def test_baselines_by_hand():
     # Episodes of psi (1, 3), (5,) and, in the second column, (9, 7, 2)
     psi = np.array([[1.0, 9], [3, 7], [5, 2]])
@@ -135,9 +156,10 @@ def test_without_spread_normalisation_centres_and_does_not_scale(x, normalize):
     np.testing.assert_allclose(result, 0, atol=1e-6 * abs(x[0]))
 
 
-def test_rounding_noise_is_not_blown_up_to_unit_variance():
+@pytest.mark.parametrize("normalize", [est.normalize_batch, est.normalize_episode])
+def test_rounding_noise_is_not_blown_up_to_unit_variance(normalize):
     noise = 1000 * (1 + 1e-9 * np.random.default_rng(0).normal(size=(50, 1)))
-    assert np.abs(est.normalize_batch(noise, np.ones((50, 1), dtype=bool), last_of(50))).max() < 1e-5
+    assert np.abs(normalize(noise, np.ones((50, 1), dtype=bool), last_of(50))).max() < 1e-5
 
 
 def test_normalisation_ignores_unrecorded_steps():

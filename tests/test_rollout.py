@@ -9,6 +9,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
 
 from sb3_vpg import VPG
@@ -365,3 +366,14 @@ def test_the_buffer_grows_and_get_yields_each_recorded_step_once():
         lengths = np.where(steps[:, 0] == 0, 700, 3)
         expected = (1 - model.gamma ** (lengths - steps[:, 2])) / (1 - model.gamma)
         np.testing.assert_allclose(returns, expected, rtol=1e-5)
+
+
+def test_minibatches_are_shuffled_by_numpys_seed():
+    model, _ = train([[20]], n_rollouts=1, n_steps=20)
+
+    def order(seed):
+        set_random_seed(seed)
+        return [int(step) for batch in model.rollout_buffer.get(5) for step in batch.observations[:, 2]]
+
+    assert order(0) == order(0) != order(1)
+    assert order(0) != sorted(order(0)) == list(range(20))

@@ -806,6 +806,53 @@ def test_statistics_of_episodes_are_those_of_the_window():
     assert list(model.ep_success_buffer) == [True, False]
 
 
+def episodes_seen_in_environments_of_lengths(*lengths, **keywords):
+    """:return: lengths and successes of the episodes that the statistics have seen after one rollout"""
+    env = DummyVecEnv([lambda length=length: Monitor(CountingEnv(lengths=(length,))) for length in lengths])
+    model = small_model(env, **keywords).learn(1, log_interval=None)
+    return [info["l"] for info in model.ep_info_buffer], list(model.ep_success_buffer)
+
+
+def test_the_success_rate_counts_the_episodes_that_have_ended_in_whichever_environment():
+    # The second environment alone ends episodes, at steps 2, 4 and 6; every second one is a success
+    assert episodes_seen_in_environments_of_lengths(7, 2, n_steps=6) == ([2, 2, 2], [True, False, True])
+
+
+def test_episodes_of_an_environment_that_waits_are_not_in_the_statistics_either_when_another_one_ends():
+    # When the second environment ends its only episode, the first one ends its third
+    keywords = {"estimator": "reward_to_go", "n_episodes": 1}
+    assert episodes_seen_in_environments_of_lengths(1, 3, **keywords) == ([1, 3], [True, True])
+
+
+def test_explained_variance_is_that_of_the_returns_by_the_values_at_the_recorded_steps():
+    env = DummyVecEnv([lambda length=length: CountingEnv(lengths=(length,)) for length in (3, 11)])
+    model = small_model(env, n_steps=5, partial_episodes="finish").learn(1, log_interval=None)
+    buffer = model.rollout_buffer
+    # The first environment waits from step 6 on
+    assert buffer.mask.sum() == 6 + 11
+    values, returns = buffer.values[buffer.mask], buffer.returns[buffer.mask]
+    expected = 1 - np.var(returns - values) / np.var(returns)
+    assert model.logger.name_to_value["train/explained_variance"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_trajectory_loss_is_divided_by_segments_and_what_is_logged_of_entropy_and_values_by_steps():
+    def logged(loss_reduction):
+        # The 8 steps of each environment are two episodes and a segment: 3 + 3 + 2
+        model = small_model(counting_envs(lengths=(3,)), n_steps=8, ent_coef=1.0, loss_reduction=loss_reduction)
+        with th.no_grad():
+            # Away from the uniform policy, where the entropy has no gradient
+            model.policy.action_net.bias.copy_(th.tensor([1.0, -1.0]))
+        return model.learn(16, log_interval=None).logger.name_to_value
+
+    mean, trajectory = logged("mean"), logged("trajectory")
+    n_steps, n_segments = 2 * 8, 2 * 3
+    for name in ("train/policy_loss", "train/policy_grad_norm"):
+        assert trajectory[name] == pytest.approx(mean[name] * n_steps / n_segments, rel=1e-4)
+        assert abs(mean[name]) > 1e-3
+    for name in ("train/entropy_loss", "train/value_loss", "train/value_grad_norm"):
+        assert trajectory[name] == pytest.approx(mean[name], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("keywords", "n_episodes"),
     [
@@ -1079,6 +1126,40 @@ def test_further_critic_passes_lower_the_value_loss():
         return np.mean((buffer.returns.flatten() - values) ** 2)
 
     assert value_loss(30) < 0.9 * value_loss(1)
+
+
+def steps_of_critic(model, since):
+    """How far the critic's parameters are from those of another model."""
+    return th.cat([(model.policy.get_parameter(name) - w).flatten() for name, w in weights(since, CRITIC).items()]).detach()
+
+
+def test_further_critic_passes_are_clipped_too():
+    once, twice = (
+        small_model(policy_kwargs=SGD, vf_coef=1e6, max_grad_norm=0.5, n_critic_updates=n).learn(20) for n in (1, 2)
+    )
+    # The length of a step is learning rate times norm
+    assert steps_of_critic(twice, since=once).norm().item() == pytest.approx(once.learning_rate * 0.5, rel=1e-3)
+
+
+@pytest.mark.parametrize("critic_batch_size", [None, 8])
+def test_vf_coef_scales_further_critic_passes_as_a_learning_rate_does(critic_batch_size):
+    keywords = {"policy_kwargs": SGD, "max_grad_norm": None, "n_critic_updates": 3, "critic_batch_size": critic_batch_size}
+    start = small_model()
+    first, second = (
+        small_model(vf_coef=vf_coef, critic_learning_rate=rate, **keywords).learn(20)
+        for vf_coef, rate in ((0.5, 0.04), (2.0, 0.01))
+    )
+    th.testing.assert_close(steps_of_critic(first, since=start), steps_of_critic(second, since=start), rtol=1e-3, atol=1e-6)
+    assert steps_of_critic(first, since=start).norm() > 0.01
+
+
+def test_a_critic_pass_in_quarters_takes_four_steps_as_long_as_one_over_the_whole_batch():
+    # So small that the gradient does not change from step to step
+    keywords = {"policy_kwargs": SGD, "max_grad_norm": None, "critic_learning_rate": 1e-3}
+    once = small_model(n_critic_updates=1, **keywords).learn(20)
+    whole, quarters = (small_model(n_critic_updates=2, critic_batch_size=n, **keywords).learn(20) for n in (None, 5))
+    expected = 4 * steps_of_critic(whole, since=once)
+    assert (steps_of_critic(quarters, since=once) - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "separate"])

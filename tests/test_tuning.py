@@ -24,7 +24,7 @@ from sb3_vpg.zoo import FORMULATIONS, sample_vpg_params
 
 STUDY = ("--study-name", "vpg")
 TRAIN = ("-m", "rl_zoo3.train", "--algo", "vpg", "--env", "CartPole-v1", "--num-threads", "1", *STUDY)
-# One environment: a trial takes at least n_envs * n_steps steps, and n_steps up to 2048 are drawn
+# One environment: a budget of 300 steps is then enough for rollouts of up to 32
 SEARCH = (*TRAIN, "-optimize", "--no-optim-plots", "-f", "search", "-params", "n_envs:1", "--n-startup-trials", "2")
 SHORT = ("-n", "300", "--n-evaluations", "1", "--eval-episodes", "1")
 OPTUNA = ("-c", "from optuna.cli import main; main()")
@@ -58,7 +58,7 @@ def study_of_one_trial(file: str) -> optuna.Study:
     sampler = optuna.samplers.RandomSampler(seed=0)
     study = optuna.create_study(study_name="vpg", storage=journal(file), direction="maximize", sampler=sampler)
     trial = study.ask()
-    sample_vpg_params(trial)
+    sample_vpg_params(trial, n_envs=1)
     study.tell(trial, 9.0)
     return study
 

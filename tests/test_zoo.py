@@ -12,10 +12,12 @@ from types import ModuleType
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import optuna
 import pytest
 import yaml
 from installed import CHECKOUT, HOOK_OFF, Environment, output_of, wait_until
+from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_vpg import VPG, zoo
 from sb3_vpg.estimators import BASELINES, ESTIMATORS
@@ -79,11 +81,62 @@ def test_enjoy_plays_the_trained_agent(installed: Environment, trained: str):
     assert re.search(r"Mean reward: \d+", output)
 
 
-def test_training_goes_on_from_a_trained_agent(installed: Environment, trained: str):
+@pytest.fixture(scope="module")
+def trained_for_1000_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has learned for 1000 steps, in rollouts of 50."""
+    file = tmp_path_factory.mktemp("trained") / "model.zip"
+    policy_kwargs = {"net_arch": [16]}
+    VPG("MlpPolicy", "CartPole-v1", n_steps=50, policy_kwargs=policy_kwargs, seed=1).learn(1000).save(file)
+    return file
+
+
+@pytest.mark.parametrize(("n", "steps_more"), [(1001, 50), (1050, 50), (1051, 100), (1500, 500), (2000, 1000)])
+def test_n_is_the_budget_of_the_loaded_model_and_the_run_together(trained_for_1000_steps: Path, n: int, steps_more: int):
+    zoo.check_budget(trained_for_1000_steps, n)
+    model = zoo.ContinuedVPG.load(trained_for_1000_steps, env=gym.make("CartPole-v1")).learn(n)
+    assert model.num_timesteps == 1000 + steps_more
+
+
+@pytest.mark.parametrize("n", [1, 999, 1000])
+def test_a_budget_that_is_used_up_is_refused(trained_for_1000_steps: Path, n: int):
+    message = f"trained for 1000 steps. .* is {n}: no steps are left. To train it for {n} steps more, give -n {1000 + n}$"
+    with pytest.raises(ValueError, match=message):
+        zoo.check_budget(trained_for_1000_steps, n)
+
+
+def test_where_the_budget_is_used_up_nothing_is_left_to_train(trained_for_1000_steps: Path):
+    model = zoo.ContinuedVPG.load(trained_for_1000_steps, env=gym.make("CartPole-v1")).learn(900)
+    assert (model.num_timesteps, model._n_updates) == (1000, 20)
+
+
+def test_training_goes_on_until_the_budget_of_both_runs_is_used_up(installed: Environment, trained: str):
     agent = "trained/vpg/CartPole-v1_1/CartPole-v1.zip"
-    output = output_of(installed.run(*zoo_command(*TRAIN_CARTPOLE, "-n", "300", "-f", "continued", "-i", agent)))
-    assert "Loading pretrained agent" in output
+    command = zoo_command(*TRAIN_CARTPOLE, "-f", "continued", "-i", agent)
+    process = installed.run(*command, "-n", "500")
+    assert process.returncode == 1
+    # More than the 500 that it was told to: a rollout of whole episodes ends with them
+    done = int(re.search(f"ValueError: {agent} has been trained for (\\d+) steps", process.stderr)[1])
+    assert done > 500
+    assert not (installed.cwd / "continued").exists()
+
+    output = output_of(installed.run(*command, "-n", str(done + 1)))
+    assert f"Continuing: {done} of {done + 1} steps are done" in output
     assert (installed.cwd / "continued/vpg/CartPole-v1_1/CartPole-v1.zip").is_file()
+
+
+@pytest.mark.slow
+def test_a_checkpoint_at_the_end_of_the_run_is_what_a_restarted_job_saves(installed: Environment, trained: str):
+    agent = "trained/vpg/CartPole-v1_1/CartPole-v1.zip"
+    command = zoo_command(*TRAIN_CARTPOLE, "-n", "500", "-f", "restarted", "-i", agent)
+    # torchrun's name for the number of times that it has started a job again
+    output_of(installed.run(*command, env={"TORCHELASTIC_RESTART_COUNT": "1"}))
+    same = """
+import sys
+from sb3_vpg import VPG
+first, second = map(VPG.load, sys.argv[1:])
+print(first.num_timesteps == second.num_timesteps, first._n_updates == second._n_updates)
+"""
+    assert output_of(installed.run("-c", same, agent, "restarted/vpg/CartPole-v1_1/CartPole-v1.zip")) == "True True\n"
 
 
 COUNTERS_OF = """
@@ -203,12 +256,17 @@ def test_training_in_one_array_writes_the_files_that_the_zoo_plots(installed: En
 def test_optimize_stores_trials_to_train_with(installed: Environment):
     study = ("--storage", "sqlite:///study.db", "--study-name", "vpg")
     search = ("-n", "300", "-f", "search", "-optimize", "--n-trials", "2", "--no-optim-plots")
-    output = output_of(installed.run(*zoo_command(*TRAIN_CARTPOLE, *search, *study)))
+    logs = ("--optimization-log-path", "trials")
+    output = output_of(installed.run(*zoo_command(*TRAIN_CARTPOLE, *search, *logs, *study)))
     assert "Number of finished trials:  2" in output
     assert "Best trial:" in output
 
     trials = optuna.load_study(study_name="vpg", storage=f"sqlite:///{installed.cwd / 'study.db'}").trials
     assert [trial.state for trial in trials] == [optuna.trial.TrialState.COMPLETE] * 2
+    for number in range(2):
+        # Once, after four steps of 64 environments; were the rollout of whole episodes completed, again after every four
+        evaluations = np.load(installed.cwd / "trials" / f"trial_{number}" / "evaluations.npz")
+        assert list(evaluations["timesteps"]) == [256]
     # The zoo takes trial 0 for none
     output_of(installed.run(*zoo_command(*TRAIN_CARTPOLE, "-n", "300", "-f", "found", *study, "--trial-id", "1")))
     config = saved_config(installed, "found")
@@ -216,7 +274,9 @@ def test_optimize_stores_trials_to_train_with(installed: Environment):
     assert (config["estimator"], config["baseline"]) == (estimator, baseline)
     for name in ("learning_rate", "critic_learning_rate", "ent_coef", "normalize_advantage", "n_critic_updates"):
         assert config[name] == trials[1].params[name]
-    assert config["n_steps"] == 2 ** trials[1].params["n_steps_pow"]
+    # 64 environments: with more than one step of each, 300 steps would not be eight updates
+    assert [(trial.user_attrs["n_timesteps"], trial.user_attrs["batch_size"]) for trial in trials] == [(300, 64)] * 2
+    assert config["n_steps"] == 2 ** trials[1].params["n_steps_pow"] == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -395,7 +455,7 @@ def test_every_drawn_formulation_is_valid(search_space: ModuleType, formulation:
     }
     for normalize_advantage in (False, True):
         trial = optuna.trial.FixedTrial({**smallest, "normalize_advantage": normalize_advantage})
-        params = search_space.HYPERPARAMS_SAMPLER["vpg"](trial, 2, 1, {})
+        params = search_space.HYPERPARAMS_SAMPLER["vpg"](trial, 2, 8, {})
         model = VPG("MlpPolicy", "CartPole-v1", **{**base, **params})
         assert (model.estimator, model.baseline) == zoo.FORMULATIONS[formulation]
         assert model.normalize_advantage is normalize_advantage
@@ -432,3 +492,75 @@ def test_stored_trials_convert_to_what_was_drawn(search_space: ModuleType):
         VPG("MlpPolicy", "CartPole-v1", **drawn)
         drawn_formulations.add((drawn["estimator"], drawn["baseline"]))
     assert drawn_formulations == set(zoo.FORMULATIONS.values())
+
+
+def draw_n_steps(search_space: ModuleType, n_envs: int, n_timesteps: int | None) -> set[int]:
+    """:return: what 100 trials with this budget draw"""
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = set()
+    for _ in range(100):
+        trial = study.ask()
+        if n_timesteps is not None:
+            trial.set_user_attr("n_timesteps", n_timesteps)
+        n_steps = search_space.HYPERPARAMS_SAMPLER["vpg"](trial, 2, n_envs, {})["n_steps"]
+        assert trial.user_attrs["batch_size"] == n_envs * n_steps
+        drawn.add(n_steps)
+    return drawn
+
+
+@pytest.mark.parametrize(
+    ("n_envs", "n_timesteps", "smallest", "largest"),
+    [
+        # The default entry, with a budget of several sizes, and without one
+        (8, 1_000_000, 4, 2048),
+        (8, 50_000, 4, 512),
+        (8, 1024, 4, 8),
+        (8, 300, 4, 4),
+        (8, 100, 1, 1),
+        (8, 7, 1, 1),
+        (8, None, 4, 2048),
+        # One step of CartPole's 64 environments is a batch of more than 32 steps
+        (64, 50_000, 1, 64),
+        (64, 100, 1, 1),
+        (1, 1_000_000, 32, 16384),
+        (1, 300, 32, 32),
+        (1, 100, 8, 8),
+        # 4 * 10 is the first of at least 32, 1024 * 10 the last of at most 16384
+        (10, None, 4, 1024),
+    ],
+)
+def test_what_a_search_draws_is_the_batch_in_all_bounded_by_the_budget(
+    search_space: ModuleType, n_envs: int, n_timesteps: int | None, smallest: int, largest: int
+):
+    powers_of_two = {2**power for power in range(smallest.bit_length() - 1, largest.bit_length())}
+    assert draw_n_steps(search_space, n_envs, n_timesteps) == powers_of_two
+
+
+@pytest.mark.parametrize("n_timesteps", [1000, 1024, 1100])
+@pytest.mark.parametrize("n_envs", [1, 4])
+def test_the_longest_rollout_that_is_drawn_leaves_a_trial_eight_updates(
+    search_space: ModuleType, n_envs: int, n_timesteps: int
+):
+    n_steps = max(draw_n_steps(search_space, n_envs, n_timesteps))
+    env = make_vec_env("CartPole-v1", n_envs=n_envs)
+    model = VPG("MlpPolicy", env, n_steps=n_steps, policy_kwargs={"net_arch": [16]}, seed=1)
+    model.learn(n_timesteps, callback=zoo.StopAtBudget())
+    assert model._n_updates >= 8
+
+
+def test_a_stored_trial_keeps_its_n_steps_whatever_the_environments_and_the_budget(search_space: ModuleType):
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for n_envs, n_timesteps in [(1, 300), (64, 50_000), (8, 10**6)]:
+        trial = study.ask()
+        trial.set_user_attr("n_timesteps", n_timesteps)
+        drawn = search_space.HYPERPARAMS_SAMPLER["vpg"](trial, 2, n_envs, {})
+        assert search_space.HYPERPARAMS_CONVERTER["vpg"](trial.params) == drawn
+
+
+@pytest.mark.parametrize("n_timesteps", [96, 100])
+def test_a_trial_stops_at_its_budget_within_a_rollout_of_whole_episodes(n_timesteps: int):
+    env = make_vec_env("CartPole-v1", n_envs=8)
+    model = VPG("MlpPolicy", env, n_steps=1, estimator="total_return", policy_kwargs={"net_arch": [16]}, seed=1)
+    model.learn(n_timesteps, callback=zoo.StopAtBudget())
+    # Eight environments step at a time
+    assert model.num_timesteps == -(-n_timesteps // 8) * 8
