@@ -25,7 +25,7 @@ from torch import nn
 from sb3_vpg import VPG, distributed
 from sb3_vpg.common.policy_runner import FastPolicyRunner
 from sb3_vpg.common.progress_bar import AllRanksProgressBar
-from sb3_vpg.zoo import FORMULATIONS
+from sb3_vpg.zoo.search_space import FORMULATIONS
 
 SMALL = {"policy_kwargs": {"net_arch": [16]}, "device": "cpu"}
 

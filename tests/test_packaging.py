@@ -48,7 +48,7 @@ def names_in(wheel: Path) -> list[str]:
 
 def test_the_wheel_holds_the_package_and_the_hook_and_nothing_else(wheel: Path):
     package = {path.relative_to(CHECKOUT).as_posix() for path in (CHECKOUT / "sb3_vpg").rglob("*.py")}
-    package = package - {"sb3_vpg/zoo_hook.py"} | {"sb3_vpg/py.typed"}
+    package = package - {"sb3_vpg/zoo/start_up_hook.py"} | {"sb3_vpg/py.typed"}
     hyperparams = {f"sb3_vpg/{name}.yml" for name in HYPERPARAMS}
     assert "sb3_vpg/hyperparams/vpg.yml" in hyperparams
     # At the top level, and only there
@@ -61,7 +61,7 @@ def test_the_wheel_holds_the_package_and_the_hook_and_nothing_else(wheel: Path):
 def test_the_hook_in_the_wheel_is_one_line_that_imports_it(wheel: Path):
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read("sb3_vpg_zoo_hook.pth") == b"import sb3_vpg_zoo_hook\n"
-        assert archive.read("sb3_vpg_zoo_hook.py") == (CHECKOUT / "sb3_vpg" / "zoo_hook.py").read_bytes()
+        assert archive.read("sb3_vpg_zoo_hook.py") == (CHECKOUT / "sb3_vpg" / "zoo" / "start_up_hook.py").read_bytes()
 
 
 def test_a_wheel_built_from_the_source_distribution_is_the_same(wheel: Path, tmp_path: Path):

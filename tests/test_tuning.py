@@ -20,7 +20,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from sb3_vpg.zoo import FORMULATIONS, sample_vpg_params
+from sb3_vpg.zoo.search_space import FORMULATIONS, sample_vpg_params
 
 STUDY = ("--study-name", "vpg")
 TRAIN = ("-m", "rl_zoo3.train", "--algo", "vpg", "--env", "CartPole-v1", "--num-threads", "1", *STUDY)

@@ -2,7 +2,6 @@
 RL Baselines3 Zoo's training in the processes that ``torchrun`` has started: ``torchrun ... -m sb3_vpg train``.
 """
 
-import functools
 import os
 import socket
 import warnings
@@ -14,12 +13,8 @@ from typing import Any
 
 import torch as th
 import torch.distributed as dist
-from stable_baselines3.common.callbacks import BaseCallback, ProgressBarCallback
-from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_vpg.common.collectives import ProcessGroup
-from sb3_vpg.common.progress_bar import AllRanksProgressBar
-from sb3_vpg.vpg import VPG
 
 #: Seconds that a rank waits for the others; this environment variable sets others
 TIMEOUT_VARIABLE, TIMEOUT = "SB3_VPG_TIMEOUT", 600.0
@@ -61,68 +56,6 @@ def run_together(function: Callable[..., None], *args: Any) -> None:
             warnings.simplefilter("ignore")
         # torchrun shows the error of the process that failed first
         record(function)(*args)
-
-
-def data_parallel(exp_manager: Any, processes: ProcessGroup) -> type:
-    """
-    :param exp_manager: rl_zoo3.exp_manager, which has the zoo's manager of a training
-    :param processes: ranks that train together
-    :return: a manager for them: one folder; rank 0 alone writes models, evaluates and tells; the environments are dealt out
-    """
-
-    class DataParallelManager(exp_manager.ExperimentManager):
-        callbacks: list[BaseCallback]
-
-        def __init__(self, args: Any, algo: str, env_id: str, *more: Any, **kwargs: Any) -> None:
-            super().__init__(args, algo, env_id, *more, **kwargs)
-            if algo != "vpg" or self.optimize_hyperparameters:
-                raise ValueError(
-                    "torchrun is for training VPG: other algorithms train in one process, and a search for hyperparameters "
-                    "runs in as many independent processes as you start, with one --storage"
-                )
-            agent = last_model_of_this_job(Path(self.log_path), self.env_name) if restarted() else None
-            if agent is not None:
-                self.trained_agent, self.continue_training = str(agent), True
-            # Seed and folder may have been chosen at random, or by what lies on this machine's disk
-            names = ("seed", "save_path", "params_path", "trained_agent", "continue_training")
-            self.__dict__.update(processes.broadcast({name: getattr(self, name) for name in names}))
-
-        def create_callbacks(self) -> None:
-            if processes.rank > 0:
-                # Those of the hyperparameter file are for the environments of every rank
-                self.save_freq, self.eval_freq, self.show_progress = -1, -1, False
-            super().create_callbacks()
-            self.callbacks = [
-                AllRanksProgressBar() if isinstance(callback, ProgressBarCallback) else callback for callback in self.callbacks
-            ]
-
-        def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
-            if eval_env:
-                return super().create_envs(n_envs, eval_env, no_log)
-            if n_envs % processes.size:
-                raise ValueError(
-                    f"n_envs={n_envs} cannot be dealt out to {processes.size} ranks; allowed: a multiple of "
-                    f"{processes.size}, for example -params n_envs:{-(-n_envs // processes.size) * processes.size}"
-                )
-            n_own = n_envs // processes.size
-            make_vec_env = exp_manager.make_vec_env
-            # So that their monitor files have names of their own
-            exp_manager.make_vec_env = functools.partial(make_vec_env, start_index=processes.rank * n_own)
-            try:
-                return super().create_envs(n_own, eval_env, no_log)
-            finally:
-                exp_manager.make_vec_env = make_vec_env
-
-        def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
-            if processes.rank == 0:
-                super()._save_config(saved_hyperparams)
-                (Path(self.params_path) / JOB_FILE).write_text(job_id())
-
-        def save_trained_model(self, model: VPG) -> None:
-            if processes.rank == 0:
-                super().save_trained_model(model)
-
-    return DataParallelManager
 
 
 def job_id() -> str:

@@ -1,0 +1,69 @@
+"""
+VPG in RL Baselines3 Zoo: the algorithm, the hyperparameter files, native vectorization, the Optuna search space.
+
+Nothing here runs unless rl_zoo3 is used. Either the start-up hook calls :func:`patch` on rl_zoo3's modules as they are
+imported, or :func:`register` does so explicitly, as ``python -m sb3_vpg`` does.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from sb3_vpg.vpg import VPG
+from sb3_vpg.zoo.hyperparameters import HYPERPARAMS
+
+__all__ = ["HYPERPARAMS", "patch", "register"]
+
+
+def register() -> None:
+    """
+    Add VPG to RL Baselines3 Zoo. Calling it again, or with the start-up hook at work, changes nothing.
+
+    :raises ImportError: if rl_zoo3 is not installed
+    """
+    for name in PATCHES:
+        patch(importlib.import_module(name))
+
+
+def patch(module: ModuleType) -> None:
+    """
+    Add VPG to one of rl_zoo3's modules, in place.
+
+    :param module: rl_zoo3.utils, rl_zoo3.hyperparams_opt or rl_zoo3.exp_manager
+    """
+    PATCHES[module.__name__](module)
+
+
+def _add_algorithm(utils: ModuleType) -> None:
+    from sb3_vpg.zoo import hub
+
+    utils.ALGOS["vpg"] = VPG
+    # The Hub's packages are imported by now, and the zoo's modules that use them are not yet
+    hub.patch()
+
+
+def _add_search_space(hyperparams_opt: ModuleType) -> None:
+    from sb3_vpg.zoo.search_space import convert_vpg_params, sample_vpg_params
+
+    convert = functools.partial(convert_vpg_params, convert_onpolicy_params=hyperparams_opt.convert_onpolicy_params)
+    hyperparams_opt.HYPERPARAMS_CONVERTER["vpg"] = convert
+
+    def sample(trial: Any, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+        return convert(sample_vpg_params(trial, n_envs, trial.user_attrs.get("n_timesteps")))
+
+    hyperparams_opt.HYPERPARAMS_SAMPLER["vpg"] = sample
+
+
+def _replace_manager(exp_manager: Any) -> None:
+    from sb3_vpg.zoo.manager import VPGExperimentManager
+
+    exp_manager.ExperimentManager = VPGExperimentManager
+
+
+PATCHES: dict[str, Callable[[ModuleType], None]] = {
+    "rl_zoo3.utils": _add_algorithm,
+    "rl_zoo3.hyperparams_opt": _add_search_space,
+    "rl_zoo3.exp_manager": _replace_manager,
+}

@@ -1,0 +1,246 @@
+"""
+The zoo's manager of a training or a search, extended for VPG. :mod:`sb3_vpg.zoo` puts it in place of the zoo's own when
+``rl_zoo3.exp_manager`` is imported, which is before ``rl_zoo3.train`` takes it from there.
+"""
+
+import functools
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import zipfile
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NoReturn
+
+import gymnasium as gym
+import optuna
+from rl_zoo3 import exp_manager
+from rl_zoo3.exp_manager import ExperimentManager
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, ProgressBarCallback
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+
+from sb3_vpg.common.checkpoint import check_model_file
+from sb3_vpg.common.collectives import ProcessGroup, current_processes
+from sb3_vpg.common.progress_bar import AllRanksProgressBar
+from sb3_vpg.distributed.launcher import JOB_FILE, job_id, last_model_of_this_job, launched, restarted
+from sb3_vpg.envs import ENVIRONMENTS, NativeVecEnv
+from sb3_vpg.vpg import VPG
+from sb3_vpg.zoo.hyperparameters import own_config
+
+
+class VPGExperimentManager(ExperimentManager):
+    """
+    For every algorithm: our hyperparameter files where the zoo has none, and native vectorization of our environments.
+    For VPG:
+
+    - ``-i`` continues a run: counters, schedules, random numbers, and VecNormalize's statistics of a checkpoint
+    - SIGTERM acts as Ctrl-C does
+    - a trial of ``-optimize`` is bounded by its budget
+    - under torchrun, all ranks train one model: there is one folder, the environments are split across ranks, and only rank 0
+      writes models, evaluates and logs
+    """
+
+    callbacks: list[BaseCallback]
+
+    def __init__(self, args: Namespace, algo: str, env_id: str, *more: Any, **kwargs: Any) -> None:
+        self.processes = current_processes()
+        self.is_vpg = algo == "vpg"
+        if self.is_vpg and launched() and self.processes.size != int(os.environ["WORLD_SIZE"]):
+            raise ValueError("VPG trains on several processes with `torchrun ... -m sb3_vpg train`, not with rl_zoo3.train")
+        kwargs["config"] = kwargs.get("config") or own_config(algo, env_id)
+        super().__init__(args, algo, env_id, *more, **kwargs)
+        if self.vec_env_class is DummyVecEnv and uses_native_vec_env(algo, env_id):
+            self.vec_env_class = NativeVecEnv
+            if self.verbose > 0:
+                print("Stepping all environments in one array (--vec-env dummy switches that off)")
+        if isinstance(self.processes, ProcessGroup):
+            self._join_ranks(self.processes)
+
+    def _join_ranks(self, processes: ProcessGroup) -> None:
+        """Let all ranks have the seed, the folder and the model to continue of rank 0."""
+        if not self.is_vpg or self.optimize_hyperparameters:
+            raise ValueError(
+                "torchrun is for training VPG: other algorithms train in one process, and a search for hyperparameters "
+                "runs in as many independent processes as you start, with one --storage"
+            )
+        agent = last_model_of_this_job(Path(self.log_path), self.env_name) if restarted() else None
+        if agent is not None:
+            self.trained_agent, self.continue_training = str(agent), True
+        # Seed and folder may have been chosen at random, or by what lies on this machine's disk
+        names = ("seed", "save_path", "params_path", "trained_agent", "continue_training")
+        self.__dict__.update(processes.broadcast({name: getattr(self, name) for name in names}))
+
+    @staticmethod
+    def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
+        """The zoo turns ``learning_rate: lin_0.001`` into a schedule; the critic's learning rate may be written so, too."""
+        preprocess = ExperimentManager._preprocess_schedules
+        hyperparams = preprocess(hyperparams)
+        if hyperparams.get("critic_learning_rate") is not None:
+            schedule = preprocess({"learning_rate": hyperparams["critic_learning_rate"]})
+            hyperparams["critic_learning_rate"] = schedule["learning_rate"]
+        return hyperparams
+
+    def create_log_folder(self) -> None:
+        # Before the folder is made: an error leaves none. After a restart by torchrun the last checkpoint may be the end
+        if self.is_vpg and self.continue_training and not restarted():
+            check_budget(self.trained_agent, self.n_timesteps)
+        super().create_log_folder()
+
+    def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
+        if self.processes.rank == 0:
+            super()._save_config(saved_hyperparams)
+            if self.processes.size > 1:
+                (Path(self.params_path) / JOB_FILE).write_text(job_id())
+
+    def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
+        size, rank = self.processes.size, self.processes.rank
+        if eval_env or size == 1:
+            return super().create_envs(n_envs, eval_env, no_log)
+        if n_envs % size:
+            raise ValueError(
+                f"n_envs={n_envs} cannot be split across {size} ranks; allowed: a multiple of {size}, for example "
+                f"-params n_envs:{-(-n_envs // size) * size}"
+            )
+        n_own = n_envs // size
+        make_vec_env = exp_manager.make_vec_env
+        # So that their monitor files have different names
+        exp_manager.make_vec_env = functools.partial(make_vec_env, start_index=rank * n_own)
+        try:
+            return super().create_envs(n_own, eval_env, no_log)
+        finally:
+            exp_manager.make_vec_env = make_vec_env
+
+    def create_callbacks(self) -> None:
+        if self.processes.rank > 0:
+            # Those of the hyperparameter file are for the environments of every rank
+            self.save_freq, self.eval_freq, self.show_progress = -1, -1, False
+        super().create_callbacks()
+        for i, callback in enumerate(self.callbacks):
+            if self.is_vpg and isinstance(callback, CheckpointCallback):
+                # A checkpoint includes what is needed to continue from it
+                callback.save_vecnormalize = True
+            if self.processes.size > 1 and isinstance(callback, ProgressBarCallback):
+                self.callbacks[i] = AllRanksProgressBar()
+
+    def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
+        checkpoint = re.fullmatch(r"(.*rl_model)(_\d+_steps)\.zip", self.trained_agent)
+        statistics = Path(f"{checkpoint[1]}_vecnormalize{checkpoint[2]}.pkl") if checkpoint else None
+        if not self.is_vpg or statistics is None or not statistics.is_file():
+            return super()._maybe_normalize(env, eval_env)
+        print(f"Loading saved VecNormalize stats: {statistics}")
+        env = VecNormalize.load(str(statistics), env)
+        if eval_env:
+            env.training = env.norm_reward = False
+        return env
+
+    def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
+        model = super()._load_pretrained_agent(hyperparams, env)
+        if isinstance(model, VPG):
+            model.__class__ = ContinuedVPG
+            # The zoo always gives a seed
+            model._resumes = bool(model._random_states)
+            print(f"Continuing: {model.num_timesteps} of {self.n_timesteps} steps are done")
+        return model
+
+    def learn(self, model: BaseAlgorithm) -> None:
+        with self._sigterm_as_ctrl_c():
+            super().learn(model)
+
+    def save_trained_model(self, model: BaseAlgorithm) -> None:
+        if self.processes.rank == 0:
+            super().save_trained_model(model)
+
+    def hyperparameters_optimization(self) -> None:
+        if self.is_vpg:
+            specified = self.specified_callbacks or []
+            specified = specified if isinstance(specified, list) else [specified]
+            self.specified_callbacks = [*specified, f"{__name__}.{StopAtBudget.__name__}"]
+        with self._sigterm_as_ctrl_c():
+            super().hyperparameters_optimization()
+
+    def objective(self, trial: optuna.Trial) -> float:
+        if self.is_vpg:
+            # The zoo does not pass the budget of a trial to the function that draws its hyperparameters
+            trial.set_user_attr("n_timesteps", self.n_timesteps)
+        return super().objective(trial)
+
+    def _sigterm_as_ctrl_c(self) -> AbstractContextManager[None]:
+        """
+        On Ctrl-C the zoo saves the model that it trains, or ends the search and marks its trial as failed. With VPG, SIGTERM
+        does the same.
+        """
+        return sigterm_as_ctrl_c() if self.is_vpg else nullcontext()
+
+
+class StopAtBudget(BaseCallback):
+    """
+    Stop a trial as soon as its budget is used up, also within a rollout: one of whole episodes may have many more steps. The
+    zoo evaluates within the budget, so the rest of the rollout would not change the value of the trial.
+    """
+
+    def _on_step(self) -> bool:
+        return self.num_timesteps < self.model._total_timesteps
+
+
+class ContinuedVPG(VPG):
+    """VPG as the zoo's ``-i model.zip`` continues it: counters, schedules and random numbers go on."""
+
+    def learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> "ContinuedVPG":
+        """
+        :param total_timesteps: the budget of the whole run, including what the loaded model has been trained for
+        """
+        return super().learn(total_timesteps - self.num_timesteps, *args, **{**kwargs, "reset_num_timesteps": False})
+
+
+def check_budget(model_file: str | Path, n_timesteps: int) -> None:
+    """
+    Check that there are steps left to train. Nothing is unpickled.
+
+    :param model_file: the model to be trained further
+    :param n_timesteps: the budget of the whole run, including what the model has been trained for
+    :raises ValueError: if the budget is used up, or the file is not a model of VPG
+    """
+    check_model_file(model_file, keyword="estimator")
+    with zipfile.ZipFile(model_file) as archive:
+        done = json.loads(archive.read("data"))["num_timesteps"]
+    if done >= n_timesteps:
+        raise ValueError(
+            f"{model_file} has been trained for {done} steps. The budget of the whole run (-n, or the entry's n_timesteps) is "
+            f"{n_timesteps}: no steps are left. To train it for {n_timesteps} steps more, give -n {done + n_timesteps}"
+        )
+
+
+@contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """In this context SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+
+    def interrupt(*_: Any) -> NoReturn:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        # Only the main thread may handle signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def uses_native_vec_env(algo: str, env_id: str) -> bool:
+    """
+    :return: whether the environment has a vectorized form, the algorithm or the environment is ours, and the command line does
+        not choose
+    """
+    if algo != "vpg" and env_id not in ENVIRONMENTS:
+        return False
+    # The zoo does not tell its default from `--vec-env dummy`
+    asked = any(argument.startswith("--vec") for argument in sys.argv)
+    return not asked and gym.spec(env_id).vector_entry_point is not None
