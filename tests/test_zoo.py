@@ -21,6 +21,8 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_vpg import VPG, zoo
 from sb3_vpg.estimators import BASELINES, ESTIMATORS
+from sb3_vpg.zoo.runs import ContinuedVPG, StopAtBudget, check_budget
+from sb3_vpg.zoo.search_space import FORMULATIONS
 
 CARTPOLE_ENTRY = yaml.safe_load((CHECKOUT / "hyperparams" / "vpg.yml").read_text())["CartPole-v1"]
 TRAIN_CARTPOLE = ("train", "--algo", "vpg", "--env", "CartPole-v1", "--seed", "1")
@@ -92,8 +94,8 @@ def trained_for_1000_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("n", "steps_more"), [(1001, 50), (1050, 50), (1051, 100), (1500, 500), (2000, 1000)])
 def test_n_is_the_budget_of_the_loaded_model_and_the_run_together(trained_for_1000_steps: Path, n: int, steps_more: int):
-    zoo.check_budget(trained_for_1000_steps, n)
-    model = zoo.ContinuedVPG.load(trained_for_1000_steps, env=gym.make("CartPole-v1")).learn(n)
+    check_budget(trained_for_1000_steps, n)
+    model = ContinuedVPG.load(trained_for_1000_steps, env=gym.make("CartPole-v1")).learn(n)
     assert model.num_timesteps == 1000 + steps_more
 
 
@@ -101,11 +103,11 @@ def test_n_is_the_budget_of_the_loaded_model_and_the_run_together(trained_for_10
 def test_a_budget_that_is_used_up_is_refused(trained_for_1000_steps: Path, n: int):
     message = f"trained for 1000 steps. .* is {n}: no steps are left. To train it for {n} steps more, give -n {1000 + n}$"
     with pytest.raises(ValueError, match=message):
-        zoo.check_budget(trained_for_1000_steps, n)
+        check_budget(trained_for_1000_steps, n)
 
 
 def test_where_the_budget_is_used_up_nothing_is_left_to_train(trained_for_1000_steps: Path):
-    model = zoo.ContinuedVPG.load(trained_for_1000_steps, env=gym.make("CartPole-v1")).learn(900)
+    model = ContinuedVPG.load(trained_for_1000_steps, env=gym.make("CartPole-v1")).learn(900)
     assert (model.num_timesteps, model._n_updates) == (1000, 20)
 
 
@@ -270,7 +272,7 @@ def test_optimize_stores_trials_to_train_with(installed: Environment):
     # The zoo takes trial 0 for none
     output_of(installed.run(*zoo_command(*TRAIN_CARTPOLE, "-n", "300", "-f", "found", *study, "--trial-id", "1")))
     config = saved_config(installed, "found")
-    estimator, baseline = zoo.FORMULATIONS[trials[1].params["formulation"]]
+    estimator, baseline = FORMULATIONS[trials[1].params["formulation"]]
     assert (config["estimator"], config["baseline"]) == (estimator, baseline)
     for name in ("learning_rate", "critic_learning_rate", "ent_coef", "normalize_advantage", "n_critic_updates"):
         assert config[name] == trials[1].params[name]
@@ -438,7 +440,7 @@ BASE_CONFIGS = [
 
 
 @pytest.mark.parametrize("base", BASE_CONFIGS, ids=str)
-@pytest.mark.parametrize("formulation", zoo.FORMULATIONS)
+@pytest.mark.parametrize("formulation", FORMULATIONS)
 def test_every_drawn_formulation_is_valid(search_space: ModuleType, formulation: str, base: dict[str, Any]):
     smallest = {
         "formulation": formulation,
@@ -457,7 +459,7 @@ def test_every_drawn_formulation_is_valid(search_space: ModuleType, formulation:
         trial = optuna.trial.FixedTrial({**smallest, "normalize_advantage": normalize_advantage})
         params = search_space.HYPERPARAMS_SAMPLER["vpg"](trial, 2, 8, {})
         model = VPG("MlpPolicy", "CartPole-v1", **{**base, **params})
-        assert (model.estimator, model.baseline) == zoo.FORMULATIONS[formulation]
+        assert (model.estimator, model.baseline) == FORMULATIONS[formulation]
         assert model.normalize_advantage is normalize_advantage
         assert (model.n_steps, model.gamma, model.gae_lambda) == (8, 0.9, 0.8)
         assert (model.n_critic_updates, model.ent_coef, model.max_grad_norm) == (5, 0.01, 0.5)
@@ -476,8 +478,8 @@ def test_every_valid_formulation_can_be_drawn_and_only_once():
     # These contain the value function as they are: with baseline="value" they are the same again
     twice = {("td_residual", "value"), ("gae", "value")}
     assert twice < valid
-    assert len(zoo.FORMULATIONS) == len(set(zoo.FORMULATIONS.values()))
-    assert set(zoo.FORMULATIONS.values()) == valid - twice
+    assert len(FORMULATIONS) == len(set(FORMULATIONS.values()))
+    assert set(FORMULATIONS.values()) == valid - twice
 
 
 def test_stored_trials_convert_to_what_was_drawn(search_space: ModuleType):
@@ -491,7 +493,7 @@ def test_stored_trials_convert_to_what_was_drawn(search_space: ModuleType):
             assert trial.user_attrs[name] == drawn[name]
         VPG("MlpPolicy", "CartPole-v1", **drawn)
         drawn_formulations.add((drawn["estimator"], drawn["baseline"]))
-    assert drawn_formulations == set(zoo.FORMULATIONS.values())
+    assert drawn_formulations == set(FORMULATIONS.values())
 
 
 def draw_n_steps(search_space: ModuleType, n_envs: int, n_timesteps: int | None) -> set[int]:
@@ -544,7 +546,7 @@ def test_the_longest_rollout_that_is_drawn_leaves_a_trial_eight_updates(
     n_steps = max(draw_n_steps(search_space, n_envs, n_timesteps))
     env = make_vec_env("CartPole-v1", n_envs=n_envs)
     model = VPG("MlpPolicy", env, n_steps=n_steps, policy_kwargs={"net_arch": [16]}, seed=1)
-    model.learn(n_timesteps, callback=zoo.StopAtBudget())
+    model.learn(n_timesteps, callback=StopAtBudget())
     assert model._n_updates >= 8
 
 
@@ -561,6 +563,6 @@ def test_a_stored_trial_keeps_its_n_steps_whatever_the_environments_and_the_budg
 def test_a_trial_stops_at_its_budget_within_a_rollout_of_whole_episodes(n_timesteps: int):
     env = make_vec_env("CartPole-v1", n_envs=8)
     model = VPG("MlpPolicy", env, n_steps=1, estimator="total_return", policy_kwargs={"net_arch": [16]}, seed=1)
-    model.learn(n_timesteps, callback=zoo.StopAtBudget())
+    model.learn(n_timesteps, callback=StopAtBudget())
     # Eight environments step at a time
     assert model.num_timesteps == -(-n_timesteps // 8) * 8
