@@ -28,7 +28,8 @@ from sb3_vpg.diagnostics import (
     rollout_statistics,
     statistics_of,
 )
-from sb3_vpg.diagnostics.gradient_statistics import MAX_GROUPS, episodes_in
+from sb3_vpg.diagnostics.callback import MAX_GROUPS
+from sb3_vpg.diagnostics.gradients import episodes_in
 from sb3_vpg.estimators import Formulation
 
 NAMES = [field.name for field in fields(statistics_of(th.eye(2)))]

@@ -1,17 +1,8 @@
 """Measuring policy gradients: how noisy they are, by formulation."""
 
-from sb3_vpg.diagnostics.gradient_statistics import (
-    Episodes,
-    Estimate,
-    GradientStatistics,
-    GradientStatisticsCallback,
-    UpdateSpec,
-    batch_gradients,
-    collect_episodes,
-    gradient_statistics,
-    rollout_statistics,
-    statistics_of,
-)
+from sb3_vpg.diagnostics.callback import GradientStatisticsCallback, rollout_statistics
+from sb3_vpg.diagnostics.gradients import Episodes, UpdateSpec, batch_gradients, collect_episodes, gradient_statistics
+from sb3_vpg.diagnostics.statistics import Estimate, GradientStatistics, statistics_of
 
 __all__ = [
     "Episodes",

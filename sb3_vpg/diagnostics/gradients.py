@@ -1,23 +1,11 @@
-"""
-How noisy is a policy gradient? Statistics of independent estimates of it at a frozen policy.
-
-``g_1 .. g_m`` are the gradients that m independent batches give, each as one update would see it; ``G`` is their expectation
-and ``Sigma`` their covariance. All statistics are functions of the inner products ``g_i . g_j`` alone::
-
-    |G|^2       mean of g_i . g_j over i != j               unbiased, unlike the squared norm of the mean
-    tr(Sigma)   mean of g_i . g_i  -  |G|^2                 the sample variance, summed over the parameters
-    SNR         |G|^2 / tr(Sigma)                           Roberts & Tedrake (2009)
-    cosines     mean of cos(g_i, g_j) over i != j           Ilyas et al. (2020), https://arxiv.org/abs/1811.02553
-    noise scale episodes per batch x tr(Sigma) / |G|^2      McCandlish et al. (2018), https://arxiv.org/abs/1812.06162
-"""
+"""Policy gradients of formulations side by side, at a frozen policy and on the same episodes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -25,141 +13,11 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_vpg.buffers import VPGBufferMixin, buffer_class_for
 from sb3_vpg.common.checks import check_choice, check_number
-from sb3_vpg.common.policy_runner import PolicyRunner, forgetting_distributions, make_policy_runner
+from sb3_vpg.common.policy_runner import PolicyRunner, forgetting_distributions
+from sb3_vpg.diagnostics.statistics import GradientStatistics, statistics_of
 from sb3_vpg.estimators import Array, Formulation, Rollout, segment_index
 from sb3_vpg.keywords import LOSS_REDUCTIONS, PARTIAL_EPISODES, Plan
 from sb3_vpg.rollout import RolloutCollector
-from sb3_vpg.vpg import VPG
-
-# Inner products are summed over so many parameters at a time, in double precision
-GRAM_COLUMNS = 2**16
-# The callback computes the gradients of so many parts of a rollout, at most
-MAX_GROUPS = 32
-
-
-class Estimate(NamedTuple):
-    """A statistic and its bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class GradientStatistics:
-    """
-    Statistics of the gradient that one update would use; see the head of the module.
-
-    :param mean_norm: norm of the mean of all gradients, in which noise is left: its square exceeds \\|G\\|^2 by tr(Sigma) / m
-    :param variance: tr(Sigma), the variance of the gradient summed over the parameters
-    :param snr: signal-to-noise ratio, \\|G\\|^2 / tr(Sigma); 0 where the noise hides the signal (the estimate of \\|G\\|^2 is
-        not positive)
-    :param pairwise_cosine: mean cosine of two gradients
-    :param cosine_with_reference: mean cosine of a gradient and the mean of the reference's gradients from all *other* data
-    :param noise_scale: number of episodes in a batch at which tr(Sigma) would be \\|G\\|^2; infinite where ``snr`` is 0
-    """
-
-    mean_norm: Estimate
-    variance: Estimate
-    snr: Estimate
-    pairwise_cosine: Estimate
-    cosine_with_reference: Estimate
-    noise_scale: Estimate
-
-
-def statistics_of(
-    gradients: th.Tensor,
-    reference: th.Tensor | None = None,
-    *,
-    n_per_update: int = 1,
-    n_episodes: float = 1,
-    confidence: float = 0.95,
-    n_bootstrap: int = 1000,
-    seed: int = 0,
-) -> GradientStatistics:
-    """
-    :param gradients: independent estimates of a gradient, shape (m, number of parameters), m >= 2
-    :param reference: what to compare the directions with, estimates from the same data, of the same shape; None for
-        ``gradients`` themselves
-    :param n_per_update: how many of the estimates one update averages
-    :param n_episodes: episodes behind each of the estimates
-    :param confidence: of the intervals, in (0, 1)
-    :param n_bootstrap: resamples of the m estimates behind the intervals (percentile bootstrap; pairs are pairs of different
-        estimates in a resample, too)
-    :param seed: of the bootstrap
-    :return: the statistics of an update's gradient
-    :raises ValueError: if there are fewer than two estimates, or the shapes differ
-    """
-    reference = gradients if reference is None else reference
-    if gradients.ndim != 2 or len(gradients) < 2 or reference.shape != gradients.shape:
-        raise ValueError(
-            "gradients and reference must have one shape (m, number of parameters) with m >= 2, "
-            f"got {tuple(gradients.shape)} and {tuple(reference.shape)}"
-        )
-    m = len(gradients)
-    resamples = np.random.default_rng(seed).multinomial(m, np.full(m, 1 / m), size=n_bootstrap)
-    # How often each estimate is drawn: first the data themselves, then the resamples
-    counts = np.concatenate([np.ones((1, m)), resamples])
-    products = _gram(gradients, gradients)
-
-    every_pair = ((counts @ products) * counts).sum(axis=1)
-    squares = np.diag(products)
-    n_pairs = m**2 - (counts**2).sum(axis=1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        signal = (every_pair - counts**2 @ squares) / n_pairs
-        variance = (counts @ squares / m - signal) / n_per_update
-        noise_to_signal = np.where(signal > 0, variance / signal, np.inf)
-        cosines = _cosines(products, squares[:, None], squares)
-        pairwise_cosine = (((counts @ cosines) * counts).sum(axis=1) - counts**2 @ np.diag(cosines)) / n_pairs
-        samples = {
-            "mean_norm": np.sqrt(every_pair.clip(min=0)) / m,
-            "variance": variance.clip(min=0),
-            "snr": 1 / noise_to_signal,
-            "pairwise_cosine": pairwise_cosine,
-            "cosine_with_reference": _cosines_with_others(products, gradients, reference, counts),
-            "noise_scale": noise_to_signal * n_per_update * n_episodes,
-        }
-    tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-    estimates = {}
-    for name, values in samples.items():
-        # A resample of one estimate alone has no pairs
-        resampled = values[1:][n_pairs[1:] > 0]
-        low, high = np.quantile(resampled, tails, method="nearest") if len(resampled) else (np.nan, np.nan)
-        estimates[name] = Estimate(float(values[0]), float(low), float(high))
-    return GradientStatistics(**estimates)
-
-
-def _gram(left: th.Tensor, right: th.Tensor) -> Array:
-    """:return: inner products of the rows, shape (number of rows, number of rows)"""
-    products = sum(
-        a.double() @ b.double().T for a, b in zip(left.split(GRAM_COLUMNS, dim=1), right.split(GRAM_COLUMNS, dim=1))
-    )
-    return products.cpu().numpy()
-
-
-def _cosines(products: Array, squares: Array, other_squares: Array) -> Array:
-    """Cosines from inner products; 0 where one of the vectors is zero and has no direction."""
-    norms = np.sqrt(squares.clip(min=0) * other_squares.clip(min=0))
-    return np.divide(products, norms, out=np.zeros_like(norms), where=norms > 0)
-
-
-def _cosines_with_others(products: Array, gradients: th.Tensor, reference: th.Tensor, counts: Array) -> Array:
-    """:return: mean over i of cos(g_i, sum of the reference's gradients other than the i-th), for each row of ``counts``"""
-    if reference is gradients:
-        between = among = products
-    else:
-        between, among = _gram(gradients, reference), _gram(reference, reference)
-    # The sum over j with count c_j, less the terms of i itself
-    inner = counts @ between.T - counts * np.diag(between)
-    toward = counts @ among
-    whole = (toward * counts).sum(axis=1, keepdims=True)
-    squares = whole - 2 * counts * toward + counts**2 * np.diag(among)
-    return (_cosines(inner, np.diag(products), squares) * counts).sum(axis=1) / counts.sum(axis=1)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Gradients of many weightings of the same steps
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def actor_parameters(policy: ActorCriticPolicy, buffer: VPGBufferMixin) -> list[th.nn.Parameter]:
@@ -204,11 +62,6 @@ def weighted_score(
         gradients = th.autograd.grad(log_prob, parameters, directions if several else directions[0], is_grads_batched=several)
         total += th.cat([gradient.reshape(len(weights), -1) for gradient in gradients], dim=1)
     return total
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Formulations side by side
-# ---------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -413,84 +266,3 @@ def psi(update: UpdateSpec, rollout: Rollout) -> Array:
         rollout = rollout._replace(values=nothing, next_values=nothing)
     n_steps, n_segments = rollout.mask.sum(), (rollout.last & rollout.mask).sum()
     return formulation(rollout)[0] / LOSS_REDUCTIONS[update.loss_reduction](n_steps, n_segments)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# During training
-# ---------------------------------------------------------------------------------------------------------------
-
-
-class GradientStatisticsCallback(BaseCallback):
-    """
-    Logs statistics of VPG's policy gradient, for the formulation in training, under ``gradient/``: from the rollout that the
-    update uses, without further steps in the environment. The independent estimates are those of the episodes of the rollout,
-    or of the segments of episodes that lie in it, taken together where there are more than 32; ``gradient/noise_scale`` counts
-    episodes or segments. A rollout with fewer than two of them logs nothing. Baselines and normalisation that look at other
-    episodes of the batch make the estimates not quite independent; :func:`gradient_statistics` is exact there.
-
-    It costs one more pass of the rollout through the policy, forward and back in up to 32 parts, every ``every_n_rollouts``
-    rollouts.
-
-    :param every_n_rollouts: how often, >= 1
-    :raises ValueError: if that is another number, or the model is not a VPG with a buffer of its own
-    """
-
-    def __init__(self, every_n_rollouts: int = 10, verbose: int = 0):
-        super().__init__(verbose)
-        check_number("every_n_rollouts", every_n_rollouts, low=1, integer=True)
-        self.every_n_rollouts = every_n_rollouts
-
-    def _init_callback(self) -> None:
-        if not isinstance(self.model, VPG) or not isinstance(self.model.rollout_buffer, VPGBufferMixin):
-            raise ValueError("GradientStatisticsCallback is for VPG with one of its own rollout buffers")
-        self.n_rollouts = 0
-
-    def _on_step(self) -> bool:
-        return True
-
-    def _on_rollout_end(self) -> None:
-        self.n_rollouts += 1
-        if (self.n_rollouts - 1) % self.every_n_rollouts == 0:
-            statistics = rollout_statistics(self.model)  # type: ignore[arg-type]
-            if statistics is not None:
-                for field in fields(statistics):
-                    self.logger.record(f"gradient/{field.name}", getattr(statistics, field.name).value)
-
-
-def rollout_statistics(model: VPG, n_bootstrap: int = 0) -> GradientStatistics | None:
-    """
-    Statistics of the gradient of the rollout in the model's buffer, from the episodes (whole or in part) in it.
-
-    :param model: VPG with a rollout, before its update
-    :param n_bootstrap: resamples behind the intervals; 0 for no intervals
-    :return: None if there are fewer than two episodes in the rollout
-    """
-    buffer = model.rollout_buffer
-    if not isinstance(buffer, VPGBufferMixin) or buffer.n_segments < 2:
-        return None
-    model.policy.set_training_mode(False)
-    groups = np.array_split(np.arange(buffer.n_segments), min(buffer.n_segments, MAX_GROUPS))
-    # The mean over groups is then the gradient of the update
-    scale = len(groups) / model.plan.batch_divisor(buffer.n_recorded, buffer.n_segments)
-    weights = scale * buffer.normalized_advantages(model.processes).reshape(1, -1)
-    runner, segments = make_policy_runner(model.policy), steps_of_segments(buffer)
-    gradients = []
-    with forgetting_distributions(model.policy):
-        parameters = actor_parameters(model.policy, buffer)
-        for group in groups:
-            indices = np.concatenate([segments[segment] for segment in group])
-            gradients.append(weighted_score(runner, parameters, buffer, indices, weights[:, indices])[0])
-    return statistics_of(
-        th.stack(gradients),
-        n_per_update=len(groups),
-        n_episodes=buffer.n_segments / len(groups),
-        n_bootstrap=n_bootstrap,
-    )
-
-
-def steps_of_segments(buffer: VPGBufferMixin) -> list[Array]:
-    """:return: the recorded steps of each segment, counted in order of time, then of environment"""
-    recorded = np.flatnonzero(buffer.mask)
-    segments = segment_index(buffer.rollout.last).ravel()[recorded]
-    order = np.argsort(segments, kind="stable")
-    return np.split(recorded[order], np.flatnonzero(np.diff(segments[order])) + 1)
