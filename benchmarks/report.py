@@ -37,17 +37,11 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def where_time_goes(scenario: str) -> str:
-    before, after = (
-        next(r["microseconds_per_frame"] for r in results_of(f"where_time_goes_{when}") if r["scenario"] == scenario)
-        for when in ("before", "after")
-    )
-    contestants = list(after)
-    columns = [(after if name == "A2C" else which)[name] for name in contestants for which in (before, after)][1:]
-    header = ["microseconds per frame", "A2C"]
-    header += [f"{name}, {when}" for name in contestants[1:] for when in ("before", "after")]
-    rows = [[part, *(f"{np.median(column[part]):.2f}" for column in columns)] for part in columns[0]]
-    totals = [np.median(np.sum(list(column.values()), axis=0)) for column in columns]
-    return table(header, [*rows, ["**sum**", *(f"**{total:.2f}**" for total in totals)]])
+    lines = results_of("where_time_goes_after")
+    columns = next(line["microseconds_per_frame"] for line in lines if line["scenario"] == scenario)
+    rows = [[part, *(f"{np.median(column[part]):.2f}" for column in columns.values())] for part in columns["A2C"]]
+    totals = [np.median(np.sum(list(column.values()), axis=0)) for column in columns.values()]
+    return table(["microseconds per frame", *columns], [*rows, ["**sum**", *(f"**{total:.2f}**" for total in totals)]])
 
 
 def throughput(scenario: str, file: str = "throughput") -> str:
@@ -127,7 +121,7 @@ def algorithms_on(env_id: str, *thresholds: str) -> str:
         steps, seconds = steps_and_seconds(runs)
         rows.append([algo.upper(), steps, interquartile_mean(scores), *reached, lowest, length, noisy, seconds])
     at_least = [f"seeds >= {threshold}" for threshold in thresholds]
-    return table(["", "steps", "return", *at_least, "lowest seed", "length", "with noise", "seconds"], rows)
+    return table(["", "steps", "return", *at_least, "lowest seed", "length", "stochastic", "seconds"], rows)
 
 
 def draw_learning_curves(path: Path) -> None:
