@@ -6,7 +6,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch as th
-from installed import CHECKOUT, Environment, build_wheel
+from helpers.installed import CHECKOUT, Environment, build_wheel
 
 # The same cases each time, few of them; HYPOTHESIS_PROFILE=thorough tries many others, and keeps what fails
 hypothesis.settings.register_profile("default", max_examples=50, deadline=None, derandomize=True, database=None)

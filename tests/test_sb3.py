@@ -8,7 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from envs import ACTION_SPACES, BOX, OBSERVATION_SPACES, CountingEnv, SpacesEnv, policy_for
+from helpers.envs import ACTION_SPACES, BOX, OBSERVATION_SPACES, CountingEnv, SpacesEnv, policy_for
 from gymnasium import spaces
 from stable_baselines3 import A2C
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer

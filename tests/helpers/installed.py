@@ -10,7 +10,7 @@ import venv
 from collections.abc import Callable
 from pathlib import Path
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 HOOK_OFF = {"SB3_VPG_NO_ZOO_HOOK": "1"}
 
 

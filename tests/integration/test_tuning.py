@@ -15,7 +15,7 @@ from pathlib import Path
 
 import optuna
 import pytest
-from installed import Environment, call, output_of, script_in, wait_until
+from helpers.installed import Environment, call, output_of, script_in, wait_until
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState

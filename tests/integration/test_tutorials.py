@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch as th
 import yaml
-from installed import CHECKOUT, Environment, output_of
+from helpers.installed import CHECKOUT, Environment, output_of
 
 from sb3_vpg import VPG
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from installed import CHECKOUT, Environment, build_wheel, call, output_of
+from helpers.installed import CHECKOUT, Environment, build_wheel, call, output_of
 from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
 

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch as th
 import torch.distributed as dist
-from envs import CountingEnv, FaultyEnv
-from ranks import in_ranks
+from helpers.envs import CountingEnv, FaultyEnv
+from helpers.ranks import in_ranks
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor

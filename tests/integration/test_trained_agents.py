@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import yaml
-from installed import CHECKOUT, HOOK_OFF, Environment, output_of
+from helpers.installed import CHECKOUT, HOOK_OFF, Environment, output_of
 
 AGENTS = CHECKOUT / "rl-trained-agents"
 #: Steps to be played and the least mean return of the episodes in them

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from installed import CHECKOUT, call, output_of
+from helpers.installed import CHECKOUT, call, output_of
 
 EXAMPLES = sorted((CHECKOUT / "docs" / "examples").glob("*.py"))
 NUMBER = re.compile(r"-?\d[\d,]*\.?\d*")

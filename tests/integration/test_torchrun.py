@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from installed import Environment, output_of, script_in, wait_until
+from helpers.installed import Environment, output_of, script_in, wait_until
 
 pytestmark = [
     pytest.mark.slow,

@@ -19,7 +19,7 @@ from sb3_vpg.envs import register_environments
 from sb3_vpg.envs.cartpole import SameStepCartPoleVectorEnv
 from sb3_vpg.envs.cartpole_swingup import CartPoleSwingUpEnv, CartPoleSwingUpVectorEnv
 
-DATA = Path(__file__).parent / "data"
+DATA = CHECKOUT / "tests" / "data"
 V0, V1 = "CartPoleSwingUp-v0", "CartPoleSwingUp-v1"
 HANGING, UPRIGHT = ({"mean": [0, 0, angle, 0], "std": 0} for angle in (np.pi, 0))
 MODES = [AutoresetMode.NEXT_STEP, AutoresetMode.SAME_STEP]

@@ -10,8 +10,8 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch as th
-from envs import ACTION_SPACES, OBSERVATION_SPACES, CountingEnv, SpacesEnv, policy_for
-from mdp import GAMMA, MDPEnv, action_probabilities, batches, gradient_of_batch, make_model, probability, trajectories
+from helpers.envs import ACTION_SPACES, OBSERVATION_SPACES, CountingEnv, SpacesEnv, policy_for
+from helpers.mdp import GAMMA, MDPEnv, action_probabilities, batches, gradient_of_batch, make_model, probability, trajectories
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env

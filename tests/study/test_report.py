@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from sb3_vpg.study import report
-from sb3_vpg.study.report import COLUMNS, write_report
+from sb3_vpg.study.report import write_report
+from sb3_vpg.study.study import COLUMNS
 
 # "Far" first: the order of the report is theirs, not that of the results
 RANGES = {"Far": (0.0, 100.0), "Near": (0.0, 10.0)}

@@ -15,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from envs import BOX, CountingEnv, SpacesEnv
+from helpers.envs import BOX, CountingEnv, SpacesEnv
 from gymnasium import spaces
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
@@ -28,7 +28,7 @@ from sb3_vpg.common.checkpoint import atomic_write
 from sb3_vpg.common.random_states import get_random_states, set_random_states
 from sb3_vpg.envs.native_vec_env import NativeVecEnv
 
-DATA = Path(__file__).parent / "data"
+DATA = CHECKOUT / "tests" / "data"
 SMALL = {"net_arch": [8]}
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import optuna
 import pytest
 import yaml
-from installed import CHECKOUT, HOOK_OFF, Environment, output_of, wait_until
+from helpers.installed import CHECKOUT, HOOK_OFF, Environment, output_of, wait_until
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_vpg import VPG, zoo

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import torch as th
-from envs import ACTION_SPACES, BOX, CountingEnv, FaultyEnv, SpacesEnv
+from helpers.envs import ACTION_SPACES, BOX, CountingEnv, FaultyEnv, SpacesEnv
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback

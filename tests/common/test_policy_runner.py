@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch as th
-from envs import ACTION_SPACES, BOX
+from helpers.envs import ACTION_SPACES, BOX
 from gymnasium import spaces
 from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import BaseCallback

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import yaml
-from installed import CHECKOUT, Environment, call, heed_interruptions, output_of
+from helpers.installed import CHECKOUT, Environment, call, heed_interruptions, output_of
 
 from sb3_vpg.estimators import Formulation
 from sb3_vpg.study.__main__ import keep_settings
