@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 from helpers.envs import CountingEnv
+from helpers.models import flat_weights
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
@@ -50,17 +51,13 @@ def environments(vec_env_class, how, at=9, **kwargs):
     return vec_env_class(fns, **kwargs)
 
 
-def weights(model):
-    return th.nn.utils.parameters_to_vector(model.policy.parameters()).detach().clone()
-
-
 def assert_fails_unharmed(env, match, tmp_path, **kwargs):
     model = VPG("MlpPolicy", env, **{"n_steps": 6, "seed": 0, "policy_kwargs": {"net_arch": [8]}, **kwargs})
     updated, train = [], model.train
 
     def train_and_remember():
         train()
-        updated.append(weights(model))
+        updated.append(flat_weights(model))
 
     model.train = train_and_remember
     with pytest.raises(RuntimeError, match=match) as error:
@@ -68,9 +65,9 @@ def assert_fails_unharmed(env, match, tmp_path, **kwargs):
     del model.train
     assert error.value.__cause__ is not None
     assert len(updated) == model._n_updates == 1
-    assert th.equal(weights(model), updated[-1])
+    assert th.equal(flat_weights(model), updated[-1])
     model.save(tmp_path / "model")
-    assert th.equal(weights(VPG.load(tmp_path / "model", device="cpu")), weights(model))
+    assert th.equal(flat_weights(VPG.load(tmp_path / "model", device="cpu")), flat_weights(model))
     return model
 
 

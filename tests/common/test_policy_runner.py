@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch as th
-from helpers.envs import ACTION_SPACES, BOX
 from gymnasium import spaces
+from helpers.envs import ACTION_SPACES, BOX
 from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy

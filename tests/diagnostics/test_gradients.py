@@ -1,16 +1,12 @@
-"""
-Gradient statistics: by hand, against their definitions, against VPG's own update, and against the exact variance of a small
-MDP.
-"""
+"""Gradients of episodes: against VPG's own update, against the exact variance of a small MDP, for any policy and algorithm."""
 
 import copy
-import math
-from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch as th
 from helpers.envs import ACTION_SPACES, OBSERVATION_SPACES, CountingEnv, SpacesEnv, policy_for
+from helpers.gradients import values
 from helpers.mdp import GAMMA, MDPEnv, action_probabilities, batches, gradient_of_batch, make_model, probability, trajectories
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
@@ -25,104 +21,10 @@ from sb3_vpg.diagnostics import (
     batch_gradients,
     collect_episodes,
     gradient_statistics,
-    rollout_statistics,
     statistics_of,
 )
-from sb3_vpg.diagnostics.callback import MAX_GROUPS
 from sb3_vpg.diagnostics.gradients import episodes_in
 from sb3_vpg.estimators import Formulation
-
-NAMES = [field.name for field in fields(statistics_of(th.eye(2)))]
-
-
-def values(statistics):
-    return {name: getattr(statistics, name).value for name in NAMES}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# From gradients to statistics
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def test_two_orthogonal_gradients_are_all_noise():
-    statistics = values(statistics_of(th.tensor([[2.0, 0.0], [0.0, 2.0]])))
-    assert statistics == {
-        "mean_norm": pytest.approx(math.sqrt(2)),
-        "variance": pytest.approx(4.0),
-        "snr": 0.0,
-        "pairwise_cosine": 0.0,
-        "cosine_with_reference": 0.0,
-        "noise_scale": math.inf,
-    }
-
-
-def test_by_hand():
-    # g_i . g_j: 5, 2, 4 on the diagonal, 3, 2 (twice) beside it
-    gradients = th.tensor([[2.0, 1.0], [1.0, 1.0], [0.0, 2.0]])
-    statistics = values(statistics_of(gradients, n_episodes=4))
-    signal, mean_square = (3 + 2 + 2) / 3, 11 / 3
-    assert statistics["mean_norm"] == pytest.approx(5 / 3)
-    assert statistics["variance"] == pytest.approx(mean_square - signal)
-    assert statistics["snr"] == pytest.approx(signal / (mean_square - signal))
-    assert statistics["noise_scale"] == pytest.approx(4 * (mean_square - signal) / signal)
-    cosines = [3 / math.sqrt(10), 2 / math.sqrt(20), 2 / math.sqrt(8)]
-    assert statistics["pairwise_cosine"] == pytest.approx(np.mean(cosines))
-    # The sums of the others are (1, 3), (2, 3), (3, 2)
-    with_others = [5 / math.sqrt(5 * 10), 5 / math.sqrt(2 * 13), 4 / math.sqrt(4 * 13)]
-    assert statistics["cosine_with_reference"] == pytest.approx(np.mean(with_others))
-
-
-def test_equal_gradients_are_all_signal():
-    statistics = values(statistics_of(th.ones(3, 4)))
-    assert statistics["variance"] == pytest.approx(0, abs=1e-12)
-    assert statistics["pairwise_cosine"] == pytest.approx(1)
-    assert statistics["noise_scale"] == pytest.approx(0, abs=1e-12)
-    assert statistics["snr"] > 1e10
-
-
-def test_zero_gradients_have_no_signal_and_no_direction():
-    statistics = values(statistics_of(th.zeros(3, 4)))
-    assert statistics == {**dict.fromkeys(NAMES, 0.0), "noise_scale": math.inf}
-
-
-def test_reference_is_compared_on_other_data_only():
-    gradients, reference = th.tensor([[1.0, 0.0], [0.0, 1.0]]), th.tensor([[0.0, 3.0], [4.0, 0.0]])
-    # With its own row of the reference each gradient would be orthogonal
-    assert statistics_of(gradients, reference).cosine_with_reference.value == pytest.approx(1)
-
-
-def test_the_gradient_of_an_update_averages_several():
-    gradients = th.randn(8, 5, generator=th.Generator().manual_seed(0)) + 1
-    one, four = statistics_of(gradients), statistics_of(gradients, n_per_update=4, n_episodes=3)
-    assert four.variance.value == pytest.approx(one.variance.value / 4)
-    assert four.snr.value == pytest.approx(4 * one.snr.value)
-    assert four.noise_scale.value == pytest.approx(3 * one.noise_scale.value)
-
-
-def test_unbiased_and_intervals_cover_the_truth():
-    d, m, sigma, n_samples = 20, 32, 1.0, 300
-    mean = th.full((d,), 0.3)
-    truth = {"variance": d * sigma**2, "snr": 0.09 * d / (d * sigma**2), "noise_scale": 1 / 0.09}
-    generator = th.Generator().manual_seed(0)
-    samples = [
-        statistics_of(mean + sigma * th.randn(m, d, generator=generator), n_bootstrap=200, seed=i) for i in range(n_samples)
-    ]
-    variance = np.mean([sample.variance.value for sample in samples])
-    signal = np.mean([sample.snr.value * sample.variance.value for sample in samples])
-    assert variance == pytest.approx(truth["variance"], rel=0.01)
-    # The squared norm of the mean would be larger by d sigma^2 / m = 0.625
-    assert signal == pytest.approx(0.09 * d, abs=0.1)
-    for name, value in truth.items():
-        covered = np.mean([getattr(s, name).low <= value <= getattr(s, name).high for s in samples])
-        # Percentile intervals of 32 samples are somewhat too narrow
-        assert 0.85 < covered < 0.99, name
-
-
-@pytest.mark.parametrize("shape", [(1, 3), (3,)])
-def test_one_gradient_has_no_variance(shape):
-    with pytest.raises(ValueError, match="m >= 2"):
-        statistics_of(th.ones(shape))
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # From episodes to gradients
@@ -346,82 +248,6 @@ def test_more_episodes_in_a_batch_less_variance():
     statistics = gradient_statistics(model, env, measured, n_episodes=256, seed=0)
     ratio = statistics["4"].variance.value / statistics["16"].variance.value
     assert 2.5 < ratio < 6.5
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Callback
-# ---------------------------------------------------------------------------------------------------------------
-
-
-class Recorder(BaseCallback):
-    """What the logger holds at the beginning of each rollout, that is after the update before it."""
-
-    def __init__(self):
-        super().__init__()
-        self.logged = []
-
-    def _on_rollout_start(self):
-        self.logged.append(dict(self.logger.name_to_value))
-
-    def _on_step(self):
-        return True
-
-
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {"n_steps": 16},
-        {"n_episodes": 2, "estimator": "reward_to_go", "baseline": "leave_one_out"},
-        {"n_episodes": 2, "loss_reduction": "trajectory", "estimator": "total_return"},
-        {"n_steps": 200},
-    ],
-    ids=str,
-)
-def test_the_mean_is_the_gradient_of_the_update(kwargs):
-    env = DummyVecEnv([lambda: CountingEnv([3, 5]), lambda: CountingEnv([4])])
-    model = VPG("MlpPolicy", env, seed=0, gamma=0.9, **kwargs)
-    recorder = Recorder()
-    model.learn(1000, callback=[recorder, GradientStatisticsCallback(1)], log_interval=10_000)
-    assert len(recorder.logged) > 2
-    for logged in recorder.logged[1:]:
-        assert logged["gradient/mean_norm"] == pytest.approx(logged["train/policy_grad_norm"], rel=1e-3)
-        assert {name.removeprefix("gradient/") for name in logged if name.startswith("gradient/")} == set(NAMES)
-
-
-def test_every_third_rollout():
-    model = VPG("MlpPolicy", DummyVecEnv([lambda: CountingEnv([3])] * 2), n_steps=8, seed=0)
-    norms = []
-
-    class Norms(Recorder):
-        def _on_rollout_start(self):
-            norms.append(self.logger.name_to_value.pop("gradient/mean_norm", None))
-
-    model.learn(16 * 7, callback=[GradientStatisticsCallback(3), Norms()], log_interval=10_000)
-    assert [norm is not None for norm in norms] == [False, True, False, False, True, False, False]
-
-
-def test_training_is_the_same_with_the_callback():
-    def weights(callback):
-        env = make_vec_env("CartPole-v1", 4, seed=0)
-        model = VPG("MlpPolicy", env, n_steps=32, seed=0).learn(1000, callback=callback)
-        return th.nn.utils.parameters_to_vector(model.policy.parameters())
-
-    assert th.equal(weights(None), weights(GradientStatisticsCallback(1)))
-
-
-def test_many_pieces_are_taken_together():
-    model = VPG("MlpPolicy", DummyVecEnv([lambda: CountingEnv([1, 2])] * 2), n_steps=3 * MAX_GROUPS, seed=0)
-    model.learn(6 * MAX_GROUPS)
-    assert model.rollout_buffer.n_segments == 4 * MAX_GROUPS
-    statistics = rollout_statistics(model)
-    assert statistics.noise_scale.value == pytest.approx(4 * MAX_GROUPS / statistics.snr.value)
-
-
-def test_one_piece_logs_nothing():
-    model = VPG("MlpPolicy", DummyVecEnv([lambda: CountingEnv([100])]), n_steps=16, seed=0)
-    recorder = Recorder()
-    model.learn(64, callback=[recorder, GradientStatisticsCallback(1)])
-    assert not any(name.startswith("gradient/") for logged in recorder.logged for name in logged)
 
 
 # ---------------------------------------------------------------------------------------------------------------

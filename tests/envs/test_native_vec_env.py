@@ -9,14 +9,14 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from helpers.envs import CountingEnv
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import RecordEpisodeStatistics, TimeLimit
+from helpers.cartpole import V0, V1, balancing, swinging
+from helpers.envs import CountingEnv
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor, load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
-from helpers.cartpole import V0, V1, balancing, swinging
 
 from sb3_vpg import VPG
 from sb3_vpg.envs.native_vec_env import NativeVecEnv

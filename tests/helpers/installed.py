@@ -11,6 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+HYPERPARAMS = {
+    path.relative_to(CHECKOUT).with_suffix("").as_posix(): path for path in sorted((CHECKOUT / "hyperparams").rglob("*.yml"))
+}
 HOOK_OFF = {"SB3_VPG_NO_ZOO_HOOK": "1"}
 
 
