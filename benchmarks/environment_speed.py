@@ -1,7 +1,7 @@
 """
 Steps per second of environments alone, without a policy, in turns, one thread.
 
-    python benchmarks/environments.py
+    python benchmarks/environment_speed.py
 
 For each environment and number of environments N: gymnasium's vectorised form, the same through NativeVecEnv, and SB3's
 DummyVecEnv over N single environments; medians over the rounds, and the median of the rounds' ratios to DummyVecEnv.
@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import common  # noqa: F401  one thread, before NumPy is imported
 import gymnasium as gym
+import harness  # noqa: F401  one thread, before NumPy is imported
 import numpy as np
 from stable_baselines3.common.env_util import make_vec_env
 

@@ -1,7 +1,7 @@
 """
 What gradient statistics cost during training.
 
-    python benchmarks/diagnostics.py
+    python benchmarks/gradient_statistics_cost.py
 
 Processor time of a training with `GradientStatisticsCallback`, as a ratio to that without it: median [lowest, highest] of the
 rounds, each of which trains with and without.
@@ -11,7 +11,7 @@ import argparse
 import time
 from typing import Any
 
-from common import median_and_range
+from harness import median_and_range
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_vpg import VPG

@@ -1,7 +1,7 @@
 """
 What it costs to look whether observations, actions, rewards and values are finite.
 
-    python benchmarks/checks.py
+    python benchmarks/finite_checks_cost.py
 
 Training with the checks, as a ratio to training with these checks taken out: seconds per frame, median [lowest, highest] of
 the rounds, each of which measures both in turns, at learning rate 0. (That losses and gradients are finite is looked at in
@@ -12,8 +12,8 @@ import argparse
 import time
 from unittest.mock import patch
 
-from common import median_and_range
 from contestants import SCENARIOS, make_model, training
+from harness import median_and_range
 
 from sb3_vpg.rollout import RolloutCollector
 

@@ -2,7 +2,7 @@
 The tables of README.md, docs/performance.md and docs/swingup.md, and the picture of learning curves, from the results that the
 other benchmarks have written.
 
-    python benchmarks/report.py
+    python benchmarks/write_tables.py
 
 Reads the files in benchmarks/results, writes what stands between `<!-- table: NAME -->` and `<!-- end -->` in the documents,
 and draws docs/learning_curves.png.
@@ -16,7 +16,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from common import interquartile_mean, median_and_range
+from harness import interquartile_mean, median_and_range
 from scipy.stats import trim_mean
 from time_to_solve import by_contestant, median
 from trained_agents import ENVIRONMENTS
@@ -98,7 +98,7 @@ def scaling(part: str) -> str:
 
 
 def zoo_runs() -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """:return: what ``benchmarks/zoo.py`` has kept, by environment and algorithm"""
+    """:return: what ``benchmarks/zoo_entries.py`` has kept, by environment and algorithm"""
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {env_id: defaultdict(list) for env_id in ENVIRONMENTS}
     for run in map(json.loads, (RESULTS / "zoo.jsonl").read_text().splitlines()):
         runs[run["env"]][run["algo"]].append(run)

@@ -5,7 +5,7 @@ Reward-to-go of a batch of episodes: the doubling scan of sb3_vpg.estimators aga
 - one product with the Toeplitz matrix of discounts per episode,
 - scipy.signal.lfilter per episode.
 
-    python benchmarks/estimators.py
+    python benchmarks/returns_scan_speed.py
 
 Prints the median time of each, and its ratio to the scan. All are checked to give the same numbers first.
 """

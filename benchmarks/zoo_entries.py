@@ -1,7 +1,7 @@
 """
 RL Baselines3 Zoo's own training command, algorithm against algorithm: each with its entry in the zoo's hyperparameters.
 
-    python benchmarks/zoo.py --env CartPole-v1 --algo vpg ppo a2c --seeds 10
+    python benchmarks/zoo_entries.py --env CartPole-v1 --algo vpg ppo a2c --seeds 10
 
 For each algorithm: interquartile mean over seeds of the mean return of the final model (deterministic, 100 episodes of the
 environment itself: no keyword arguments of the entry, no normalised reward) [95 % bootstrap interval], mean length of these
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from common import in_processes, interquartile_mean, result_line
+from harness import in_processes, interquartile_mean, result_line
 
 #: Points of a learning curve
 N_POINTS = 100
