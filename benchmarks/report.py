@@ -129,7 +129,7 @@ def algorithms_on(env_id: str, *thresholds: str) -> str:
         steps, seconds = steps_and_seconds(runs)
         rows.append([algo.upper(), steps, interquartile_mean(scores), *reached, lowest, length, noisy, seconds])
     at_least = [f"seeds >= {threshold}" for threshold in thresholds]
-    return table(["", "steps", "return", *at_least, "lowest seed", "length", "with noise", "seconds"], rows)
+    return table(["", "steps", "return", *at_least, "lowest seed", "length", "stochastic", "seconds"], rows)
 
 
 def draw_learning_curves(path: Path) -> None:
