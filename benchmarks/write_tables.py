@@ -1,6 +1,6 @@
 """
-The tables of README.md, docs/performance.md and docs/swingup.md, and the picture of learning curves, from the results that the
-other benchmarks have written.
+The tables of README.md, docs/results.md, docs/performance.md and docs/swingup.md, and the picture of learning curves, from the
+results that the other benchmarks have written.
 
     python benchmarks/write_tables.py
 
@@ -23,7 +23,7 @@ from trained_agents import ENVIRONMENTS
 
 HERE = Path(__file__).parent
 RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
-DOCUMENTS = (HERE.parent / "README.md", DOCS / "performance.md", DOCS / "swingup.md")
+DOCUMENTS = (HERE.parent / "README.md", DOCS / "results.md", DOCS / "performance.md", DOCS / "swingup.md")
 ALGORITHMS = ("vpg", "a2c", "ppo", "trpo")
 
 
@@ -37,9 +37,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def where_time_goes(scenario: str) -> str:
-    lines = results_of("where_time_goes_after")
-    columns = next(line["microseconds_per_frame"] for line in lines if line["scenario"] == scenario)
-    rows = [[part, *(f"{np.median(column[part]):.2f}" for column in columns.values())] for part in columns["A2C"]]
+    columns = next(r["microseconds_per_frame"] for r in results_of("where_time_goes") if r["scenario"] == scenario)
+    parts = next(iter(columns.values()))
+    rows = [[part, *(f"{np.median(column[part]):.2f}" for column in columns.values())] for part in parts]
     totals = [np.median(np.sum(list(column.values()), axis=0)) for column in columns.values()]
     return table(["microseconds per frame", *columns], [*rows, ["**sum**", *(f"**{total:.2f}**" for total in totals)]])
 
@@ -110,6 +110,14 @@ def algorithms() -> str:
 
     rows = [[env_id, *(cell(of_env[algo]) for algo in ALGORITHMS)] for env_id, of_env in zoo_runs().items()]
     return table(["return<br>steps, time", *map(str.upper, ALGORITHMS)], rows)
+
+
+def scores() -> str:
+    rows = [
+        [env_id, *(f"{trim_mean([run['score'] for run in of_env[algo]], 0.25):.1f}" for algo in ALGORITHMS)]
+        for env_id, of_env in zoo_runs().items()
+    ]
+    return table(["", *map(str.upper, ALGORITHMS)], rows)
 
 
 def algorithms_on(env_id: str, *thresholds: str) -> str:
