@@ -162,7 +162,7 @@ def saved(tmp_path_factory):
 def test_a_file_that_was_cut_short_is_refused(share, saved, tmp_path):
     content = saved.read_bytes()
     (tmp_path / "model.zip").write_bytes(content[: int(share * len(content))])
-    with pytest.raises(ValueError, match=r"model\.zip is not a .* cut short"):
+    with pytest.raises(ValueError, match=r"model\.zip is not a .* incomplete"):
         VPG.load(tmp_path / "model.zip")
 
 
@@ -174,7 +174,7 @@ def test_a_file_that_is_no_zip_file_is_refused_in_sb3s_words_too(tmp_path):
             algorithm.load(tmp_path / "model.zip")
         messages.append(str(error.value))
     ours, theirs = messages
-    assert ours.startswith(f"{tmp_path / 'model.zip'} is not a whole zip file")
+    assert ours.startswith(f"{tmp_path / 'model.zip'} is not a zip file")
     assert theirs in ours
 
 
@@ -204,7 +204,7 @@ def test_another_zip_file_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
         archive.writestr("data", "{}")
     with pytest.raises(
-        ValueError, match=r"not a saved model, or was cut short: it has no 'policy\.optimizer\.pth', 'policy\.pth'"
+        ValueError, match=r"not a saved model, or is incomplete: it has no 'policy\.optimizer\.pth', 'policy\.pth'"
     ):
         VPG.load(tmp_path / "archive.zip")
 
@@ -332,7 +332,7 @@ def test_an_optimizer_of_another_kind_is_not_taken_over_and_a_warning_says_so(tm
     other.learn(10)
     for form in ("dictionary", "file"):
         with pytest.warns(
-            UserWarning, match="state of the optimizer is not taken over: it has no betas, so it is not one of Adam"
+            UserWarning, match="state of the optimizer is not loaded: it has no betas, so it is not one of Adam"
         ):
             take_over(model, other, form, tmp_path)
         assert th.equal(weights(model), weights(other))
@@ -406,7 +406,7 @@ def test_groups_of_unknown_parameters_are_not_taken_over():
     parameters = other.get_parameters()
     for group in parameters["policy.optimizer"]["param_groups"]:
         del group["names"]
-    with pytest.warns(UserWarning, match="state of the optimizer is not taken over: it has other groups of parameters"):
+    with pytest.warns(UserWarning, match="state of the optimizer is not loaded: it has other groups of parameters"):
         model.set_parameters(parameters)
     assert th.equal(weights(model), weights(other))
     assert known(model) == {}
