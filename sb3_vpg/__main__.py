@@ -1,6 +1,8 @@
 """
-``python -m sb3_vpg train --env CartPole-v1``: rl_zoo3's commands with VPG registered explicitly, and as the default algorithm;
-and one of our own, ``python -m sb3_vpg ablation``.
+Command line: ``python -m sb3_vpg train --env CartPole-v1``.
+
+It runs rl_zoo3's commands with VPG registered, and with VPG as the default algorithm. One more command,
+``python -m sb3_vpg ablation``, runs ablation studies.
 """
 
 import importlib.util
@@ -23,10 +25,11 @@ COMMANDS = {
 }
 USAGE = f"""usage: python -m sb3_vpg COMMAND [ARGUMENTS]
 
-Runs a command of RL Baselines3 Zoo with VPG as one of its algorithms, and as the default one; `ablation` is ours: it compares
-formulations over environments and seeds.
-COMMAND is one of {", ".join(COMMANDS)}; `python -m sb3_vpg COMMAND --help` lists its arguments."""
-# Commands whose --algo would else be ppo, or missing
+Runs a command of RL Baselines3 Zoo with VPG as an additional algorithm. VPG is also the default of --algo.
+The command `ablation` is not part of the zoo: it compares formulations over environments and seeds.
+COMMAND is one of {", ".join(COMMANDS)}.
+`python -m sb3_vpg COMMAND --help` lists the arguments of a command."""
+# Commands to which `--algo vpg` is added unless --algo is given
 WITH_ALGO = ("train", "enjoy", "record_video", "record_training", "push_to_hub", "load_from_hub")
 
 
@@ -41,7 +44,7 @@ def main() -> None:
     if importlib.util.find_spec("rl_zoo3") is None:
         sys.exit("This command needs RL Baselines3 Zoo: pip install 'sb3_vpg[zoo]'")
     if command == "ablation" and importlib.util.find_spec("rliable") is None:
-        sys.exit("This command draws plots: pip install 'sb3_vpg[plots]'")
+        sys.exit("This command needs packages for plots: pip install 'sb3_vpg[plots]'")
 
     arguments = sys.argv[2:]
     if command in WITH_ALGO and not any(argument.split("=")[0] == "--algo" for argument in arguments):
@@ -54,7 +57,7 @@ def main() -> None:
 
 
 def run(module: str) -> None:
-    """Run a module as a command, with VPG in the zoo."""
+    """Register VPG with the zoo, and run a module as a command."""
     from sb3_vpg.zoo import register
 
     register()
