@@ -8,7 +8,7 @@ from unittest import mock
 
 import pytest
 import yaml
-from installed import CHECKOUT
+from helpers.installed import CHECKOUT
 
 from sb3_vpg.estimators import ESTIMATORS
 
