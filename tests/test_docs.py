@@ -52,6 +52,18 @@ def test_links_are_found():
     assert "until-it-is-solved" in anchors_in(CHECKOUT / "docs" / "performance.md")
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_tests_that_a_page_names_exist(page: Path):
+    files = {path.relative_to(CHECKOUT).as_posix(): path.read_text() for path in (CHECKOUT / "tests").rglob("test_*.py")}
+    # As in `test_faults.py::test_an_exception_in_a_step_...`, or with the folder, or without the file
+    for folder, name, test, more in re.findall(r"`(tests/(?:\w+/)*)?(\w+\.py)?(?:::)?(test_\w+)?(\.\.\.)?`", page.read_text()):
+        if test or name.startswith("test_"):
+            where = [text for file, text in files.items() if file.endswith(f"{folder}{name}" if folder else f"/{name}")]
+            assert where or not name, f"{folder}{name}"
+            definition = f"def {test}" if more else f"def {test}("
+            assert not test or any(definition in text for text in where or files.values()), f"{folder}{name}::{test}"
+
+
 @pytest.mark.parametrize("code", [code for code, _ in PYTHON.findall(PAGES[0].read_text())])
 def test_the_code_in_the_readme_compiles(code: str):
     compile(code, "README.md", "exec")

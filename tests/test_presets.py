@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 import yaml
-from installed import CHECKOUT
+from helpers.installed import CHECKOUT
 from stable_baselines3 import A2C
 from stable_baselines3.common.env_util import make_vec_env
 

@@ -49,7 +49,7 @@ def is_number(text: str) -> bool:
     return True
 
 
-# A study of formulations has a form of its own: tests/test_ablation.py
+# A study of formulations has a form of its own: tests/study/test_study.py
 ZOO_FILES = [name for name in HYPERPARAMS if not name.startswith("hyperparams/ablation/")]
 
 

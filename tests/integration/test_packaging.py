@@ -44,7 +44,7 @@ def test_a_wheel_built_from_the_source_distribution_is_the_same(wheel: Path, tmp
     with tarfile.open(tmp_path / f"{name}.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     files = {path.relative_to(tmp_path / name).as_posix() for path in (tmp_path / name).rglob("*")}
-    assert {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "tests/test_packaging.py"} <= files
+    assert {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "tests/integration/test_packaging.py"} <= files
     assert "rl-trained-agents/vpg/CartPole-v1_1/CartPole-v1.zip" in files
     again = build_wheel(tmp_path / name, tmp_path)
     assert names_in(again) == names_in(wheel)
