@@ -26,10 +26,11 @@ from sb3_vpg.diagnostics import (
     collect_episodes,
     episodes_in,
     gradient_statistics,
+    psi,
     rollout_statistics,
     statistics_of,
 )
-from sb3_vpg.estimators import Formulation
+from sb3_vpg.estimators import Formulation, Rollout
 from sb3_vpg.passes import passes_of
 
 NAMES = [field.name for field in fields(statistics_of(th.eye(2)))]
@@ -118,6 +119,14 @@ def test_unbiased_and_intervals_cover_the_truth():
         assert 0.85 < covered < 0.99, name
 
 
+@pytest.mark.parametrize(("confidence", "low", "high"), [(0.4, 1, 1), (0.6, 0, 2)])
+def test_half_of_what_lies_outside_an_interval_is_on_either_side(confidence, low, high):
+    # The norm of the mean is how often the third gradient is drawn: 0, 1 and 2 times in a quarter, a half and a quarter of the
+    # resamples, leaving out those of one gradient alone
+    statistics = statistics_of(th.tensor([[0.0], [0.0], [3.0]]), confidence=confidence)
+    assert statistics.mean_norm == (1, low, high)
+
+
 @pytest.mark.parametrize("shape", [(1, 3), (3,)])
 def test_one_gradient_has_no_variance(shape):
     with pytest.raises(ValueError, match="m >= 2"):
@@ -167,6 +176,17 @@ def test_the_gradient_of_a_batch_is_that_of_the_update(name, loss_reduction):
     expected = -flat_gradient(model._actor_parameters)
     assert expected.abs().max() > 1e-3
     th.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "expected"), [(None, [1 + 1 / 2 + 1 / 4, 1 + 1 / 2, 1]), ("value", [2.75 - 8, 3.5 - 8, 1 + 8 / 2 - 8])]
+)
+def test_the_critics_value_at_a_time_limit_counts_only_with_a_formulation_that_has_a_critic(baseline, expected):
+    # Three rewards of 1, every value 8
+    rewards, last = np.ones((3, 1)), np.array([[False], [False], [True]])
+    rollout = Rollout(rewards, 8 * rewards, 8 * rewards, last, last | True, np.arange(3)[:, None])
+    measured = Measured(Formulation("reward_to_go", baseline, gamma=0.5), loss_reduction="trajectory")
+    np.testing.assert_array_equal(psi(measured, rollout)[:, 0], expected)
 
 
 def test_the_first_episodes_of_each_environment_whatever_their_length():
