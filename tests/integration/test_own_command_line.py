@@ -7,10 +7,11 @@ import pytest
 from helpers.installed import HOOK_OFF, Environment, output_of
 from helpers.zoo import CARTPOLE_ENTRY, saved_config
 
+from sb3_vpg.__main__ import COMMANDS
+
 # ---------------------------------------------------------------------------------------------------------------
 # python -m sb3_vpg
 # ---------------------------------------------------------------------------------------------------------------
-from sb3_vpg.__main__ import COMMANDS
 
 
 @pytest.mark.parametrize("env", [HOOK_OFF, {}], ids=["without the hook", "with the hook"])
