@@ -9,7 +9,7 @@ import importlib.util
 import runpy
 import sys
 
-from sb3_vpg.distributed.launcher import launched, run_together
+from sb3_vpg.distributed.launcher import launched_by_torchrun, run_in_process_group
 
 COMMANDS = {
     "train": "rl_zoo3.train",
@@ -50,8 +50,8 @@ def main() -> None:
     if command in WITH_ALGO and not any(argument.split("=")[0] == "--algo" for argument in arguments):
         arguments = ["--algo", "vpg", *arguments]
     sys.argv = [f"sb3_vpg {command}", *arguments]
-    if command == "train" and launched():
-        run_together(run, COMMANDS[command])
+    if command == "train" and launched_by_torchrun():
+        run_in_process_group(run, COMMANDS[command])
     else:
         run(COMMANDS[command])
 

@@ -101,7 +101,7 @@ def test_n_is_the_budget_of_the_loaded_model_and_the_run_together(trained_for_10
 
 @pytest.mark.parametrize("n", [1, 999, 1000])
 def test_a_budget_that_is_used_up_is_refused(trained_for_1000_steps: Path, n: int):
-    message = f"trained for 1000 steps. .* is {n}: no steps are left. To train it for {n} steps more, give -n {1000 + n}$"
+    message = f"trained for 1000 steps. .* is {n}: no steps are left. To train it for {n} more steps, use -n {1000 + n}$"
     with pytest.raises(ValueError, match=message):
         check_budget(trained_for_1000_steps, n)
 
@@ -122,7 +122,7 @@ def test_training_goes_on_until_the_budget_of_both_runs_is_used_up(installed: En
     assert not (installed.cwd / "continued").exists()
 
     output = output_of(installed.run(*command, "-n", str(done + 1)))
-    assert f"Continuing: {done} of {done + 1} steps are done" in output
+    assert f"Continuing after {done} of {done + 1} timesteps" in output
     assert (installed.cwd / "continued/vpg/CartPole-v1_1/CartPole-v1.zip").is_file()
 
 
@@ -219,7 +219,7 @@ def test_other_algorithms_keep_the_hyperparameters_of_the_zoo(installed: Environ
     assert (installed.cwd / "ppo/ppo/CartPole-v1_1/CartPole-v1.zip").is_file()
 
 
-NATIVE = "Stepping all environments in one array"
+NATIVE = "Using NativeVecEnv"
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_own_command_line_trains_vpg_by_default(installed: Environment, env: dic
     assert f"Loading hyperparameters from: {installed.site_packages / 'sb3_vpg' / 'hyperparams' / 'vpg.yml'}" in output
     assert saved_config(installed, logs) == CARTPOLE_ENTRY
     # The zoo puts a TimeLimit of its own in place of gymnasium's, here after the package has been imported
-    assert "Stepping all environments in one array" in output
+    assert "Using NativeVecEnv" in output
     assert "falls back" not in output
     output = output_of(installed.run("-m", "sb3_vpg", "enjoy", "--no-render", "-f", logs, "-n", "1000", env=env))
     assert re.search(r"Mean reward: \d+", output)
