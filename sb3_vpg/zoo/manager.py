@@ -1,8 +1,8 @@
 """
 The zoo's experiment manager, extended for VPG.
 
-:mod:`sb3_vpg.zoo` replaces ``rl_zoo3.exp_manager.ExperimentManager`` by this class when ``rl_zoo3.exp_manager`` is imported, and
-thus before ``rl_zoo3.train`` uses it.
+When ``rl_zoo3.exp_manager`` is imported, and thus before ``rl_zoo3.train`` uses it, :mod:`sb3_vpg.zoo` replaces its
+``ExperimentManager`` by this class.
 """
 
 import functools
