@@ -7,7 +7,7 @@ import importlib.util
 import runpy
 import sys
 
-from sb3_vpg.distributed.launcher import launched, run_together
+from sb3_vpg.distributed.launcher import launched_by_torchrun, run_in_process_group
 
 COMMANDS = {
     "train": ("rl_zoo3.train", "train an agent, or search for hyperparameters: -optimize"),
@@ -29,7 +29,7 @@ Runs a command of RL Baselines3 Zoo with VPG as one of its algorithms, and as th
 {LIST_OF_COMMANDS}
 
 `python -m sb3_vpg COMMAND --help` lists the arguments of a command."""
-# Commands whose --algo would else be ppo, or missing
+# Commands to which `--algo vpg` is added unless --algo is given
 WITH_ALGO = ("train", "enjoy", "record_video", "record_training", "push_to_hub", "load_from_hub")
 
 
@@ -50,8 +50,8 @@ def main() -> None:
     if command in WITH_ALGO and not any(argument.split("=")[0] == "--algo" for argument in arguments):
         arguments = ["--algo", "vpg", *arguments]
     sys.argv = [f"sb3_vpg {command}", *arguments]
-    if command == "train" and launched():
-        run_together(run, COMMANDS[command][0])
+    if command == "train" and launched_by_torchrun():
+        run_in_process_group(run, COMMANDS[command][0])
     else:
         run(COMMANDS[command][0])
 

@@ -327,8 +327,8 @@ class VPG(RolloutCollector):
             for name, loss in parts.items():
                 losses[name] += float(loss)
         losses = self.processes.sum_gradients(self.policy.parameters(), losses)
-        for name, loss in losses.items():
-            self._check_finite_update(name, loss)
+        for name, total in losses.items():
+            self._check_finite_update(name, total)
         sample = slice(None, None, -(-len(batch.actions) // KL_STEPS))
         return losses, (map_obs(lambda obs: obs[sample], batch.observations), batch.actions[sample])
 

@@ -1,4 +1,4 @@
-"""Measuring policy gradients: how noisy they are, by formulation."""
+"""Statistics of policy gradients: signal, noise and direction, for each reward formulation."""
 
 from sb3_vpg.diagnostics.callback import GradientStatisticsCallback, rollout_statistics
 from sb3_vpg.diagnostics.gradients import Episodes, UpdateSpec, batch_gradients, collect_episodes, gradient_statistics

@@ -1,4 +1,4 @@
-"""Statistics of the policy gradient during training, from the rollouts that the update uses."""
+"""Gradient statistics during training, computed from the rollouts of the updates."""
 
 from dataclasses import fields
 
@@ -14,23 +14,27 @@ from sb3_vpg.diagnostics.statistics import GradientStatistics, statistics_of
 from sb3_vpg.estimators import Array, segment_index
 from sb3_vpg.vpg import VPG
 
-# The callback computes the gradients of so many parts of a rollout, at most
+# Maximum number of parts of a rollout whose gradients the callback computes
 MAX_GROUPS = 32
 
 
 class GradientStatisticsCallback(BaseCallback):
     """
-    Logs statistics of VPG's policy gradient, for the formulation in training, under ``gradient/``: from the rollout that the
-    update uses, without further steps in the environment. The independent estimates are those of the episodes of the rollout,
-    or of the segments of episodes that lie in it, taken together where there are more than 32; ``gradient/noise_scale`` counts
-    episodes or segments. A rollout with fewer than two of them logs nothing. Baselines and normalisation that look at other
-    episodes of the batch make the estimates not quite independent; :func:`gradient_statistics` is exact there.
+    Logs statistics of the policy gradient of VPG's formulation under ``gradient/``. They are computed from the rollout of the
+    update, without further environment steps.
 
-    It costs one more pass of the rollout through the policy, forward and back in up to 32 parts, every ``every_n_rollouts``
-    rollouts.
+    The gradient of each segment (an episode, or its part in the rollout) is one estimate. With more than 32 segments,
+    neighboring segments are combined into 32 estimates. ``gradient/noise_scale`` counts segments. A rollout with fewer than
+    two segments is not logged.
 
-    :param every_n_rollouts: how often, >= 1
-    :raises ValueError: if that is another number, or the model is not a VPG with a buffer of its own
+    The estimates are not independent if the baseline or the normalization uses other episodes of the batch.
+    :func:`gradient_statistics` is exact in this case.
+
+    The cost is one forward and backward pass of the rollout, in up to 32 parts.
+
+    :param every_n_rollouts: Number of rollouts between two computations, >= 1. Typical: 1 to 100. Larger: less overhead.
+    :param verbose: Not used
+    :raises ValueError: if ``every_n_rollouts`` is not such a number, or the model is not VPG with one of VPG's buffers
     """
 
     def __init__(self, every_n_rollouts: int = 10, verbose: int = 0):
@@ -40,7 +44,7 @@ class GradientStatisticsCallback(BaseCallback):
 
     def _init_callback(self) -> None:
         if not isinstance(self.model, VPG) or not isinstance(self.model.rollout_buffer, VPGBufferMixin):
-            raise ValueError("GradientStatisticsCallback is for VPG with one of its own rollout buffers")
+            raise ValueError("GradientStatisticsCallback requires VPG with one of VPG's rollout buffers")
         self.n_rollouts = 0
 
     def _on_step(self) -> bool:
@@ -57,18 +61,19 @@ class GradientStatisticsCallback(BaseCallback):
 
 def rollout_statistics(model: VPG, n_bootstrap: int = 0) -> GradientStatistics | None:
     """
-    Statistics of the gradient of the rollout in the model's buffer, from the episodes (whole or in part) in it.
+    Compute gradient statistics from the rollout in the model's buffer. Each segment (an episode, or its part in the rollout)
+    gives one estimate.
 
     :param model: VPG with a rollout, before its update
-    :param n_bootstrap: resamples behind the intervals; 0 for no intervals
-    :return: None if there are fewer than two episodes in the rollout
+    :param n_bootstrap: number of bootstrap resamples for the intervals; 0 for no intervals
+    :return: the statistics; None if the rollout has fewer than two segments
     """
     buffer = model.rollout_buffer
     if not isinstance(buffer, VPGBufferMixin) or buffer.n_segments < 2:
         return None
     model.policy.set_training_mode(False)
     groups = np.array_split(np.arange(buffer.n_segments), min(buffer.n_segments, MAX_GROUPS))
-    # The mean over groups is then the gradient of the update
+    # With this scale, the mean over groups is the gradient of the update
     scale = len(groups) / model.plan.batch_divisor(buffer.n_recorded, buffer.n_segments)
     weights = scale * buffer.normalized_advantages(model.processes).reshape(1, -1)
     runner, segments = make_policy_runner(model.policy), steps_of_segments(buffer)
@@ -87,7 +92,7 @@ def rollout_statistics(model: VPG, n_bootstrap: int = 0) -> GradientStatistics |
 
 
 def steps_of_segments(buffer: VPGBufferMixin) -> list[Array]:
-    """:return: the recorded steps of each segment, counted in order of time, then of environment"""
+    """:return: for each segment, the indices of its recorded steps, see :meth:`VPGBufferMixin.batch_indices`"""
     recorded = np.flatnonzero(buffer.mask)
     segments = segment_index(buffer.rollout.last).ravel()[recorded]
     order = np.argsort(segments, kind="stable")

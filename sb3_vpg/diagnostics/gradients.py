@@ -1,4 +1,4 @@
-"""Policy gradients of formulations side by side, at a frozen policy and on the same episodes."""
+"""Compare the policy gradients of several formulations at the same policy, on the same episodes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ def actor_parameters(policy: ActorCriticPolicy, buffer: VPGBufferMixin) -> list[
 
 
 def log_probabilities(runner: PolicyRunner, buffer: VPGBufferMixin, indices: Array) -> th.Tensor:
+    """:return: log probabilities of the actions at these steps, shape (n,)"""
     samples = buffer._get_samples(indices)
     return runner.evaluate(samples.observations, samples.actions, with_values=False)[1]
 
@@ -41,17 +42,18 @@ def weighted_score(
     weights: Array,
 ) -> th.Tensor:
     """
-    ``sum_t w_t grad log pi(a_t | s_t)`` for several weightings w of the same steps: one pass forward, one vectorised back.
+    Compute ``sum_t w_t grad log pi(a_t | s_t)`` for several weightings w of the same steps, with one forward pass and one
+    vectorized backward pass.
 
-    :param runner: runs the policy; with several weightings by the policy's own methods, since the fused layer of the fast
-        runner has no vectorized backward pass
-    :param parameters: with respect to which
+    :param runner: runs the policy. With several weightings it must be a plain :class:`PolicyRunner`: the fused layers of
+        :class:`FastPolicyRunner` have no vectorized backward pass.
+    :param parameters: the parameters with respect to which the gradient is computed
     :param buffer: a rollout
-    :param indices: which steps of it, counted in order of time, then of environment, shape (n,)
-    :param weights: shape (number of weightings, n)
+    :param indices: indices of steps in the rollout, see :meth:`VPGBufferMixin.batch_indices`, shape (n,)
+    :param weights: w_t for each weighting, shape (number of weightings, n)
     :return: shape (number of weightings, number of scalars in ``parameters``)
     """
-    # The pass back takes memory for all weightings at once
+    # The backward pass needs memory for all weightings at once
     chunk_size = max(1, buffer.chunk_size // len(weights))
     several = len(weights) > 1
     total = th.zeros(len(weights), sum(p.numel() for p in parameters), device=parameters[0].device)
@@ -67,12 +69,12 @@ def weighted_score(
 @dataclass(frozen=True)
 class UpdateSpec:
     """
-    What an update is made of, in a measurement.
+    Specification of an update whose gradient is measured.
 
     :param formulation: the formulation, with its gamma and lambda
-    :param episodes_per_batch: whole episodes in the batch of one update, >= 1
-    :param loss_reduction: "mean" or "trajectory", as VPG's keyword
-    :raises ValueError: if the last two have another value
+    :param episodes_per_batch: number of whole episodes in the batch of one update, >= 1. Typical: 1 to 64.
+    :param loss_reduction: "mean" or "trajectory", see VPG's keyword
+    :raises ValueError: if ``episodes_per_batch`` or ``loss_reduction`` has another value
     """
 
     formulation: Formulation
@@ -86,10 +88,10 @@ class UpdateSpec:
 
 class Episodes(NamedTuple):
     """
-    Whole episodes, one in each column.
+    Whole episodes, one per column.
 
     :param rollout: arrays of shape (longest episode, number of episodes)
-    :param indices: where each step lies in the buffer, counted in order of time, then of environment; same shape
+    :param indices: index of each step in the buffer, see :meth:`VPGBufferMixin.batch_indices`; same shape
     :param buffer: the buffer
     """
 
@@ -99,7 +101,7 @@ class Episodes(NamedTuple):
 
 
 class _EpisodeCollector(RolloutCollector):
-    """Collects whole episodes with the policy of a model, and leaves the model alone."""
+    """Collects whole episodes with the policy of a model. The model itself is not changed."""
 
     def __init__(self, model: OnPolicyAlgorithm, env: VecEnv, n_episodes: int):
         super().__init__(
@@ -135,8 +137,8 @@ class _EpisodeCollector(RolloutCollector):
 def episodes_in(buffer: VPGBufferMixin, n_episodes: int) -> Episodes:
     """
     :param buffer: a rollout of whole episodes
-    :param n_episodes: how many to take
-    :return: the first episodes, in order of environment
+    :param n_episodes: number of episodes to extract
+    :return: the first ``n_episodes`` episodes, ordered by environment
     """
     recorded = np.flatnonzero(buffer.mask)
     segments = np.unique(segment_index(buffer.rollout.last).ravel()[recorded], return_inverse=True)[1]
@@ -153,19 +155,19 @@ def episodes_in(buffer: VPGBufferMixin, n_episodes: int) -> Episodes:
 
 def collect_episodes(model: OnPolicyAlgorithm, env: VecEnv, n_episodes: int) -> Episodes:
     """
-    Collect whole episodes with the model's policy as it is: the same number, rounded up, in each environment. (The first that
-    end anywhere would be short ones.)
+    Collect whole episodes with the model's current policy. Each environment gives the same number of episodes (rounded up):
+    taking the first episodes that end in any environment would favor short ones.
 
     :param model: VPG, A2C, PPO or any other on-policy algorithm of SB3
-    :param env: environments like those the model was trained in, with the same wrappers (``VecNormalize``, with its statistics
-        and ``training=False``); they are reset
-    :param n_episodes: how many
+    :param env: environments like those in which the model was trained, with the same wrappers (``VecNormalize`` with its
+        statistics and ``training=False``); they are reset
+    :param n_episodes: number of episodes, >= 1
     :return: the episodes
     """
     buffer = _EpisodeCollector(model, env, -(-n_episodes // env.num_envs)).collect()
     training_env = model.get_env()
     if training_env is not None and env.unwrapped is training_env.unwrapped:
-        # They are not where the model left them
+        # These are the model's training environments, and their episodes were interrupted
         model._last_obs = training_env.reset()  # type: ignore[assignment]
         model._last_episode_starts = np.ones(training_env.num_envs, dtype=bool)
     return episodes_in(buffer, n_episodes)
@@ -184,32 +186,35 @@ def gradient_statistics(
     max_bytes: int = 2**29,
 ) -> dict[str, GradientStatistics]:
     """
-    Collect whole episodes once, with the model's policy as it is, and compute the statistics of the policy gradient under
-    several formulations on these same episodes.
+    Collect whole episodes once, with the model's current policy, and compute the statistics of the policy gradient for
+    several formulations on these episodes.
 
-    The episodes are dealt out into batches. Each batch gives the gradient that an update would take (entropy bonus, value loss
-    and clipping aside), its baseline and normalisation computed within the batch. Values are those of the model's critic: what
-    a formulation with a value function shows depends on how good the critic is.
+    The episodes are split into batches. Each batch gives the policy gradient of one update, without entropy bonus, value loss
+    and clipping. Baseline and normalization are computed within the batch. Values are those of the model's critic, so the
+    statistics of a formulation with a value function depend on the quality of the critic.
 
     :param model: VPG, A2C, PPO or any other on-policy algorithm of SB3
-    :param env: environments like those the model was trained in, with the same wrappers (``VecNormalize``, with its statistics
-        and ``training=False``); they are reset
-    :param measured: what to measure, by name
-    :param n_episodes: number of episodes, at least two batches of each that is measured
-    :param reference: name of the one whose gradient over all other data directions are compared with; None: each with its own
-    :param seed: of environments, sampled actions and bootstrap
-    :param confidence: of the bootstrap intervals, in (0, 1)
-    :param n_bootstrap: resamples behind the intervals
-    :param max_bytes: memory for gradients, about; formulations are taken in groups that fit
+    :param env: environments like those in which the model was trained, with the same wrappers (``VecNormalize`` with its
+        statistics and ``training=False``); they are reset
+    :param measured: the updates whose gradients are measured, by name
+    :param n_episodes: number of episodes, at least two batches of each update. Typical: 128 to 4096. Larger: narrower
+        intervals, more time.
+    :param reference: name of the update with whose gradient over all other batches directions are compared; None to compare
+        each gradient with its own formulation
+    :param seed: seed of environments, sampled actions and bootstrap
+    :param confidence: confidence level of the bootstrap intervals, in (0, 1)
+    :param n_bootstrap: number of bootstrap resamples. Typical: 1000 to 10000. Larger: more accurate interval ends.
+    :param max_bytes: approximate limit on the memory for gradients; formulations are processed in groups that fit
     :return: the statistics, by name
-    :raises ValueError: if ``reference`` is not among ``measured``, or there are fewer than two batches of one
+    :raises ValueError: if ``reference`` is not in ``measured``, or ``n_episodes`` gives fewer than two batches of an update
     """
     if reference is not None:
         check_choice("reference", reference, measured)
-    for name, one in measured.items():
-        if n_episodes < 2 * one.episodes_per_batch:
+    for name, update in measured.items():
+        if n_episodes < 2 * update.episodes_per_batch:
             raise ValueError(
-                f"n_episodes={n_episodes} is not enough for two batches of {one.episodes_per_batch} episodes of {name!r}"
+                f"n_episodes={n_episodes} is not enough for two batches of {update.episodes_per_batch} episodes of {name!r}; "
+                f"allowed: at least {2 * update.episodes_per_batch}"
             )
     if seed is not None:
         th.manual_seed(seed)
@@ -219,27 +224,26 @@ def gradient_statistics(
     options: dict[str, Any] = {"confidence": confidence, "n_bootstrap": n_bootstrap, "seed": seed or 0}
 
     statistics = {}
-    for size in dict.fromkeys(one.episodes_per_batch for one in measured.values()):
-        names = [name for name, one in measured.items() if one.episodes_per_batch == size]
-        of_reference = None
+    for size in dict.fromkeys(update.episodes_per_batch for update in measured.values()):
+        names = [name for name, update in measured.items() if update.episodes_per_batch == size]
+        reference_gradients = None
         if reference is not None:
-            like_reference = UpdateSpec(measured[reference].formulation, size, measured[reference].loss_reduction)
-            of_reference = batch_gradients(model.policy, episodes, [like_reference])[0]
+            reference_update = UpdateSpec(measured[reference].formulation, size, measured[reference].loss_reduction)
+            reference_gradients = batch_gradients(model.policy, episodes, [reference_update])[0]
         n_at_once = max(1, max_bytes // (4 * n_parameters * (n_episodes // size)))
         for start in range(0, len(names), n_at_once):
             group = names[start : start + n_at_once]
             gradients = batch_gradients(model.policy, episodes, [measured[name] for name in group])
-            for name, of_one in zip(group, gradients):
-                statistics[name] = statistics_of(of_one, of_reference, n_episodes=size, **options)
+            for name, update_gradients in zip(group, gradients):
+                statistics[name] = statistics_of(update_gradients, reference_gradients, n_episodes=size, **options)
     return {name: statistics[name] for name in measured}
 
 
 def batch_gradients(policy: ActorCriticPolicy, episodes: Episodes, measured: Sequence[UpdateSpec]) -> th.Tensor:
     """
     :param policy: the policy that collected the episodes
-    :param episodes: whole episodes
-    :param measured: what to compute, all with the same number of episodes per batch; episodes that do not fill a batch are
-        left out
+    :param episodes: whole episodes. The last ones, if they do not fill a batch, are not used.
+    :param measured: the updates whose gradients are computed, all with the same ``episodes_per_batch``
     :return: the policy gradient of each batch (ascent direction), shape (len(measured), batches, parameters of the actor)
     """
     policy.set_training_mode(False)
@@ -259,10 +263,10 @@ def batch_gradients(policy: ActorCriticPolicy, episodes: Episodes, measured: Seq
 
 
 def psi(update: UpdateSpec, rollout: Rollout) -> Array:
-    """:return: what multiplies grad log pi at each step, the loss reduction included, shape (T, N)"""
+    """:return: the weight of grad log pi at each step, including the loss reduction, shape (T, N)"""
     formulation = update.formulation
     if not formulation.uses_value_function:
-        nothing = np.zeros_like(rollout.values)
-        rollout = rollout._replace(values=nothing, next_values=nothing)
+        zeros = np.zeros_like(rollout.values)
+        rollout = rollout._replace(values=zeros, next_values=zeros)
     n_steps, n_segments = rollout.mask.sum(), (rollout.last & rollout.mask).sum()
     return formulation(rollout)[0] / LOSS_REDUCTIONS[update.loss_reduction](n_steps, n_segments)

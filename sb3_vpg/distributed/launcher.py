@@ -1,6 +1,4 @@
-"""
-RL Baselines3 Zoo's training in the processes that ``torchrun`` has started: ``torchrun ... -m sb3_vpg train``.
-"""
+"""Run the zoo's training command in the processes that ``torchrun`` has started: ``torchrun ... -m sb3_vpg train``."""
 
 import os
 import socket
@@ -16,27 +14,27 @@ import torch.distributed as dist
 
 from sb3_vpg.common.collectives import ProcessGroup
 
-#: Seconds that a rank waits for the others; this environment variable sets others
+#: Seconds that a rank waits for the others; the environment variable overrides the default
 TIMEOUT_VARIABLE, TIMEOUT = "SB3_VPG_TIMEOUT", 600.0
-#: In the folder of a training: which of torchrun's jobs it is part of
+#: File in the folder of a training run that holds the id of its torchrun job
 JOB_FILE = "torchrun_job.txt"
 
 
-def launched() -> bool:
+def launched_by_torchrun() -> bool:
     """:return: whether this process was started by torchrun"""
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
 @contextmanager
-def joined() -> Iterator[ProcessGroup]:
-    """In this context there is the process group of the processes that torchrun has started, on GPUs where there are any."""
+def process_group() -> Iterator[ProcessGroup]:
+    """Context with a process group of all processes that torchrun has started. GPUs are used if available."""
     backend = "gloo"
     if th.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         th.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     timeout = timedelta(seconds=float(os.environ.get(TIMEOUT_VARIABLE, TIMEOUT)))
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-    # When torchrun starts the processes again, the store still has the addresses of those before
+    # After a restart by torchrun, the store still has the addresses of the previous processes
     store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     try:
@@ -45,35 +43,37 @@ def joined() -> Iterator[ProcessGroup]:
         dist.destroy_process_group()
 
 
-def run_together(function: Callable[..., None], *args: Any) -> None:
-    """Call the function in the process group, of which rank 0 speaks for all."""
+def run_in_process_group(function: Callable[..., None], *args: Any) -> None:
+    """Call the function in a process group. Only rank 0 prints and warns."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    with joined() as processes, ExitStack() as silence:
+    with process_group() as processes, ExitStack() as silence:
         if processes.rank > 0:
             silence.enter_context(redirect_stdout(silence.enter_context(open(os.devnull, "w"))))
             silence.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-        # torchrun shows the error of the process that failed first
+        # torchrun reads the recorded errors, and shows the one of the process that failed first
         record(function)(*args)
 
 
 def job_id() -> str:
-    """:return: the same in all attempts of one torchrun, and another one in each torchrun"""
+    """:return: an id of the torchrun job, the same after each restart and different in each job"""
     run_id = os.environ["TORCHELASTIC_RUN_ID"]
-    # What torchrun says if it has not been told
+    # torchrun's id is "none" unless --rdzv-id is given
     return f"{socket.gethostname()} {os.getppid()}" if run_id == "none" else run_id
 
 
-def restarted() -> bool:
-    """:return: whether torchrun has started the processes again, after a failure"""
+def restarted_by_torchrun() -> bool:
+    """:return: whether torchrun has restarted the processes after a failure"""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
 
 
 def last_model_of_this_job(folder: Path, env_name: str) -> Path | None:
     """
-    :param folder: of the trainings of an algorithm
-    :return: the newest model that an earlier attempt of this job has saved, be it a checkpoint or because it was interrupted
+    :param folder: folder with the training runs of an algorithm
+    :param env_name: name of the environment
+    :return: the newest model that this torchrun job has saved before its restart (a checkpoint, or the model of an
+        interrupted run); None if there is none
     """
     files = [file for file in folder.glob(f"{env_name}_*/{env_name}/{JOB_FILE}") if file.read_text() == job_id()]
     runs = [file.parent.parent for file in files]

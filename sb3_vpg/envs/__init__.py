@@ -1,6 +1,4 @@
-"""
-The environments of the package, registered with gymnasium when ``sb3_vpg`` is imported.
-"""
+"""Environments and environment wrappers. Importing ``sb3_vpg`` registers the environments with gymnasium."""
 
 import warnings
 
@@ -13,7 +11,7 @@ __all__ = ["ENVIRONMENTS", "ExploringStarts", "NativeVecEnv", "register_environm
 
 _MODULE = "sb3_vpg.envs.cartpole_swingup"
 
-# Swings up and balances most of the time: see reward_threshold in gymnasium's EnvSpec
+# A policy that reaches the reward threshold swings the pole up and balances it for most of the episode
 ENVIRONMENTS = {
     "CartPoleSwingUp-v0": {"kwargs": {"reward_in_unit_interval": False}, "reward_threshold": 300.0},
     "CartPoleSwingUp-v1": {"kwargs": {"reward_in_unit_interval": True}, "reward_threshold": 400.0},
@@ -22,15 +20,15 @@ ENVIRONMENTS = {
 
 def register_environments() -> None:
     """
-    Register the environments. An id that another package has taken stays with that package: a warning says so, and the
+    Register the environments with gymnasium. If another package has registered the same id, a warning is issued and the
     environment is registered as ``sb3_vpg/<id>`` instead.
     """
     for env_id, arguments in ENVIRONMENTS.items():
         taken_by = gym.registry[env_id].entry_point if env_id in gym.registry else None
         if taken_by is not None and not str(taken_by).startswith(_MODULE):
             warnings.warn(
-                f"{env_id} is already registered with the entry point {taken_by} and stays so. It may be another task: "
-                f"sb3_vpg's is registered as sb3_vpg/{env_id}.",
+                f"{env_id} is already registered with the entry point {taken_by}, which may be a different task. "
+                f"The environment of sb3_vpg is registered as sb3_vpg/{env_id}.",
                 stacklevel=2,
             )
             env_id = f"sb3_vpg/{env_id}"

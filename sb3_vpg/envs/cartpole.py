@@ -1,4 +1,4 @@
-"""gymnasium's vectorised CartPole as separate environments would behave."""
+"""gymnasium's vectorized CartPole, with the behavior of separate environments."""
 
 from typing import Any
 
@@ -12,8 +12,9 @@ from sb3_vpg.envs.vector import SeparatelySeededVectorEnv, final_observations
 
 class SameStepCartPoleVectorEnv(CartPoleVectorEnv, SeparatelySeededVectorEnv):
     """
-    ``CartPoleVectorEnv``, but the step that ends an episode returns the start of the next one, and each environment has a
-    random generator of its own: with the same seeds and actions, the observations are those of separate ``CartPole-v1``.
+    ``CartPoleVectorEnv`` with two differences: autoreset happens in the step that ends an episode, and each environment has
+    its own random generator. With the same seeds and actions, observations are those of separate ``CartPole-v1``
+    environments.
 
     The keyword arguments are those of ``CartPoleVectorEnv``.
     """
@@ -27,7 +28,7 @@ class SameStepCartPoleVectorEnv(CartPoleVectorEnv, SeparatelySeededVectorEnv):
         self.seed_generators(seed)
         _, infos = super().reset(options=options)
         self._start(np.arange(self.num_envs))
-        # The options are for this reset only
+        # The options apply to this reset only
         self.low, self.high = -0.05, 0.05
         return self.state.T.astype(np.float32), infos
 
@@ -41,12 +42,12 @@ class SameStepCartPoleVectorEnv(CartPoleVectorEnv, SeparatelySeededVectorEnv):
             indices = ended.nonzero()[0]
             self._start(indices)
             observations[indices] = self.state[:, indices].T
-            # Nothing is left to be reset by the next step
+            # The base class must not reset these environments in the next step
             self.prev_done = np.zeros(self.num_envs, dtype=bool)
         return observations, rewards, terminated, truncated, infos
 
     def _start(self, indices: npt.NDArray[np.integer[Any]]) -> None:
-        """Begin a new episode in these environments."""
+        """Start a new episode in these environments."""
         for i in indices:
             self.state[:, i] = self.generators[i].uniform(self.low, self.high, 4)
         self.steps[indices] = 0

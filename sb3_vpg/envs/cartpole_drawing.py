@@ -1,6 +1,4 @@
-"""
-Pictures of the cart-pole swing-up, by pygame, which is imported where the first picture is drawn.
-"""
+"""Rendering of the cart-pole swing-up. pygame is imported when a renderer is created."""
 
 import math
 from typing import Any
@@ -13,14 +11,14 @@ from sb3_vpg.envs.cartpole_physics import POLE_LENGTH, TRACK_LIMIT
 
 WIDTH, HEIGHT = 600, 400  # pixels
 WORLD_WIDTH = 5.0  # m
-# Drawn larger, then scaled down: pygame's filled shapes have no smooth edges
+# The image is drawn larger and scaled down, since pygame does not smooth the edges of filled shapes
 OVERSAMPLING = 2
 SCALE = OVERSAMPLING * WIDTH / WORLD_WIDTH  # pixels per m
 TRACK_HEIGHT = 0.55 * HEIGHT * OVERSAMPLING
 
 CART_WIDTH, CART_HEIGHT = 1 / 3, 1 / 6  # m
 POLE_WIDTH = 0.05  # m
-ARROW_LENGTH = 0.6  # m, of the largest force
+ARROW_LENGTH = 0.6  # m, at the maximum force
 
 SKY = (250, 250, 247)
 TRACK = (150, 154, 160)
@@ -32,19 +30,19 @@ HINGE = (245, 222, 179)
 ARROW = (85, 168, 104)
 
 
-class Screen:
+class Renderer:
     """
-    Draws states of the swing-up.
+    Draws states of the swing-up, in a window or into an array.
 
-    :param fps: frames per second of a window to draw in; None for pictures in memory
-    :raises gymnasium.error.DependencyNotInstalled: if pygame is missing
+    :param fps: frames per second of the window; None for arrays
+    :raises gymnasium.error.DependencyNotInstalled: if pygame is not installed
     """
 
     def __init__(self, fps: int | None = None):
         try:
             import pygame
         except ImportError as error:
-            raise DependencyNotInstalled("Drawing the swing-up needs pygame: pip install 'sb3_vpg[render]'") from error
+            raise DependencyNotInstalled("Rendering the swing-up needs pygame: pip install 'sb3_vpg[render]'") from error
         self._pygame = pygame
         self._fps = fps
         self._canvas = pygame.Surface((WIDTH * OVERSAMPLING, HEIGHT * OVERSAMPLING))
@@ -58,9 +56,9 @@ class Screen:
 
     def show(self, state: npt.NDArray[Any], action: float) -> npt.NDArray[np.uint8] | None:
         """
-        :param state: position [m], velocity, angle [rad], angular velocity, shape (4,)
-        :param action: force as a share of the largest; what lies outside [-1, 1] is clipped
-        :return: the picture, shape (height, width, 3); None in a window
+        :param state: position [m], velocity [m/s], angle [rad], angular velocity [rad/s], shape (4,)
+        :param action: force divided by the maximum force, clipped to [-1, 1]
+        :return: the image, shape (height, width, 3); None if it was drawn in a window
         """
         self._draw(float(state[0]), float(state[2]), min(max(float(action), -1.0), 1.0))
         self._pygame.transform.smoothscale(self._canvas, self._target.get_size(), self._target)
@@ -76,7 +74,7 @@ class Screen:
         canvas.fill(SKY)
 
         def pixel(x: float, y: float) -> tuple[float, float]:
-            """From metres, with y upwards from the hinge, to pixels of the canvas."""
+            """Convert meters, with y upward from the hinge, to pixels of the canvas."""
             return canvas.get_width() / 2 + x * SCALE, TRACK_HEIGHT - y * SCALE
 
         def box(x: float, y: float, width: float, height: float, color: tuple[int, int, int], radius: float = 0.0) -> None:
@@ -86,8 +84,8 @@ class Screen:
         wheel = CART_HEIGHT / 4
         rail = -CART_HEIGHT / 2 - 2 * wheel
         box(0, rail, 2 * TRACK_LIMIT, 0.015, TRACK)
-        for metre in range(-2, 3):
-            box(metre, rail - 0.03, 0.012, 0.06 if metre else 0.1, TRACK)
+        for meter in range(-2, 3):
+            box(meter, rail - 0.03, 0.012, 0.06 if meter else 0.1, TRACK)
         for side in (-1, 1):
             box(side * TRACK_LIMIT, rail + 0.06, 0.03, 0.15, STOP, radius=0.01)
 
@@ -114,6 +112,6 @@ class Screen:
         draw.circle(canvas, HINGE, pixel(position, 0), POLE_WIDTH / 3 * SCALE)
 
     def close(self) -> None:
-        """Close the window, if there is one."""
+        """Close the window, if any."""
         if self._fps is not None:
             self._pygame.display.quit()

@@ -1,6 +1,4 @@
-"""
-Physics, observation and reward of the cart-pole swing-up, as functions of arrays: for one environment or for N.
-"""
+"""Physics, observation and reward of the cart-pole swing-up, as functions of arrays: for one environment or for N."""
 
 from typing import Any
 
@@ -13,7 +11,7 @@ GRAVITY = 9.82  # m/s^2
 CART_MASS = 0.5  # kg
 POLE_MASS = 0.5  # kg
 TOTAL_MASS = CART_MASS + POLE_MASS
-POLE_LENGTH = 0.6  # m, the whole pole
+POLE_LENGTH = 0.6  # m, full length
 FRICTION = 0.1  # N s/m, between cart and track
 MAX_FORCE = 10.0  # N
 TIME_STEP = 0.01  # s
@@ -41,11 +39,11 @@ def accelerations(state: Array, force: Array | float, friction: float = FRICTION
 
 def next_state(state: Array, action: Array | float) -> Array:
     """
-    One explicit Euler step of ``TIME_STEP`` seconds: every right-hand side is that of the old state.
+    One explicit Euler step of ``TIME_STEP`` seconds: all derivatives are evaluated at the old state.
 
     :param state: shape (4,) or (4, N), see :func:`accelerations`
-    :param action: force as a share of ``MAX_FORCE``, clipped to [-1, 1], shape () or (N,)
-    :return: the state after the step, of the shape of ``state``
+    :param action: force divided by ``MAX_FORCE``, clipped to [-1, 1], shape () or (N,)
+    :return: the state after the step, same shape as ``state``
     """
     force = MAX_FORCE * np.minimum(np.maximum(action, -1.0), 1.0)
     derivative = np.empty_like(state)
@@ -56,8 +54,10 @@ def next_state(state: Array, action: Array | float) -> Array:
 
 def outcome(state: Array, reward_in_unit_interval: bool) -> tuple[npt.NDArray[np.float32], Array]:
     """
-    :param state: the state that a step or reset has led to, shape (4,) or (4, N)
-    :param reward_in_unit_interval: (1 + cos(angle)) / 2 instead of cos(angle)
+    Compute observation and reward.
+
+    :param state: the state after a step or a reset, shape (4,) or (4, N)
+    :param reward_in_unit_interval: True for the reward (1 + cos(angle)) / 2, False for cos(angle)
     :return: the observation (position, velocity, cosine and sine of the angle, angular velocity), shape (5,) or (N, 5), and
         the reward, shape () or (N,)
     """

@@ -1,6 +1,4 @@
-"""
-The cart-pole swing-up task, for one environment and for many in one array.
-"""
+"""The cart-pole swing-up task: a single environment, and a vectorized environment."""
 
 import math
 from typing import Any
@@ -13,23 +11,25 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
-from sb3_vpg.envs.cartpole_drawing import Screen
+from sb3_vpg.envs.cartpole_drawing import Renderer
 from sb3_vpg.envs.cartpole_physics import TIME_STEP, TRACK_LIMIT, Array, next_state, outcome
 from sb3_vpg.envs.vector import SeparatelySeededVectorEnv, final_observations
 
 START_MEAN = (0.0, 0.0, math.pi, 0.0)
 START_STD = 0.2
-# As an integer: comparing integers with infinity would convert them all
+# An integer, since comparing integers with a float infinity would convert the array
 NO_LIMIT = np.iinfo(np.int64).max
 
 
-def _four(name: str, value: Any, *, negative: bool = True) -> Array:
+def _to_four_numbers(name: str, value: Any, *, negative: bool = True) -> Array:
     """
-    :param name: what to call the value in an error
-    :param value: one number, or four, for position, velocity, angle and angular velocity
-    :param negative: whether it may be negative
-    :return: four numbers, shape (4,)
-    :raises ValueError: if it is neither one number nor four, or not finite, or negative where it may not be
+    Convert one number, or four, to an array of four: position, velocity, angle and angular velocity.
+
+    :param name: name of the value, for the error
+    :param value: the value
+    :param negative: whether negative numbers are allowed
+    :return: shape (4,)
+    :raises ValueError: if the value is neither one number nor four, not finite, or negative where that is not allowed
     """
     try:
         four = np.broadcast_to(np.asarray(value, dtype=np.float64), (4,))
@@ -42,37 +42,40 @@ def _four(name: str, value: Any, *, negative: bool = True) -> Array:
 
 def _start_distribution(options: dict[str, Any] | None, std: Array) -> tuple[Array, Array]:
     """
-    :param options: of ``reset``
-    :param std: standard deviations where the options do not name others, shape (4,)
-    :return: means and standard deviations of the start state, of shape (4,) each
-    :raises ValueError: if an option is unknown, or not one number or four, or not finite, or the std is negative
+    :param options: options of ``reset``
+    :param std: standard deviations if the options have none, shape (4,)
+    :return: means and standard deviations of the start state, shape (4,) each
+    :raises ValueError: if an option is unknown, not one number or four, or not finite, or if ``std`` is negative
     """
     given = {"mean": START_MEAN, "std": std, **(options or {})}
     if unknown := set(given) - {"mean", "std"}:
         raise ValueError(f"Unknown options of reset: {sorted(map(str, unknown))}; allowed: 'mean', 'std'")
-    return _four("options['mean']", given["mean"]), _four("options['std']", given["std"], negative=False)
+    return _to_four_numbers("options['mean']", given["mean"]), _to_four_numbers("options['std']", given["std"], negative=False)
 
 
-class _StartSpread:
-    """What one environment and many have in common: a standard deviation of the start state that can be changed."""
+class _StartStdMixin:
+    """A standard deviation of the start state that can be changed during training."""
 
-    _start_std = _four("START_STD", START_STD)
+    _start_std = _to_four_numbers("START_STD", START_STD)
 
     def set_start_std(self, std: npt.ArrayLike) -> None:
         """
-        Spread the starts of the episodes to come otherwise; ``options`` of ``reset`` still go before.
+        Set the standard deviation of the start state, for all episodes that start after this call. ``options`` of ``reset``
+        take precedence.
 
-        :param std: standard deviations of position [m], velocity [m/s], angle [rad] and angular velocity [rad/s] at the
-            start, or one number for all, at least 0
-        :raises ValueError: if it is neither one number nor four, not finite or negative
+        :param std: standard deviations of position [m], velocity [m/s], angle [rad] and angular velocity [rad/s], or one
+            number for all; >= 0
+        :raises ValueError: if ``std`` is neither one number nor four, not finite, or negative
         """
-        self._start_std = _four("start_std", std, negative=False)
+        self._start_std = _to_four_numbers("start_std", std, negative=False)
 
 
-def _checked_actions(actions: Any, shape: tuple[int, ...]) -> Array:
+def _validate_actions(actions: Any, shape: tuple[int, ...]) -> Array:
     """
-    :return: the actions as an array of float64
-    :raises ValueError: if they are not of that shape or not finite
+    :param actions: actions of one or of all environments
+    :param shape: the expected shape
+    :return: the actions, float64
+    :raises ValueError: if the actions have another shape or are not finite
     """
     array = np.array(actions, dtype=np.float64)
     if array.shape != shape:
@@ -83,26 +86,28 @@ def _checked_actions(actions: Any, shape: tuple[int, ...]) -> Array:
     return array
 
 
-def _spaces() -> tuple[spaces.Box, spaces.Box]:
-    """:return: observation space and action space of one environment; not shared, since a space has a random generator"""
+def _make_spaces() -> tuple[spaces.Box, spaces.Box]:
+    """:return: new observation and action spaces of one environment (a space has a random generator and is not shared)"""
     return spaces.Box(-np.inf, np.inf, (5,), np.float32), spaces.Box(-1.0, 1.0, (1,), np.float32)
 
 
-class CartPoleSwingUpEnv(_StartSpread, gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32]]):
+class CartPoleSwingUpEnv(_StartStdMixin, gym.Env[npt.NDArray[np.float32], npt.NDArray[np.float32]]):
     """
     ## Description
 
-    A pole hangs from a cart that moves along a track. Pushing the cart to and fro, the agent is to swing the pole up and to
-    keep it upright, without leaving the track. The trap of v0 is that driving off the track at once (about -28) beats hanging
-    (about -485), so that a policy gradient learns it first. Look at the length of the episodes: about 68 steps is driving off.
+    A pole hangs from a cart that moves along a track. The goal is to swing the pole up by pushing the cart left and right, and
+    to keep it upright, without leaving the track.
+
+    v0 has a local optimum: leaving the track immediately gives a return of about -28, letting the pole hang gives about -485.
+    So a policy gradient first learns to leave the track. Episodes of about 68 steps indicate this.
 
     The equations of motion are those of the cart-pole in PILCO (Deisenroth & Rasmussen, 2011, "PILCO: A Model-Based and
     Data-Efficient Approach to Policy Search"), integrated by the explicit Euler method at 100 Hz.
 
     ## Action Space
 
-    An `ndarray` of shape `(1,)`, dtype `float32`: the horizontal force on the cart as a share of 10 N, positive to the right.
-    What lies outside [-1, 1] is clipped.
+    An `ndarray` of shape `(1,)`, dtype `float32`: the horizontal force on the cart divided by 10 N, positive to the right.
+    Values outside [-1, 1] are clipped.
 
     | Num | Action               | Min | Max |
     |-----|----------------------|-----|-----|
@@ -120,18 +125,18 @@ class CartPoleSwingUpEnv(_StartSpread, gym.Env[npt.NDArray[np.float32], npt.NDAr
     | 3   | Sine of the angle of the pole   | -1   | 1   |
     | 4   | Angular velocity [rad/s]        | -Inf | Inf |
 
-    The angle is 0 where the pole is upright and grows counter-clockwise. The space itself is an unbounded `Box`.
+    The angle is 0 when the pole is upright and increases counterclockwise. The space itself is an unbounded `Box`.
 
     ## Rewards
 
-    Of the state that the step has led to: `cos(angle)` in v0, `(1 + cos(angle)) / 2` in v1. Over 500 steps, hanging still
-    gives -500 in v0 and 0 in v1, balancing 500 in both. `reward_threshold` is 300 and 400: the pole is swung up and balanced
-    for most of the episode.
+    The reward is a function of the state after the step: `cos(angle)` in v0, `(1 + cos(angle)) / 2` in v1. Over 500 steps, a
+    pole that hangs at rest gives -500 in v0 and 0 in v1; a balanced pole gives 500 in both. `reward_threshold` is 300 in v0
+    and 400 in v1: the pole is swung up and balanced for most of the episode.
 
     ## Starting State
 
-    Position, velocity, angle and angular velocity are independent normals of means (0, 0, pi, 0) and standard deviation 0.2,
-    unless `set_start_std` or the options of `reset` say otherwise.
+    Position, velocity, angle and angular velocity are independent normal variables with means (0, 0, pi, 0) and standard
+    deviation 0.2. `set_start_std` and the options of `reset` change these.
 
     ## Episode End
 
@@ -157,10 +162,10 @@ class CartPoleSwingUpEnv(_StartSpread, gym.Env[npt.NDArray[np.float32], npt.NDAr
     | Option of `reset` | Type                         | Default          | Description                                |
     |-------------------|------------------------------|------------------|--------------------------------------------|
     | `mean`            | **float** or 4 of them       | `(0, 0, pi, 0)`  | Mean of the start state (x, v, angle, w)   |
-    | `std`             | **float** or 4 of them, >= 0 | `0.2`            | Its standard deviation; 0 for exactly there |
+    | `std`             | **float** or 4 of them, >= 0 | `0.2`            | Standard deviation of the start state      |
 
-    `ValueError` if an action has another shape or is not finite, or an option is unknown; `ResetNeeded` if `step` or `render`
-    comes before `reset`.
+    Raises `ValueError` if an action has another shape or is not finite, or if an option is unknown. Raises `ResetNeeded` if
+    `step` or `render` is called before `reset`.
 
     ## Vectorized environment
 
@@ -174,19 +179,19 @@ class CartPoleSwingUpEnv(_StartSpread, gym.Env[npt.NDArray[np.float32], npt.NDAr
     ## Version History
 
     * v1: rewards in [0, 1]
-    * v0: the first; equations, constants, start and reward of gym-cartpole-swingup 0.1.4
+    * v0: equations, constants, starting state and reward of gym-cartpole-swingup 0.1.4
     """
 
     metadata = {"render_modes": ["human", "rgb_array"], "render_fps": round(1 / TIME_STEP)}
 
     def __init__(self, reward_in_unit_interval: bool = False, render_mode: str | None = None):
-        self.observation_space, self.action_space = _spaces()  # type: ignore[assignment]
+        self.observation_space, self.action_space = _make_spaces()  # type: ignore[assignment]
         self.reward_in_unit_interval = reward_in_unit_interval
         self.render_mode = render_mode
         #: position, velocity, angle, angular velocity, shape (4,); None before the first reset
         self.state: Array | None = None
         self._last_action = 0.0
-        self._screen: Screen | None = None
+        self._renderer: Renderer | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -201,7 +206,7 @@ class CartPoleSwingUpEnv(_StartSpread, gym.Env[npt.NDArray[np.float32], npt.NDAr
     def step(self, action: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         if self.state is None:
             raise ResetNeeded("Call reset() before step().")
-        self._last_action = _checked_actions(action, (1,))[0]
+        self._last_action = _validate_actions(action, (1,))[0]
         self.state = next_state(self.state, self._last_action)
         observation, reward = outcome(self.state, self.reward_in_unit_interval)
         terminated = bool(abs(self.state[0]) > TRACK_LIMIT)
@@ -215,33 +220,34 @@ class CartPoleSwingUpEnv(_StartSpread, gym.Env[npt.NDArray[np.float32], npt.NDAr
         if self.render_mode is None:
             gym.logger.warn("render() draws nothing without a render_mode: gym.make(..., render_mode='rgb_array')")
             return None
-        if self._screen is None:
-            self._screen = Screen(self.metadata["render_fps"] if self.render_mode == "human" else None)
-        return self._screen.show(self.state, self._last_action)
+        if self._renderer is None:
+            self._renderer = Renderer(self.metadata["render_fps"] if self.render_mode == "human" else None)
+        return self._renderer.show(self.state, self._last_action)
 
     def close(self) -> None:
-        if self._screen is not None:
-            self._screen.close()
-            self._screen = None
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
 
 
-class CartPoleSwingUpVectorEnv(_StartSpread, SeparatelySeededVectorEnv[npt.NDArray[np.float32], npt.NDArray[np.float32]]):
+class CartPoleSwingUpVectorEnv(_StartStdMixin, SeparatelySeededVectorEnv[npt.NDArray[np.float32], npt.NDArray[np.float32]]):
     """
-    Many :class:`CartPoleSwingUpEnv` with a time limit, in one array. Each environment has a random generator of its own: with
-    the same seeds and actions, the observations are those of ``SyncVectorEnv`` over the same environments.
+    Vectorized :class:`CartPoleSwingUpEnv` with a time limit: one array holds the states of all environments. Each environment
+    has its own random generator. With the same seeds and actions, observations are those of ``SyncVectorEnv`` over the same
+    environments.
 
-    :param num_envs: number of environments N
-    :param max_episode_steps: time limit of an episode, None for none
-    :param reward_in_unit_interval: the reward of v1
+    :param num_envs: number of environments N, >= 1
+    :param max_episode_steps: time limit of an episode, >= 1; None for no limit
+    :param reward_in_unit_interval: whether to use the reward of v1
     :param render_mode: "rgb_array" or None
-    :param autoreset_mode: ``AutoresetMode.NEXT_STEP``, gymnasium's default: the step after an episode's end ignores the action
-        and returns the start of the next episode; or ``SAME_STEP``: the step that ends an episode returns the start of the
-        next one, and what was observed last is ``infos["final_obs"][i]``
-    :raises ValueError: if the number of environments, the time limit or the autoreset mode is another
+    :param autoreset_mode: ``AutoresetMode.NEXT_STEP``, gymnasium's default: the step after the end of an episode ignores the
+        action and returns the first observation of the next episode. ``SAME_STEP``: the step that ends an episode returns the
+        first observation of the next one, and the last observation is ``infos["final_obs"][i]``.
+    :raises ValueError: if the number of environments, the time limit or the autoreset mode has another value
     """
 
-    # Closing, which older versions of gymnasium do where __init__ has failed, needs it
-    _screen: Screen | None = None
+    # Some versions of gymnasium call close() after an error in __init__
+    _renderer: Renderer | None = None
 
     def __init__(
         self,
@@ -253,7 +259,7 @@ class CartPoleSwingUpVectorEnv(_StartSpread, SeparatelySeededVectorEnv[npt.NDArr
     ):
         autoreset_mode = AutoresetMode(autoreset_mode)
         if autoreset_mode == AutoresetMode.DISABLED:
-            raise ValueError(f"autoreset_mode={autoreset_mode} is not offered, only NEXT_STEP and SAME_STEP")
+            raise ValueError(f"autoreset_mode={autoreset_mode} is not supported; allowed: NEXT_STEP, SAME_STEP")
         for keyword, value in (("num_envs", num_envs), ("max_episode_steps", max_episode_steps)):
             if value is not None and value < 1:
                 raise ValueError(f"{keyword}={value} is not allowed; it must be at least 1")
@@ -267,7 +273,7 @@ class CartPoleSwingUpVectorEnv(_StartSpread, SeparatelySeededVectorEnv[npt.NDArr
         self.reward_in_unit_interval = reward_in_unit_interval
         self.render_mode = render_mode
         self.autoreset_mode = autoreset_mode
-        self.single_observation_space, self.single_action_space = _spaces()
+        self.single_observation_space, self.single_action_space = _make_spaces()
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         #: position, velocity, angle, angular velocity, shape (4, N); None before the first reset
@@ -280,12 +286,12 @@ class CartPoleSwingUpVectorEnv(_StartSpread, SeparatelySeededVectorEnv[npt.NDArr
         self, *, seed: int | list[int | None] | None = None, options: dict[str, Any] | None = None
     ) -> tuple[npt.NDArray[np.float32], dict[str, Any]]:
         """
-        Begin a new episode in every environment.
+        Start a new episode in every environment.
 
-        :param seed: environment i gets ``seed + i``, or ``seed[i]`` of a list; None leaves the random generators as they are
-        :param options: as of :class:`CartPoleSwingUpEnv`, for this reset only
-        :return: observations of shape (N, 5), no infos
-        :raises ValueError: if the list of seeds has another length than N, or an option is unknown
+        :param seed: environment i gets ``seed + i``, or ``seed[i]`` of a list; None does not change the random generators
+        :param options: options of :class:`CartPoleSwingUpEnv`, for this reset only
+        :return: observations, shape (N, 5), and no infos
+        :raises ValueError: if a list of seeds has not N entries, or an option is unknown
         """
         mean, std = _start_distribution(options, self._start_std)
         self.seed_generators(seed)
@@ -299,10 +305,10 @@ class CartPoleSwingUpVectorEnv(_StartSpread, SeparatelySeededVectorEnv[npt.NDArr
     ) -> tuple[npt.NDArray[np.float32], Array, npt.NDArray[np.bool_], npt.NDArray[np.bool_], dict[str, Any]]:
         if self.state is None:
             raise ResetNeeded("Call reset() before step().")
-        self._last_actions = _checked_actions(actions, (self.num_envs, 1))[:, 0]
+        self._last_actions = _validate_actions(actions, (self.num_envs, 1))[:, 0]
         self.state = next_state(self.state, self._last_actions)
         self._steps += 1
-        # NEXT_STEP: these only begin a new episode
+        # NEXT_STEP: environments whose episode has ended start a new one in this step
         started = self._ended.nonzero()[0]
         if started.size:
             self._start(started)
@@ -323,7 +329,7 @@ class CartPoleSwingUpVectorEnv(_StartSpread, SeparatelySeededVectorEnv[npt.NDArr
         return observations, rewards, terminated, truncated, infos
 
     def _start(self, indices: npt.NDArray[np.integer], mean: Any = START_MEAN, std: Array | None = None) -> None:
-        """Begin a new episode in these environments."""
+        """Start a new episode in these environments."""
         std = self._start_std if std is None else std
         for i in indices:
             self.state[:, i] = self.generators[i].normal(mean, std, 4)  # type: ignore[index]
@@ -331,17 +337,17 @@ class CartPoleSwingUpVectorEnv(_StartSpread, SeparatelySeededVectorEnv[npt.NDArr
         self._last_actions[indices] = 0.0
 
     def render(self) -> tuple[npt.NDArray[np.uint8], ...] | None:
-        """:return: one picture for each environment, shape (height, width, 3)"""
+        """:return: one image for each environment, shape (height, width, 3)"""
         if self.state is None:
             raise ResetNeeded("Call reset() before render().")
         if self.render_mode is None:
             gym.logger.warn("render() draws nothing without a render_mode: gym.make_vec(..., render_mode='rgb_array')")
             return None
-        if self._screen is None:
-            self._screen = Screen()
-        return tuple(self._screen.show(*what) for what in zip(self.state.T, self._last_actions))  # type: ignore[misc]
+        if self._renderer is None:
+            self._renderer = Renderer()
+        return tuple(self._renderer.show(*args) for args in zip(self.state.T, self._last_actions))  # type: ignore[misc]
 
     def close_extras(self, **kwargs: Any) -> None:
-        if self._screen is not None:
-            self._screen.close()
-            self._screen = None
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None

@@ -1,6 +1,4 @@
-"""
-SB3 vectorised environments over natively vectorised gymnasium environments: many environments in one array.
-"""
+"""SB3's interface for natively vectorized gymnasium environments, which step many environments in one array."""
 
 import copy
 import inspect
@@ -23,40 +21,43 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvO
 from sb3_vpg.envs.cartpole import SameStepCartPoleVectorEnv
 from sb3_vpg.envs.vector import SeparatelySeededVectorEnv
 
-# Vectorised environments that gymnasium offers with next-step autoreset only, and what stands in for them
-SAME_STEP_FORMS: dict[type[VectorEnv], type[VectorEnv]] = {CartPoleVectorEnv: SameStepCartPoleVectorEnv}
-# Wrappers whose effect the vectorised environment or NativeVecEnv itself has
+# Vectorized environments that support next-step autoreset only, and their replacements with same-step autoreset
+SAME_STEP_CLASSES: dict[type[VectorEnv], type[VectorEnv]] = {CartPoleVectorEnv: SameStepCartPoleVectorEnv}
+# Wrappers whose effect the vectorized environment or NativeVecEnv itself provides
 KNOWN_WRAPPERS = (Monitor, TimeLimit, OrderEnforcing, PassiveEnvChecker)
-# What the infos of a vectorised environment tell of episodes that have just ended
-OF_LAST_EPISODE = frozenset({"final_obs", "_final_obs", "final_info", "_final_info"})
+# Keys in the infos of a vectorized environment that describe the last step of an episode
+FINAL_KEYS = frozenset({"final_obs", "_final_obs", "final_info", "_final_info"})
 
 
 class NoVectorFormError(Exception):
-    """There is no vectorised environment that behaves as the given ones do; the message says why."""
+    """No vectorized environment is equivalent to the given environments; the message gives the reason."""
 
 
 class NativeVecEnv(VecEnv):
     """
-    Steps all environments at once in a natively vectorised environment, where gymnasium's registry names one
-    (``vector_entry_point``: ``CartPole-v1`` and the swing-ups have it). To be used as SB3's ``DummyVecEnv``, whose observable
-    behaviour it has: ::
+    Steps all environments at once in a natively vectorized environment, if gymnasium's registry has one
+    (``vector_entry_point``), as for ``CartPole-v1`` and the swing-ups. It is a replacement for SB3's ``DummyVecEnv``: ::
 
         make_vec_env("CartPoleSwingUp-v0", n_envs=128, vec_env_cls=NativeVecEnv)
 
-    Episodes begin anew in the step that ends them, ``infos[i]`` then has "terminal_observation", "TimeLimit.truncated" and,
-    under a ``Monitor``, "episode"; monitor files are written. With the same seeds and actions the observations are those of
-    ``DummyVecEnv``. The environments that are given lend their spec, time limit and monitor; they themselves do not move.
+    Its observable behavior is that of ``DummyVecEnv``. The step that ends an episode resets the environment; ``infos[i]`` then
+    has "terminal_observation", "TimeLimit.truncated" and, with a ``Monitor``, "episode". Monitor files are written. With the
+    same seeds and actions, observations are the same. The given environments provide spec, time limit and monitor; they
+    are not stepped.
 
-    Where the environment or one of its wrappers has no vectorised form, the result *is* a ``DummyVecEnv``, and a warning says
-    why. To differ by environment is not possible: ``set_attr``, ``env_method`` and options are for all.
+    If the environment or one of its wrappers has no vectorized form, the result *is* a ``DummyVecEnv``, and a warning gives
+    the reason.
 
-    The info of an environment whose episode goes on is the same object at each step: copy it before you change it.
+    ``set_attr``, ``env_method`` and options always apply to all environments.
 
-    :param env_fns: functions that return the environments, as for ``DummyVecEnv``
+    While an episode runs, the info of its environment is the same object at each step: copy it before you change it.
+
+    :param env_fns: functions that return the environments, as for ``DummyVecEnv``. Typical number: 8 to 4096. Larger: more
+        steps per second, and larger batches.
     """
 
     def __new__(cls, env_fns: Sequence[Callable[[], gym.Env]] | None = None) -> "VecEnv":  # type: ignore[misc]
-        # Without arguments where it is copied or unpickled
+        # Copying and unpickling call this method without arguments
         native = super().__new__(cls)
         if env_fns is not None:
             envs = [fn() for fn in env_fns]
@@ -68,9 +69,9 @@ class NativeVecEnv(VecEnv):
             native.envs = envs
         return native
 
-    #: The vectorised environment
+    #: The vectorized environment
     vector_env: VectorEnv
-    #: The environments that were given; they do not move
+    #: The given environments, which are not stepped
     envs: list[gym.Env]
 
     def __init__(self, env_fns: Sequence[Callable[[], gym.Env]]):
@@ -84,14 +85,14 @@ class NativeVecEnv(VecEnv):
 
     def reset(self) -> VecEnvObs:
         if any(options != self._options[0] for options in self._options):
-            raise ValueError("NativeVecEnv takes the same options for all environments only, use DummyVecEnv for others")
+            raise ValueError("NativeVecEnv supports only the same options for all environments; use DummyVecEnv for others")
         if any(monitor is not None and not monitor.allow_early_resets for monitor in self._monitors) and self._was_reset:
             raise RuntimeError("Tried to reset an environment before done, which Monitor(allow_early_resets=False) forbids")
         # SB3 seeds environment i with seed + i
         observations, infos = self.vector_env.reset(seed=self._seeds[0], options=self._options[0] or None)
         self._reset_seeds()
         self._reset_options()
-        self.reset_infos = [info_of(infos, i) for i in range(self.num_envs)]
+        self.reset_infos = [extract_info(infos, i) for i in range(self.num_envs)]
         self._returns[:], self._lengths[:] = 0.0, 0
         self._was_reset = True
         return copy.deepcopy(observations)
@@ -107,23 +108,23 @@ class NativeVecEnv(VecEnv):
         self._lengths += 1
         dones = terminated | truncated
         step_infos = self._running_infos.copy()
-        if not infos.keys() <= OF_LAST_EPISODE:
-            step_infos = [{**running, **info_of(infos, i)} for i, running in enumerate(step_infos)]
+        if not infos.keys() <= FINAL_KEYS:
+            step_infos = [{**running, **extract_info(infos, i)} for i, running in enumerate(step_infos)]
         if dones.any():
             self._end_episodes(dones.nonzero()[0], terminated, infos, step_infos)
-        # As DummyVecEnv: a copy, since the vectorized environment may use its arrays again
+        # A copy, as in DummyVecEnv, since the vectorized environment may reuse its arrays
         return copy.deepcopy(observations), rewards.astype(np.float32), dones, step_infos
 
     def _end_episodes(
         self, ended: np.ndarray, terminated: np.ndarray, infos: dict[str, Any], step_infos: list[dict[str, Any]]
     ) -> None:
-        """Make the infos of episodes that have ended, with what ``Monitor`` adds."""
+        """Fill in the infos of episodes that have ended, including the entries that ``Monitor`` adds."""
         now = time.time()
         final_infos = infos.get("final_info", {})
         columns = (ended, terminated[ended], self._returns[ended], self._lengths[ended])
         for i, was_terminated, episode_return, length in zip(*(column.tolist() for column in columns)):
-            self.reset_infos[i] = info_of(infos, i)
-            info = step_infos[i] = info_of(final_infos, i)
+            self.reset_infos[i] = extract_info(infos, i)
+            info = step_infos[i] = extract_info(final_infos, i)
             info["TimeLimit.truncated"] = not was_terminated
             info["terminal_observation"] = copy.deepcopy(infos["final_obs"][i])
             monitor = self._monitors[i]
@@ -145,14 +146,14 @@ class NativeVecEnv(VecEnv):
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """
-        An attribute of the vectorised environment that has one value for all environments, or "np_random", the generators of
-        the environments.
+        Get an attribute of the vectorized environment that has one value for all environments, or "np_random", the random
+        generators of the environments.
 
-        :raises AttributeError: if it has no such attribute, or it is an array, or one generator for all
+        :raises AttributeError: if there is no such attribute, or if it is one array or generator for all environments
         """
         if attr_name == "np_random" and isinstance(self.vector_env, SeparatelySeededVectorEnv):
             return [self.vector_env.generators[i] for i in self._get_indices(indices)]
-        # The vectorised environment's own spaces are for all environments together
+        # `observation_space` and `action_space` of a vectorized environment are for all environments together
         prefix = "single_" if attr_name in ("observation_space", "action_space") else ""
         value = getattr(self.vector_env, prefix + attr_name)
         if isinstance(value, np.ndarray | np.random.Generator):
@@ -164,16 +165,17 @@ class NativeVecEnv(VecEnv):
 
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """
-        Set an attribute of the vectorised environment, or "np_random", the generators of the environments that are meant.
+        Set an attribute of the vectorized environment, or "np_random", the random generator of each environment in
+        ``indices``.
 
-        :raises AttributeError: if it has no such attribute
-        :raises NotImplementedError: if not all environments are meant
+        :raises AttributeError: if there is no such attribute
+        :raises NotImplementedError: if ``indices`` does not include all environments ("np_random" excepted)
         """
         if attr_name == "np_random" and isinstance(self.vector_env, SeparatelySeededVectorEnv):
             for i in self._get_indices(indices):
                 self.vector_env.generators[i] = value
             return
-        self._refuse_some(f"set {attr_name!r}", indices)
+        self._require_all(f"set {attr_name!r}", indices)
         if not hasattr(self.vector_env, attr_name):
             raise AttributeError(f"{self.vector_env} has no attribute {attr_name!r}")
         setattr(self.vector_env, attr_name, value)
@@ -182,12 +184,12 @@ class NativeVecEnv(VecEnv):
         self, method_name: str, *method_args: Any, indices: VecEnvIndices = None, **method_kwargs: Any
     ) -> list[Any]:
         """
-        Call a method that the vectorised environment has for all environments together, such as ``set_start_std`` of the
+        Call a method of the vectorized environment that applies to all environments, such as ``set_start_std`` of the
         swing-ups.
 
-        :return: what it returns, for each environment the same
-        :raises NotImplementedError: if there is no such method, or it is one of every vectorised environment (such as
-            ``reset``), or not all environments are meant
+        :return: the result of the call, repeated for each environment
+        :raises NotImplementedError: if there is no such method, if it is a method of gymnasium's ``VectorEnv`` (such as
+            ``reset``), or if ``indices`` does not include all environments
         """
         method = getattr(self.vector_env, method_name, None)
         if not callable(method) or hasattr(VectorEnv, method_name):
@@ -195,19 +197,19 @@ class NativeVecEnv(VecEnv):
                 f"NativeVecEnv has no single environments to call {method_name!r} on: all are in one array. "
                 "Call a method of `vector_env`, or use DummyVecEnv"
             )
-        self._refuse_some(f"call {method_name!r}", indices)
+        self._require_all(f"call {method_name!r}", indices)
         return [method(*method_args, **method_kwargs)] * self.num_envs
 
-    def _refuse_some(self, what: str, indices: VecEnvIndices) -> None:
+    def _require_all(self, action: str, indices: VecEnvIndices) -> None:
         if len(set(self._get_indices(indices))) != self.num_envs:
-            raise NotImplementedError(f"NativeVecEnv can {what} for all environments only; use DummyVecEnv")
+            raise NotImplementedError(f"NativeVecEnv can {action} for all environments only; use DummyVecEnv")
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: VecEnvIndices = None) -> list[bool]:
         return [is_wrapped(self.envs[i], wrapper_class) for i in self._get_indices(indices)]
 
 
 def wrappers_of(env: gym.Env) -> Iterator[gym.Wrapper]:
-    """:return: the wrappers around an environment, from outside to inside"""
+    """:return: the wrappers of an environment, from the outermost to the innermost"""
     while isinstance(env, gym.Wrapper):
         yield env
         env = env.env
@@ -215,58 +217,58 @@ def wrappers_of(env: gym.Env) -> Iterator[gym.Wrapper]:
 
 def make_vector_form(envs: Sequence[gym.Env]) -> VectorEnv:
     """
-    :param envs: single environments, wrapped
-    :return: one vectorised environment with same-step autoreset that behaves as they do
+    :param envs: single environments with their wrappers
+    :return: an equivalent vectorized environment with same-step autoreset
     :raises NoVectorFormError: if there is none
     """
     spec = envs[0].unwrapped.spec
     if spec is None or spec.vector_entry_point is None:
-        raise NoVectorFormError(f"{envs[0].unwrapped} has no vectorised form (vector_entry_point)")
+        raise NoVectorFormError(f"{envs[0].unwrapped} has no vectorized form (vector_entry_point)")
     for env in envs:
         if env.unwrapped.spec is None or (env.unwrapped.spec.id, env.unwrapped.spec.kwargs) != (spec.id, spec.kwargs):
             raise NoVectorFormError(f"the environments differ: {env.unwrapped.spec}, {spec}")
         for wrapper in wrappers_of(env):
-            # rl_zoo3 puts a TimeLimit of its own in place of gymnasium's, maybe after KNOWN_WRAPPERS was made
+            # rl_zoo3 replaces gymnasium's TimeLimit by its own class, possibly after KNOWN_WRAPPERS was defined
             if type(wrapper) not in (*KNOWN_WRAPPERS, gym.wrappers.TimeLimit):
-                raise NoVectorFormError(f"the wrapper {type(wrapper).__name__} has no vectorised form")
+                raise NoVectorFormError(f"the wrapper {type(wrapper).__name__} has no vectorized form")
             if isinstance(wrapper, Monitor) and wrapper.reset_keywords:
-                raise NoVectorFormError("Monitor(reset_keywords=...) has no vectorised form")
+                raise NoVectorFormError("Monitor(reset_keywords=...) has no vectorized form")
     limits = {tuple(w._max_episode_steps for w in wrappers_of(env) if isinstance(w, TimeLimit)) for env in envs}
     if len(limits) > 1 or len(limit := limits.pop()) != 1:
-        raise NoVectorFormError("the environments must have one and the same time limit")
+        raise NoVectorFormError("the environments must have the same time limit")
     if spec.kwargs.get("render_mode") == "human":
-        raise NoVectorFormError("render_mode='human' is for single environments")
+        raise NoVectorFormError("render_mode='human' needs single environments")
 
     entry_point = spec.vector_entry_point
     creator: Any = load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
-    creator = SAME_STEP_FORMS.get(creator, creator)
+    creator = SAME_STEP_CLASSES.get(creator, creator)
     kwargs = {**spec.kwargs, "max_episode_steps": limit[0]}
     if "autoreset_mode" in inspect.signature(creator).parameters:
         kwargs["autoreset_mode"] = AutoresetMode.SAME_STEP
     try:
         inspect.signature(creator).bind(num_envs=len(envs), **kwargs)
     except TypeError as error:
-        raise NoVectorFormError(f"the vectorised form of {spec.id} does not take the same arguments: {error}") from error
+        raise NoVectorFormError(f"the vectorized form of {spec.id} does not take the same arguments: {error}") from error
     vector_env = creator(num_envs=len(envs), **kwargs)
     if vector_env.metadata.get("autoreset_mode") != AutoresetMode.SAME_STEP:
         vector_env.close()
-        raise NoVectorFormError(f"{type(vector_env).__name__} cannot begin a new episode in the step that ends the last one")
+        raise NoVectorFormError(f"{type(vector_env).__name__} does not support same-step autoreset")
     vector_env.spec = spec
     return vector_env
 
 
-def info_of(infos: dict[str, Any], i: int) -> dict[str, Any]:
+def extract_info(infos: dict[str, Any], i: int) -> dict[str, Any]:
     """
-    :param infos: infos of a vectorised gymnasium environment, a dict of arrays
+    :param infos: infos of a vectorized gymnasium environment, a dict of arrays
     :param i: index of an environment
-    :return: the info of that environment, without what is told of its last episode
+    :return: the info of that environment, without the keys that describe the last step of an episode
     """
-    if infos.keys() <= OF_LAST_EPISODE:
+    if infos.keys() <= FINAL_KEYS:
         return {}
     return {
-        key: info_of(value, i) if isinstance(value, dict) else value[i]
+        key: extract_info(value, i) if isinstance(value, dict) else value[i]
         for key, value in infos.items()
-        if key not in OF_LAST_EPISODE
+        if key not in FINAL_KEYS
         and not (key[:1] == "_" and key[1:] in infos)
         and (f"_{key}" not in infos or infos[f"_{key}"][i])
     }

@@ -1,4 +1,4 @@
-"""What vectorised environments that behave as separate ones have in common."""
+"""Base class of vectorized environments that behave like separate environments."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -14,17 +14,17 @@ ActType = TypeVar("ActType")
 
 
 class SeparatelySeededVectorEnv(VectorEnv[ObsType, ActType, npt.NDArray[Any]]):
-    """A vectorised environment with one random generator for each of its environments."""
+    """A vectorized environment with one random generator for each environment."""
 
     @cached_property
     def generators(self) -> list[np.random.Generator]:
-        """The generators of the environments, with random seeds until they are given others."""
+        """The random generators of the environments. Their seeds are random until :meth:`seed_generators` is called."""
         return [seeding.np_random()[0] for _ in range(self.num_envs)]
 
     def seed_generators(self, seed: int | Sequence[int | None] | None) -> None:
         """
-        :param seed: environment i gets ``seed + i``, or ``seed[i]`` of a list; None leaves its generator as it is
-        :raises ValueError: if the list has another length than there are environments
+        :param seed: environment i gets ``seed + i``, or ``seed[i]`` of a list; None does not change its generator
+        :raises ValueError: if the length of the list is not the number of environments
         """
         if not isinstance(seed, Sequence):
             seed = [None if seed is None else seed + i for i in range(self.num_envs)]
@@ -39,7 +39,7 @@ def final_observations(observations: npt.NDArray[Any], ended: npt.NDArray[np.boo
     """
     :param observations: shape (N, ...)
     :param ended: whether the episode has ended, shape (N,)
-    :return: infos as gymnasium gives them with same-step autoreset
+    :return: infos of gymnasium's same-step autoreset: the final observations
     """
     final_obs = np.full(len(ended), None, dtype=object)
     for i in ended.nonzero()[0]:

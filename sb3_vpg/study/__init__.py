@@ -1,4 +1,6 @@
 """
-Which trick buys what? Formulations x environments x seeds, with the learning rate of each formulation chosen by the same
-search, and the variance of their gradients on the same data. ``python -m sb3_vpg ablation --help``; docs/ablation.md.
+Ablation studies: compare formulations over environments and seeds.
+
+The same search selects a learning rate for each formulation. Gradient statistics of all formulations are computed on the same
+data. See ``python -m sb3_vpg ablation --help`` and docs/ablation.md.
 """

@@ -1,8 +1,8 @@
 """
-The report of an ablation study: plots, and one markdown file of tables, from the results in one tidy table.
+Write the report of an ablation study: a markdown file with tables, and plots.
 
-Returns are put together as Agarwal et al. (2021), "Deep Reinforcement Learning at the Edge of the Statistical Precipice"
-(https://arxiv.org/abs/2108.13264), advise, with their library rliable: interquartile means over seeds with stratified
+Returns are aggregated as recommended by Agarwal et al. (2021), "Deep Reinforcement Learning at the Edge of the Statistical
+Precipice" (https://arxiv.org/abs/2108.13264), with their library rliable: interquartile means over seeds with stratified
 bootstrap intervals, and performance profiles.
 """
 
@@ -20,47 +20,48 @@ from scipy.stats import trim_mean
 
 from sb3_vpg.study.drawing import (
     COLOR,
-    GREY,
+    GRAY,
     MEDIUM,
     SMALL,
+    add_seed_counts,
     digits_for,
     file_name,
-    from_to,
-    interval,
-    number,
-    picture,
+    format_estimate,
+    format_number,
+    format_range,
+    save_figure,
     small_multiples,
     table,
-    with_seeds,
 )
 from sb3_vpg.study.statistics import (
     COSINES,
+    EMPTY_CELL,
     MOMENTS,
     NO_VALUES,
-    NOTHING,
     REPETITIONS,
     Estimate,
     Findings,
     aggregates,
-    checked,
     final_returns,
     gradient_statistics,
     interquartile_means,
     learning_rates,
     ratio_by_seed,
     seeded,
+    validate_results,
     variance_ratios,
 )
 
 
 def final_section(
-    findings: Findings, estimates: Mapping[str, Mapping[str, Estimate]], together: Mapping[str, Estimate]
+    findings: Findings, estimates: Mapping[str, Mapping[str, Estimate]], aggregate_scores: Mapping[str, Estimate]
 ) -> str:
     """
-    Final returns by formulation and environment, and the aggregate.
+    Section with final returns by formulation and environment, and aggregate scores.
 
-    :param estimates: for each environment, as ``final_returns`` returns them
-    :param together: as ``aggregates`` returns them
+    :param findings: the results
+    :param estimates: results of ``final_returns`` for each environment
+    :param aggregate_scores: result of ``aggregates``
     """
     rates = {environment: learning_rates(findings, environment) for environment in findings.score_ranges}
     rows = []
@@ -70,37 +71,38 @@ def final_section(
             estimate = estimates[environment].get(formulation)
             n_seeds.append(estimate.n_seeds if estimate else 0)
             rate = rates[environment].get(formulation)
-            texts.append(f"{interval(estimate, high - low)} at {rate:g}" if estimate else NOTHING)
+            texts.append(f"{format_estimate(estimate, high - low)} at {rate:g}" if estimate else EMPTY_CELL)
         if max(n_seeds) == 0:
             continue
-        aggregate = together.get(formulation)
-        texts.append(interval(aggregate, 1.0) if aggregate else NOTHING)
+        aggregate = aggregate_scores.get(formulation)
+        texts.append(format_estimate(aggregate, 1.0) if aggregate else EMPTY_CELL)
         n_seeds.append(aggregate.n_seeds if aggregate else 0)
-        rows.append([formulation, *with_seeds(texts, n_seeds)])
+        rows.append([formulation, *add_seed_counts(texts, n_seeds)])
     ranges = ", ".join(f"{environment} {low:g} to {high:g}" for environment, (low, high) in findings.score_ranges.items())
     text = (
         "Mean return of the training episodes in the last tenth of the budget: interquartile mean over seeds [95 % interval] "
-        "at the learning rate that the search chose. Normalised: the interquartile mean over all environments and seeds of "
-        f"the score for which these returns count as 0 and 1: {ranges}. "
-        "A formulation without runs in all environments has none."
+        "with the learning rate that the search selected. Normalized: interquartile mean of the normalized scores over all "
+        f"environments and seeds. These returns have the scores 0 and 1: {ranges}. "
+        "Formulations without runs in all environments have no normalized score."
     )
     missing = [environment for environment in findings.score_ranges if not estimates[environment]]
     if missing:
         text += f" No final runs yet: {', '.join(missing)}."
-    return f"{text}\n\n{table(['', *findings.score_ranges, 'normalised', 'seeds'], rows)}"
+    return f"{text}\n\n{table(['', *findings.score_ranges, 'normalized', 'seeds'], rows)}"
 
 
 def aggregate_section(estimates: Mapping[str, Estimate], folder: Path) -> str:
     """
-    The aggregates of all formulations as intervals.
+    Section with the aggregate score of each formulation, drawn as an interval.
 
-    :param estimates: as ``aggregates`` returns them
+    :param estimates: result of ``aggregates``
+    :param folder: folder of the report
     """
     if not estimates:
         return "No formulation has final runs in all environments yet."
     figure = Figure(figsize=(8, 0.8 + 0.22 * len(estimates)), layout="constrained")
     axes = figure.subplots()
-    # Bars would end at the frame
+    # Margins between the bars and the frame
     axes.use_sticky_edges = False
     for row, estimate in enumerate(estimates.values()):
         axes.barh(row, estimate.high - estimate.low, left=estimate.low, height=0.7, color=COLOR, alpha=0.5)
@@ -108,17 +110,17 @@ def aggregate_section(estimates: Mapping[str, Estimate], folder: Path) -> str:
     axes.set_yticks(range(len(estimates)), [f"{name}, n = {e.n_seeds}" for name, e in estimates.items()], fontsize=SMALL + 1)
     axes.set_ylim(len(estimates) - 0.4, -0.6)
     axes.tick_params(axis="x", labelsize=SMALL + 1)
-    axes.set_xlabel("normalised score, interquartile mean and 95 % interval", fontsize=MEDIUM)
+    axes.set_xlabel("normalized score, interquartile mean and 95 % interval", fontsize=MEDIUM)
     axes.grid(axis="x", alpha=0.3)
     text = (
-        "The normalised scores of the table above, with their intervals; n is the number of seeds of each environment. "
-        "The intervals are about seeds, the environments are taken as given."
+        "The normalized scores of the table above, with their intervals; n is the number of seeds of each environment. "
+        "Intervals reflect the variation between seeds, for these environments."
     )
-    return f"{text}\n\n{picture(figure, 'Normalised scores', folder / 'aggregate.png')}"
+    return f"{text}\n\n{save_figure(figure, 'Normalized scores', folder / 'aggregate.png')}"
 
 
 def profile_section(findings: Findings, folder: Path) -> str:
-    """Performance profiles (Agarwal et al., 2021, section 4.2)."""
+    """Section with performance profiles (Agarwal et al., 2021, section 4.2)."""
     scores = findings.normalized()
     if not scores:
         return "No formulation has final runs in all environments yet."
@@ -134,17 +136,17 @@ def profile_section(findings: Findings, folder: Path) -> str:
                 {"": array}, thresholds, custom_profile_func=shares_above, reps=findings.repetitions
             )
         lines[formulation] = (thresholds, np.vstack([points[""], intervals[""]]), len(array))
-    figure, _ = small_multiples(lines, findings.first, "Share of runs with a normalised score above x")
-    figure.supxlabel("normalised score", fontsize=MEDIUM)
+    figure, _ = small_multiples(lines, findings.first, "Fraction of runs with a normalized score above x")
+    figure.supxlabel("normalized score", fontsize=MEDIUM)
     text = (
-        "The share of all runs, of all environments and seeds, whose normalised score is above a threshold, with bands of "
-        "95 %; higher is better. n is the number of seeds of each environment."
+        "Fraction of the runs, over all environments and seeds, whose normalized score is above a threshold, with 95 % bands. "
+        "Higher is better. n is the number of seeds of each environment."
     )
-    return f"{text}\n\n{picture(figure, 'Performance profiles', folder / 'performance_profiles.png')}"
+    return f"{text}\n\n{save_figure(figure, 'Performance profiles', folder / 'performance_profiles.png')}"
 
 
 def curves_section(findings: Findings, folder: Path) -> str:
-    """Learning curves, one figure for each environment."""
+    """Section with learning curves, one figure for each environment."""
     pictures, missing = [], []
     for environment in findings.score_ranges:
         values = findings.values("final", "return", environment, "timesteps")
@@ -159,14 +161,14 @@ def curves_section(findings: Findings, folder: Path) -> str:
         if not lines:
             missing.append(environment)
             continue
-        title = f"{environment}: return while training"
+        title = f"{environment}: return during training"
         figure, panels = small_multiples(lines, findings.first, title)
         panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))
         figure.supxlabel("timesteps", fontsize=MEDIUM)
-        pictures.append(picture(figure, title, folder / file_name(f"learning_curves_{environment}")))
+        pictures.append(save_figure(figure, title, folder / file_name(f"learning_curves_{environment}")))
     text = (
-        "Mean return of the training episodes that ended in each bin of timesteps: interquartile mean over seeds, with bands "
-        "of 95 %. n is the number of seeds; bins in which few episodes end may have fewer."
+        "Mean return of the training episodes that ended in each bin of timesteps: interquartile mean over seeds, with 95 % "
+        "bands. n is the number of seeds; bins in which few episodes end may have fewer."
     )
     if missing:
         text += f" No learning curves yet: {', '.join(missing)}."
@@ -174,7 +176,7 @@ def curves_section(findings: Findings, folder: Path) -> str:
 
 
 def search_section(findings: Findings) -> str:
-    """What the search for learning rates found."""
+    """Section with the results of the search for learning rates."""
     parts, missing = [], []
     for environment, (low, high) in findings.score_ranges.items():
         values = findings.values("search", "final_return", environment, "learning_rate")
@@ -189,20 +191,20 @@ def search_section(findings: Findings) -> str:
             n_seeds = [len(column) for column in columns]
             if max(n_seeds) == 0:
                 continue
-            texts = [number(column.mean(), digits_for(high - low)) if len(column) else NOTHING for column in columns]
+            texts = [format_number(column.mean(), digits_for(high - low)) if len(column) else EMPTY_CELL for column in columns]
             if chosen.get(formulation) in rates:
                 at = rates.index(chosen[formulation])
-                texts[at] = f"**{texts[at]}**" if n_seeds[at] else NOTHING
-            rows.append([formulation, *with_seeds(texts, n_seeds)])
+                texts[at] = f"**{texts[at]}**" if n_seeds[at] else EMPTY_CELL
+            rows.append([formulation, *add_seed_counts(texts, n_seeds)])
         parts.append(f"**{environment}**\n\n{table(['learning rate', *(f'{rate:g}' for rate in rates), 'seeds'], rows)}")
-    text = "Mean over seeds of the final return with each learning rate of the search; bold: the rate of the final runs."
+    text = "Mean over seeds of the final return, for each learning rate of the search. Bold: learning rate of the final runs."
     if missing:
         text += f" No search yet: {', '.join(missing)}."
     return "\n\n".join([text, *parts])
 
 
 def statistics_section(findings: Findings, folder: Path) -> str:
-    """Statistics of the gradient at the policies of reference runs, a table and a figure for each environment."""
+    """Section with gradient statistics at the policies of reference runs, a table and a figure for each environment."""
     parts, missing = [], []
     for environment in findings.score_ranges:
         if not findings.values("statistics", "pairwise_cosine", environment):
@@ -213,30 +215,30 @@ def statistics_section(findings: Findings, folder: Path) -> str:
         summaries = [
             lambda values: f"{np.exp(np.log(values).mean()):.3g}",
             lambda values: f"{values.mean():.3g}",
-            *[lambda values: number(values.mean(), 3)] * len(COSINES),
+            *[lambda values: format_number(values.mean(), 3)] * len(COSINES),
         ]
         rows = []
         for formulation in findings.formulations:
             cells = [
-                (summary(values), len(values)) if len(values) else (NOTHING, 0)
+                (summary(values), len(values)) if len(values) else (EMPTY_CELL, 0)
                 for column, summary in zip(columns, summaries)
                 for values in (column.get((formulation, moment), NO_VALUES) for moment in MOMENTS)
             ]
             if any(n_seeds for _, n_seeds in cells):
-                *texts, n_seeds = with_seeds(*zip(*cells))
+                *texts, n_seeds = add_seed_counts(*zip(*cells))
                 triples = [" / ".join(texts[i : i + len(MOMENTS)]) for i in range(0, len(texts), len(MOMENTS))]
                 rows.append([formulation, *triples, n_seeds])
-        header = ["start / middle / end", f"variance / that of {relative_to}", "SNR", *COSINES.values(), "seeds"]
+        header = ["start / middle / end", f"variance / variance of {relative_to}", "SNR", *COSINES.values(), "seeds"]
         title = f"{environment}: cosines of gradients"
-        shown = picture(cosine_figure(findings, environment, title), title, folder / file_name(f"cosines_{environment}"))
+        shown = save_figure(cosine_figure(findings, environment, title), title, folder / file_name(f"cosines_{environment}"))
         parts += [f"**{environment}**", table(header, rows), shown]
     text = (
-        "The gradients of the formulations, measured on the same policies and episodes at the start, in the middle and at "
-        "the end of reference runs. Variance: the trace of the covariance of one update's gradient, as a ratio, its geometric "
-        "mean over seeds; it depends on the scale of what multiplies grad log pi, the other columns do not. SNR: signal to "
-        "noise. Pairwise cosine: between the gradients of two batches. Cosine with the reference: between the gradient of one "
-        "batch and that of the reference formulation on all data. These are means over seeds. In the figures, the lines go "
-        "from the lowest to the highest end of the seeds' 95 % bootstrap intervals."
+        "Gradients of the formulations, measured with the same policies and episodes at the start, in the middle and at the "
+        "end of reference runs. Variance: trace of the covariance of the gradient of one update, as a ratio (geometric mean "
+        "over seeds). It depends on the scale of the weights of grad log pi; the other columns do not, and are means over "
+        "seeds. SNR: signal-to-noise ratio. Pairwise cosine: between the gradients of two batches. Cosine with the reference: "
+        "between the gradient of one batch and the gradient of the reference formulation on all data. Lines in the figures: "
+        "from the lowest to the highest end of the 95 % bootstrap intervals of the seeds."
     )
     if missing:
         text += f" No gradient statistics yet: {', '.join(missing)}."
@@ -244,7 +246,7 @@ def statistics_section(findings: Findings, folder: Path) -> str:
 
 
 def cosine_figure(findings: Findings, environment: str, title: str) -> Figure:
-    """Both cosines, by formulation and moment."""
+    """Figure of both cosines, by formulation and moment."""
     values = {
         metric + end: gradient_statistics(findings, environment, metric + end)
         for metric in COSINES
@@ -261,10 +263,10 @@ def cosine_figure(findings: Findings, environment: str, title: str) -> Figure:
                 ends = [values[metric + end].get((formulation, moment), NO_VALUES) for end in ("", "_low", "_high")]
                 if len(ends[0]) == 0:
                     continue
-                y, together = row + 0.25 * (i - 1), pd.concat([series for series in ends if len(series)])
-                axes.hlines(y, together.min(), together.max(), color=color, linewidth=1.2)
+                y, all_ends = row + 0.25 * (i - 1), pd.concat([series for series in ends if len(series)])
+                axes.hlines(y, all_ends.min(), all_ends.max(), color=color, linewidth=1.2)
                 axes.plot(ends[0].mean(), y, "o", color=color, markersize=3.5)
-        axes.axvline(0, color=GREY, linewidth=0.8)
+        axes.axvline(0, color=GRAY, linewidth=0.8)
         axes.set_xlabel(label, fontsize=MEDIUM)
         axes.tick_params(axis="x", labelsize=SMALL + 1)
         axes.grid(axis="x", alpha=0.3)
@@ -280,12 +282,13 @@ def cosine_figure(findings: Findings, environment: str, title: str) -> Figure:
 
 def steps_section(findings: Findings, steps: Sequence[Sequence[str]]) -> str:
     """
-    What each step from one formulation to another does to the score, the variance and the cosine.
+    Section with the changes of score, variance and cosine from one formulation to another.
 
+    :param findings: the results
     :param steps: pairs of formulations
     """
     if not steps:
-        return "No steps were asked for."
+        return "The study has no steps."
     compared = {
         f"{before} -> {after}": [compare(findings, environment, before, after) for environment in findings.score_ranges]
         for before, after in steps
@@ -297,21 +300,21 @@ def steps_section(findings: Findings, steps: Sequence[Sequence[str]]) -> str:
     )
     return "\n\n".join(
         [
-            "What the second formulation has more than the first. Normalised score: the difference of the interquartile means "
-            "over seeds [its 95 % interval], bold where that excludes 0.",
+            "Second formulation compared with the first. Normalized score: difference of the interquartile means over seeds "
+            "[95 % interval], bold if the interval excludes 0.",
             scores,
-            "Variance of one update's gradient, as a ratio (geometric mean over seeds), at start / middle / end. Steps that "
-            "change the scale of what multiplies grad log pi (normalisation, gamma^t, the sum over trajectories) change it, "
-            "too, and say nothing here: see the cosines.",
+            "Variance of the gradient of one update: ratio (geometric mean over seeds) at start / middle / end. It is not "
+            "informative for steps that change the scale of the weights of grad log pi (normalization, gamma^t, sum over "
+            "trajectories): compare the cosines there.",
             ratios,
-            "Pairwise cosine, the difference, at start / middle / end.",
+            "Pairwise cosine: difference at start / middle / end.",
             cosines,
         ]
     )
 
 
 def compare(findings: Findings, environment: str, before: str, after: str) -> tuple[str, str, str]:
-    """:return: difference of normalised scores, ratio of variances, difference of cosines, from one formulation to another"""
+    """:return: difference of normalized scores, ratio of variances and difference of cosines between two formulations"""
     low, high = findings.score_ranges[environment]
     returns = findings.values("final", "final_return", environment)
     variance = gradient_statistics(findings, environment, "variance")
@@ -319,17 +322,17 @@ def compare(findings: Findings, environment: str, before: str, after: str) -> tu
     ratios, changes = [], []
     for moment in MOMENTS:
         ratio = ratio_by_seed(variance.get((after, moment), NO_VALUES), variance.get((before, moment), NO_VALUES))
-        ratios.append(f"{np.exp(np.log(ratio).mean()):.2g}" if len(ratio) else NOTHING)
+        ratios.append(f"{np.exp(np.log(ratio).mean()):.2g}" if len(ratio) else EMPTY_CELL)
         change = (cosine.get((after, moment), NO_VALUES) - cosine.get((before, moment), NO_VALUES)).dropna()
-        changes.append(f"{change.mean():+.2f}" if len(change) else NOTHING)
+        changes.append(f"{change.mean():+.2f}" if len(change) else EMPTY_CELL)
     first, second = (((returns.get(one, NO_VALUES) - low) / (high - low)).to_numpy() for one in (before, after))
     return difference(first, second, findings.repetitions), " / ".join(ratios), " / ".join(changes)
 
 
 def difference(before: np.ndarray, after: np.ndarray, repetitions: int) -> str:
-    """:return: difference of the interquartile means, with its percentile bootstrap interval"""
+    """:return: difference of the interquartile means with its percentile bootstrap interval, bold if it excludes 0"""
     if len(before) < 2 or len(after) < 2:
-        return NOTHING
+        return EMPTY_CELL
     rng = np.random.default_rng(0)
     resampled = [trim_mean(rng.choice(x, (repetitions, len(x))), 0.25, axis=1) for x in (before, after)]
     low, high = np.quantile(resampled[1] - resampled[0], [0.025, 0.975])
@@ -339,9 +342,11 @@ def difference(before: np.ndarray, after: np.ndarray, repetitions: int) -> str:
 
 def rank_section(findings: Findings, estimates: Mapping[str, Mapping[str, Estimate]]) -> str:
     """
-    Whether what has the more consistent gradient, or the one with the right direction, learns better.
+    Section with the rank correlation of gradient cosines and final returns: do formulations whose gradients agree more, with
+    each other or with the reference, learn better?
 
-    :param estimates: for each environment, as ``final_returns`` returns them
+    :param findings: the results
+    :param estimates: results of ``final_returns`` for each environment
     """
     rows = []
     for environment in findings.score_ranges:
@@ -355,20 +360,22 @@ def rank_section(findings: Findings, estimates: Mapping[str, Mapping[str, Estima
                 "return": [estimates[environment][name].mean for name in both],
             }
         ).rank()
-        # Without spread there are no ranks to compare, and two formulations always agree or disagree fully
-        meant = len(both) > 2 and (ranks.nunique() > 1).all()
-        correlations = [number(ranks[metric].corr(ranks["return"]), 2) if meant else NOTHING for metric in COSINES]
+        # Equal values have no ranks to correlate, and for two formulations the correlation is always 1 or -1
+        informative = len(both) > 2 and (ranks.nunique() > 1).all()
+        correlations = [
+            format_number(ranks[metric].corr(ranks["return"]), 2) if informative else EMPTY_CELL for metric in COSINES
+        ]
         n_seeds = [
             [len(cosines["pairwise_cosine"][name, "middle"]) for name in both],
             [estimates[environment][name].n_seeds for name in both],
         ]
-        rows.append([environment, *correlations, str(len(both)), *(from_to(counts) for counts in n_seeds)])
+        rows.append([environment, *correlations, str(len(both)), *(format_range(counts) for counts in n_seeds)])
     if not rows:
         return "No formulation has both gradient statistics and final runs yet."
     text = (
-        "Spearman's rank correlation, over formulations, of the two cosines in the middle of the training (means over seeds) "
-        "with the final return (interquartile mean over seeds): 1 if formulations whose gradients agree more, with each other "
-        "or with the reference, always learn better, 0 if the one says nothing about the other."
+        "Spearman's rank correlation over formulations, between each cosine in the middle of training (mean over seeds) and "
+        "the final return (interquartile mean over seeds). 1: formulations whose gradients agree more, with each other or "
+        "with the reference, always learn better. 0: no relation."
     )
     header = ["", *COSINES.values(), "formulations", "seeds of the cosines", "seeds of the return"]
     return f"{text}\n\n{table(header, rows)}"
@@ -383,30 +390,30 @@ def write_report(
     repetitions: int = REPETITIONS,
 ) -> Path:
     """
-    Write the report of a study, which may still be running: what is missing, the report says. The same results give the same
-    files.
+    Write the report of a study. The study may still be running: the report names the parts that are missing. The same results
+    give the same files.
 
     :param results: Table with the columns ``COLUMNS``; formulations are reported in the order in which they appear
-    :param score_ranges: For each environment, in the order of the report, the returns that count as 0 and 1 where environments
-        are put together
-    :param folder: Where report.md and its pictures are written; made if need be
-    :param steps: Pairs of formulations, to compare the second with the first
-    :param first: The formulation with which the others are compared: the grey line of the plots, the denominator of the
+    :param score_ranges: For each environment, the returns with the normalized scores 0 and 1, in the order of the report
+    :param folder: Folder for report.md and its figures; created if necessary
+    :param steps: Pairs of formulations; the second is compared with the first
+    :param first: The formulation with which the others are compared: the gray line of the plots, and the denominator of the
         variances. Default: the first one in the results
-    :param repetitions: Of the bootstrap
+    :param repetitions: Number of bootstrap resamples
     :return: The path of report.md
-    :raises ValueError: if columns are missing or unknown, a phase, an environment or ``first`` is unknown, a range of scores
-        does not rise, a row is there twice, final runs of a formulation have several learning rates, or there are none
+    :raises ValueError: if columns are missing or unknown; if a phase, an environment or ``first`` is unknown; if a range of
+        scores is not increasing; if there are duplicate rows; if there are no final runs, or final runs of a formulation have
+        several learning rates
     """
-    rows = checked(results, score_ranges, first)
+    rows = validate_results(results, score_ranges, first)
     formulations = list(results["formulation"].unique())
     findings = Findings(rows, score_ranges, formulations, first or formulations[0], repetitions)
     estimates = {environment: final_returns(findings, environment) for environment in score_ranges}
-    together = aggregates(findings)
+    aggregate_scores = aggregates(findings)
     folder.mkdir(parents=True, exist_ok=True)
     sections = {
-        "Final returns": final_section(findings, estimates, together),
-        "Normalised scores": aggregate_section(together, folder),
+        "Final returns": final_section(findings, estimates, aggregate_scores),
+        "Normalized scores": aggregate_section(aggregate_scores, folder),
         "Performance profiles": profile_section(findings, folder),
         "Learning curves": curves_section(findings, folder),
         "Learning rates": search_section(findings),
@@ -417,7 +424,7 @@ def write_report(
     introduction = (
         "Intervals are 95 % percentile intervals of the bootstrap over seeds, stratified by environment, with "
         f"{repetitions:,} repetitions ([Agarwal et al., 2021](https://arxiv.org/abs/2108.13264)). "
-        "Where a number is over fewer seeds than its row says, n is given."
+        "If a number has fewer seeds than its row, n is given."
     )
     parts = ["# Ablation study", introduction, *(f"## {heading}\n\n{text}" for heading, text in sections.items())]
     path = folder / "report.md"

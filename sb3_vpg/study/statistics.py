@@ -1,6 +1,6 @@
 """
-Statistics of a study's results: interquartile means over seeds with stratified bootstrap intervals, as Agarwal et al. (2021,
-https://arxiv.org/abs/2108.13264) advise, with their library rliable.
+Statistics of a study's results: interquartile means over seeds with stratified bootstrap intervals, as recommended by Agarwal
+et al. (2021, https://arxiv.org/abs/2108.13264), computed with their library rliable.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,15 +18,15 @@ from sb3_vpg.study.study import COLUMNS, PHASES
 MOMENTS = ["start", "middle", "end"]
 COSINES = {"pairwise_cosine": "pairwise cosine", "cosine_with_reference": "cosine with the reference"}
 
-# Of the bootstrap
+# Default number of bootstrap resamples
 REPETITIONS = 2000
 
-NOTHING = "-"
+EMPTY_CELL = "-"
 NO_VALUES = pd.Series(dtype=np.float64)
 
 
 class Estimate(NamedTuple):
-    """An interquartile mean, the ends of its 95 % interval, and the number of seeds it is over."""
+    """An interquartile mean, the ends of its 95 % interval, and the number of seeds."""
 
     mean: float
     low: float
@@ -37,13 +37,13 @@ class Estimate(NamedTuple):
 @dataclass(frozen=True)
 class Findings:
     """
-    What the sections of a report read.
+    The validated results, as the sections of a report read them.
 
     :param rows: the tidy table, without rows that have no value
-    :param score_ranges: of each environment, in the order of the report, the returns that count as 0 and 1
-    :param formulations: in the order of the report
+    :param score_ranges: for each environment, the returns with the normalized scores 0 and 1, in the order of the report
+    :param formulations: names of the formulations, in the order of the report
     :param first: the formulation with which the others are compared
-    :param repetitions: of the bootstrap
+    :param repetitions: number of bootstrap resamples
     """
 
     rows: pd.DataFrame
@@ -54,8 +54,11 @@ class Findings:
 
     def values(self, phase: str, metric: str, environment: str, *further: str) -> dict[Any, pd.Series]:
         """
-        :param further: columns to group by, besides the formulation
-        :return: for each formulation, or tuple of it and the further columns' values, the metric's values by seed
+        :param phase: phase of the runs
+        :param metric: name of the metric
+        :param environment: id of the environment
+        :param further: columns to group by, in addition to the formulation
+        :return: values of the metric by seed, for each formulation or each tuple of formulation and further columns
         """
         rows = self.rows.query("phase == @phase and metric == @metric and environment == @environment")
         groups = rows.groupby(["formulation", *further] if further else "formulation")
@@ -63,8 +66,8 @@ class Findings:
 
     def normalized(self) -> dict[str, np.ndarray]:
         """
-        :return: for each formulation that has runs in all environments, the normalised scores, of shape (seeds, environments),
-            of the seeds that all environments have
+        :return: normalized scores of each formulation that has runs in all environments, shape (seeds, environments), for the
+            seeds that all environments have
         """
         values = {environment: self.values("final", "final_return", environment) for environment in self.score_ranges}
         scores = {}
@@ -73,16 +76,18 @@ class Findings:
                 environment: (values[environment].get(formulation, NO_VALUES) - low) / (high - low)
                 for environment, (low, high) in self.score_ranges.items()
             }
-            of_all = pd.DataFrame(columns).dropna().to_numpy()
-            if len(of_all):
-                scores[formulation] = of_all
+            complete = pd.DataFrame(columns).dropna().to_numpy()
+            if len(complete):
+                scores[formulation] = complete
         return scores
 
 
-def checked(results: pd.DataFrame, score_ranges: Mapping[str, tuple[float, float]], first: str | None) -> pd.DataFrame:
+def validate_results(
+    results: pd.DataFrame, score_ranges: Mapping[str, tuple[float, float]], first: str | None
+) -> pd.DataFrame:
     """
     :return: the rows that have a value
-    :raises ValueError: as ``write_report``
+    :raises ValueError: see ``write_report``
     """
     if set(results.columns) != set(COLUMNS):
         wrong = sorted(set(results.columns).symmetric_difference(COLUMNS))
@@ -92,14 +97,14 @@ def checked(results: pd.DataFrame, score_ranges: Mapping[str, tuple[float, float
         if unknown:
             raise ValueError(f"the results have {column} {unknown}; known: {known}")
     if first is not None and first not in set(results["formulation"]):
-        raise ValueError(f"first={first!r} is no formulation of the results: {list(results['formulation'].unique())}")
+        raise ValueError(f"first={first!r} is not a formulation of the results: {list(results['formulation'].unique())}")
     for environment, (low, high) in score_ranges.items():
         if not low < high:
-            raise ValueError(f"the score range of {environment} must rise, not {low, high}")
+            raise ValueError(f"the score range of {environment} must be increasing, not {low, high}")
     keys = [column for column in COLUMNS if column != "value"]
-    twice = results[results.duplicated(keys)]
-    if len(twice):
-        raise ValueError(f"the results have a row twice: {twice.iloc[0][keys].to_dict()}")
+    duplicates = results[results.duplicated(keys)]
+    if len(duplicates):
+        raise ValueError(f"the results have a duplicate row: {duplicates.iloc[0][keys].to_dict()}")
     rows = results.dropna(subset="value")
     final = rows.query("phase == 'final'")
     if not (final["metric"] == "final_return").any():
@@ -115,7 +120,10 @@ def checked(results: pd.DataFrame, score_ranges: Mapping[str, tuple[float, float
 
 @contextmanager
 def seeded() -> Iterator[None]:
-    """rliable resamples with NumPy's global generator, whatever ``random_state`` it is given. It gets its own state back."""
+    """
+    Context with a fixed seed of NumPy's global generator, which rliable uses even if ``random_state`` is given. The state of
+    the generator is restored at the end.
+    """
     state = np.random.get_state()  # noqa: NPY002
     np.random.seed(0)  # noqa: NPY002
     try:
@@ -126,11 +134,12 @@ def seeded() -> Iterator[None]:
 
 def bootstrap(scores: np.ndarray, function: Callable[[np.ndarray], np.ndarray], repetitions: int) -> np.ndarray:
     """
-    The stratified bootstrap: each column of the scores is resampled by itself.
+    Stratified bootstrap: the columns of the scores are resampled independently.
 
-    :param scores: of shape (seeds, columns)
-    :param function: of such an array, returns one of shape (n,)
-    :return: of shape (3, n): the function of the scores, and the lower and upper ends of its 95 % percentile intervals
+    :param scores: shape (seeds, columns)
+    :param function: maps such an array to one of shape (n,)
+    :param repetitions: number of resamples
+    :return: the function of the scores, and the lower and upper ends of its 95 % percentile intervals, shape (3, n)
     """
     with seeded():
         points, intervals = library.get_interval_estimates({"": scores}, function, reps=repetitions)
@@ -139,8 +148,9 @@ def bootstrap(scores: np.ndarray, function: Callable[[np.ndarray], np.ndarray], 
 
 def interquartile_means(columns: Mapping[Any, np.ndarray], repetitions: int) -> dict[Any, Estimate]:
     """
-    :param columns: arrays of one value for each seed; the number of seeds may differ
-    :return: for each array, its interquartile mean and interval
+    :param columns: arrays with one value per seed; the number of seeds may differ
+    :param repetitions: number of bootstrap resamples
+    :return: interquartile mean and interval of each array
     """
     estimates = {}
     for n_seeds in {len(column) for column in columns.values()}:
@@ -153,13 +163,16 @@ def interquartile_means(columns: Mapping[Any, np.ndarray], repetitions: int) -> 
 
 
 def final_returns(findings: Findings, environment: str) -> dict[Any, Estimate]:
-    """Of each formulation that has final runs in the environment."""
+    """:return: estimate of the final return of each formulation that has final runs in the environment"""
     values = findings.values("final", "final_return", environment)
     return interquartile_means({key: series.to_numpy() for key, series in values.items()}, findings.repetitions)
 
 
 def aggregates(findings: Findings) -> dict[str, Estimate]:
-    """Interquartile mean of the normalised scores over seeds and environments, of each formulation that has all of these."""
+    """
+    :return: interquartile mean of the normalized scores over seeds and environments, for each formulation with final runs in
+        all environments
+    """
     estimates = {}
     for formulation, scores in findings.normalized().items():
         point_and_ends = bootstrap(scores, lambda sample: np.array([metrics.aggregate_iqm(sample)]), findings.repetitions)
@@ -169,14 +182,15 @@ def aggregates(findings: Findings) -> dict[str, Estimate]:
 
 
 def learning_rates(findings: Findings, environment: str) -> dict[str, float]:
-    """The learning rate of each formulation's final runs."""
+    """:return: learning rate of the final runs of each formulation"""
     rows = findings.rows.query("phase == 'final' and environment == @environment")
     return dict(rows.groupby("formulation")["learning_rate"].first())
 
 
 def gradient_statistics(findings: Findings, environment: str, metric: str) -> dict[tuple[str, str], pd.Series]:
     """
-    :return: values by seed for each (formulation, moment), the moment the nearest of start, middle and end of the training
+    :return: values by seed for each pair of formulation and moment. The moment is the nearest of start, middle and end of
+        training.
     """
     budget = findings.rows.query("environment == @environment")["timesteps"].max()
     values = findings.values("statistics", metric, environment, "timesteps")
@@ -189,8 +203,8 @@ def gradient_statistics(findings: Findings, environment: str, metric: str) -> di
 
 def variance_ratios(findings: Findings, environment: str) -> tuple[str, dict[tuple[str, str], pd.Series]]:
     """
-    :return: the formulation to whose variance all are relative, and the ratios at the same policy by seed, where they are
-        positive and finite
+    :return: the formulation whose variance is the denominator, and the ratios at the same policies by seed, without those that
+        are not positive and finite
     """
     variances = gradient_statistics(findings, environment, "variance")
     measured = {formulation for formulation, _ in variances}
@@ -203,6 +217,6 @@ def variance_ratios(findings: Findings, environment: str) -> tuple[str, dict[tup
 
 
 def ratio_by_seed(values: pd.Series, of: pd.Series) -> pd.Series:
-    """:return: the ratios, by seed, that are positive and finite"""
+    """:return: ratios by seed, without those that are not positive and finite"""
     ratio = (values / of).dropna()
     return ratio[(ratio > 0) & np.isfinite(ratio)]

@@ -1,4 +1,4 @@
-"""What an ablation study consists of: settings from a YAML file, and the runs they make."""
+"""The settings of an ablation study, read from a YAML file, and its runs."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +11,9 @@ import yaml
 from sb3_vpg.common.checks import check_choice, check_number
 from sb3_vpg.envs import register_environments
 
-#: "search" (for the learning rate), "final", or "statistics" (of gradients)
+#: "search" for the learning rate, "final" runs with the selected learning rate, gradient "statistics"
 PHASES = ("search", "final", "statistics")
-#: Seeds of the search for the learning rate, which the other runs do not have
+#: Runs of the search have the seeds from this number on, which no other run has
 FIRST_SEARCH_SEED = 1000
 
 
@@ -24,7 +24,7 @@ class Run(NamedTuple):
     :param environment: id of the environment
     :param formulation: name of the formulation
     :param phase: one of :data:`PHASES`
-    :param seed: seed
+    :param seed: random seed
     :param learning_rate: learning rate of the actor
     """
 
@@ -35,21 +35,23 @@ class Run(NamedTuple):
     learning_rate: float
 
 
-# Columns of the results: what run, and a row for each number that it gives
+# Columns of the results. Each row has one number of one run
 COLUMNS = (*Run._fields, "timesteps", "metric", "value")
 Row = tuple[str, str, str, int, float, int, str, float]
-# The row with which the results of a run end
+# Metric of the last row of a run
 LAST_METRIC = "seconds"
 
 
 @dataclass(frozen=True)
 class Environment:
     """
-    :param n_timesteps: budget of a run, steps of all environments together, >= 1
+    Settings of an environment.
+
+    :param n_timesteps: budget of a run, summed over all environments, >= 1
     :param n_envs: number of environments, >= 1
-    :param score_range: returns that count as 0 and as 1
-    :param reward_scale: what rewards are multiplied by in training
-    :param keywords: further keywords of VPG for all formulations
+    :param score_range: returns with the normalized scores 0 and 1
+    :param reward_scale: factor of the rewards during training, > 0
+    :param keywords: further keywords of VPG, for all formulations
     """
 
     n_timesteps: int
@@ -69,9 +71,11 @@ class Environment:
 @dataclass(frozen=True)
 class Statistics:
     """
-    :param policy_of: formulation whose training gives the policies
+    Settings of the gradient statistics.
+
+    :param policy_of: formulation that trains the policies at which gradients are measured
     :param reference: formulation with whose gradient directions are compared
-    :param n_episodes: number of episodes, at least two batches of each formulation
+    :param n_episodes: number of episodes, at least two batches of each formulation. Typical: 128 to 4096.
     """
 
     policy_of: str
@@ -82,12 +86,14 @@ class Statistics:
 @dataclass(frozen=True)
 class Study:
     """
-    :param learning_rates: among which the search chooses
+    Settings of a study.
+
+    :param learning_rates: candidates of the search
     :param common: keywords of VPG for all runs
-    :param environments: by id
-    :param formulations: keywords of VPG that make up each formulation, by name
-    :param steps: pairs of formulations, to compare the second with the first
-    :param statistics: of gradients
+    :param environments: settings of the environments, by id
+    :param formulations: keywords of VPG for each formulation, by name
+    :param steps: pairs of formulations; the report compares the second with the first
+    :param statistics: settings of the gradient statistics
     """
 
     learning_rates: Sequence[float]
@@ -102,14 +108,14 @@ class Study:
             check_number("learning_rates", rate, low=0, low_included=False)
         for step in self.steps:
             if len(step) != 2:
-                raise ValueError(f"steps: {step} must be two formulations")
+                raise ValueError(f"steps: {step} is not allowed; it must be two formulations")
             for name in step:
                 check_choice("steps", name, self.formulations)
         check_choice("statistics: policy_of", self.statistics.policy_of, self.formulations)
         check_choice("statistics: reference", self.statistics.reference, self.formulations)
 
     def keywords(self, env_id: str, formulation: str) -> dict[str, Any]:
-        """:return: keywords of VPG of a run, without learning rate and seed"""
+        """:return: keywords of VPG for a run, without learning rate and seed"""
         return {**self.common, **self.environments[env_id].keywords, **self.formulations[formulation]}
 
     def search_runs(self, env_id: str, formulations: Iterable[str], n_seeds: int) -> Iterator[Run]:
@@ -121,7 +127,9 @@ class Study:
 
     def final_runs(self, env_id: str, learning_rates: Mapping[str, float], n_seeds: int) -> Iterator[Run]:
         """
-        :param learning_rates: of each formulation
+        :param env_id: id of the environment
+        :param learning_rates: learning rate of each formulation
+        :param n_seeds: number of runs of each formulation
         :return: runs with these learning rates
         """
         for seed in range(n_seeds):
@@ -129,16 +137,16 @@ class Study:
                 yield Run(env_id, formulation, "final", seed, learning_rate)
 
     def statistics_runs(self, env_id: str, learning_rate: float, n_seeds: int) -> Iterator[Run]:
-        """:return: runs at whose start, middle and end gradients are measured"""
+        """:return: runs that measure gradients at the start, in the middle and at the end of training"""
         for seed in range(n_seeds):
             yield Run(env_id, self.statistics.policy_of, "statistics", seed, learning_rate)
 
 
 def load_study(path: Path) -> Study:
     """
-    :param path: YAML file, such as hyperparams/ablation/ladder.yml, which explains its keys
+    :param path: YAML file; hyperparams/ablation/ladder.yml explains the keys
     :return: the study
-    :raises ValueError: if something is missing, unknown or out of range
+    :raises ValueError: if a key is missing or unknown, or a value is not allowed
     """
     register_environments()
     settings = yaml.safe_load(path.read_text())
@@ -148,7 +156,7 @@ def load_study(path: Path) -> Study:
         raise ValueError(f"{path}: expected the keys {', '.join(sorted(expected))}, got {given}")
     for env_id in settings["environments"]:
         if env_id not in gym.registry:
-            raise ValueError(f"{path}: there is no environment {env_id!r}")
+            raise ValueError(f"{path}: the environment {env_id!r} is not registered")
     own = ("n_timesteps", "n_envs", "score_range", "reward_scale")
     environments = {
         env_id: Environment(

@@ -1,4 +1,4 @@
-"""A single run of an ablation study."""
+"""Execute a single run of an ablation study."""
 
 import signal
 import time
@@ -21,16 +21,16 @@ from sb3_vpg.estimators import Formulation
 from sb3_vpg.study.study import LAST_METRIC, Row, Run, Study
 from sb3_vpg.vpg import VPG
 
-#: A learning curve has so many points
+#: Number of points of a learning curve
 N_BINS = 20
-#: Episodes of the deterministic policy after a run, and the seed of their environments
+#: Number of evaluation episodes (deterministic policy) after a run, and the seed of their environments
 N_EVALUATION_EPISODES, EVALUATION_SEED = 20, 10_000
-#: Shares of the training after which gradients are measured
+#: Fractions of the budget after which gradients are measured
 MEASURED_AT = (0.0, 0.5, 1.0)
 
 
 class EpisodeReturns(BaseCallback):
-    """Remembers the returns of the episodes that VPG learns from, and when they ended."""
+    """Records the return and the end (in timesteps) of each episode that VPG uses for training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class EpisodeReturns(BaseCallback):
 
 
 def prepare_process() -> None:
-    """In each process of a study: one thread, and interruptions are the main process's business."""
+    """Set up a worker process: one thread, and Ctrl-C is handled by the main process only."""
     th.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -54,13 +54,13 @@ def execute(study: Study, run: Run) -> list[Row]:
     """
     :param study: the study
     :param run: one of its runs
-    :return: its results, see :data:`sb3_vpg.study.study.COLUMNS`
+    :return: the results of the run, see :data:`sb3_vpg.study.study.COLUMNS`
     """
     return measure(study, run) if run.phase == "statistics" else train(study, run)
 
 
 def make_env(study: Study, env_id: str, n_envs: int, seed: int) -> VecEnv:
-    """:return: environments with Monitor, their rewards scaled"""
+    """:return: environments with Monitor and scaled rewards"""
     vec_env_class: Any = NativeVecEnv if gym.spec(env_id).vector_entry_point else DummyVecEnv
     env = VecNormalize(
         make_vec_env(env_id, n_envs, seed=seed, vec_env_cls=vec_env_class),
@@ -69,7 +69,7 @@ def make_env(study: Study, env_id: str, n_envs: int, seed: int) -> VecEnv:
         clip_reward=np.inf,
         epsilon=0.0,
     )
-    # VecNormalize divides by the standard deviation; it does not learn it here
+    # VecNormalize divides rewards by this standard deviation, which is fixed (training=False)
     env.ret_rms.var = np.array(study.environments[env_id].reward_scale ** -2.0)
     return env
 
@@ -84,7 +84,7 @@ def train(study: Study, run: Run) -> list[Row]:
     """
     Train, and evaluate the deterministic policy.
 
-    :raises ValueError: if no episode ends in the last tenth of the budget, which is what runs are judged by
+    :raises ValueError: if no episode ends in the last tenth of the budget: the final return is the mean of these episodes
     """
     budget = study.environments[run.environment].n_timesteps
     episodes = EpisodeReturns()
@@ -98,10 +98,10 @@ def train(study: Study, run: Run) -> list[Row]:
         in_bin = (low < timesteps) & (timesteps <= high)
         if in_bin.any():
             rows.append((int(high), "return", returns[in_bin].mean()))
-    at_the_end = (0.9 * budget < timesteps) & (timesteps <= budget)
-    if not at_the_end.any():
-        raise ValueError(f"{run}: no episode ends in the last tenth of n_timesteps={budget}; give it a larger budget")
-    rows.append((budget, "final_return", returns[at_the_end].mean()))
+    in_last_tenth = (0.9 * budget < timesteps) & (timesteps <= budget)
+    if not in_last_tenth.any():
+        raise ValueError(f"{run}: no episode ends in the last tenth of n_timesteps={budget}; increase n_timesteps")
+    rows.append((budget, "final_return", returns[in_last_tenth].mean()))
     env = make_env(study, run.environment, N_EVALUATION_EPISODES, EVALUATION_SEED)
     evaluation, _ = evaluate_policy(model, env, N_EVALUATION_EPISODES, deterministic=True)
     rows.append((budget, "evaluation_return", float(evaluation)))  # type: ignore[arg-type]
@@ -110,15 +110,15 @@ def train(study: Study, run: Run) -> list[Row]:
 
 
 def measure(study: Study, run: Run) -> list[Row]:
-    """Train, and measure the gradients of all formulations of whole episodes at the start, in the middle and at the end."""
+    """Train, and measure gradients at the start, in the middle and at the end, for each formulation with ``n_episodes``."""
     environment = study.environments[run.environment]
     measured = measured_formulations(study, run.environment)
     env = make_env(study, run.environment, environment.n_envs, EVALUATION_SEED + run.seed)
     start = time.perf_counter()
     model = make_model(study, run)
     rows: list[Row] = []
-    for share in MEASURED_AT:
-        timesteps = int(share * environment.n_timesteps)
+    for fraction in MEASURED_AT:
+        timesteps = int(fraction * environment.n_timesteps)
         if timesteps > model.num_timesteps:
             model.learn(timesteps - model.num_timesteps, reset_num_timesteps=False)
         statistics = gradient_statistics(
@@ -129,15 +129,16 @@ def measure(study: Study, run: Run) -> list[Row]:
             reference=study.statistics.reference,
             seed=EVALUATION_SEED + run.seed,
         )
-        for name, one in statistics.items():
-            rows += [(*run._replace(formulation=name), timesteps, metric, value) for metric, value in numbers_of(one).items()]
-    # One for each formulation that has rows, and for the run itself
+        for name, estimates in statistics.items():
+            formulation_run = run._replace(formulation=name)
+            rows += [(*formulation_run, timesteps, metric, value) for metric, value in flatten_statistics(estimates).items()]
+    # The last row of each formulation that has rows, and of the run itself
     seconds = (environment.n_timesteps, LAST_METRIC, time.perf_counter() - start)
     return rows + [(*run._replace(formulation=name), *seconds) for name in dict.fromkeys([*measured, run.formulation])]
 
 
 def measured_formulations(study: Study, env_id: str) -> Mapping[str, UpdateSpec]:
-    """:return: the study's formulations of whole episodes"""
+    """:return: the updates of the study's formulations with ``n_episodes``, by name"""
     n_envs = study.environments[env_id].n_envs
     measured = {}
     for name in study.formulations:
@@ -149,8 +150,8 @@ def measured_formulations(study: Study, env_id: str) -> Mapping[str, UpdateSpec]
     return measured
 
 
-def numbers_of(statistics: GradientStatistics) -> dict[str, float]:
-    """:return: each statistic under its name, its interval as <name>_low and <name>_high"""
+def flatten_statistics(statistics: GradientStatistics) -> dict[str, float]:
+    """:return: the value of each statistic as <name>, and its interval as <name>_low and <name>_high"""
     numbers: dict[str, float] = {}
     for field in fields(statistics):
         estimate = getattr(statistics, field.name)

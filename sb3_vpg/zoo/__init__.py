@@ -1,8 +1,8 @@
 """
-VPG in RL Baselines3 Zoo: the algorithm, the hyperparameter files, native vectorization, the Optuna search space.
+VPG in RL Baselines3 Zoo: the algorithm, hyperparameter files, native vectorization, and the search space for Optuna.
 
-Nothing here runs unless rl_zoo3 is used. Either the start-up hook calls :func:`patch` on rl_zoo3's modules as they are
-imported, or :func:`register` does so explicitly, as ``python -m sb3_vpg`` does.
+VPG is added to rl_zoo3's modules by :func:`patch`. The start-up hook calls it when these modules are imported;
+:func:`register` (used by ``python -m sb3_vpg``) calls it explicitly.
 """
 
 import functools
@@ -19,7 +19,7 @@ __all__ = ["HYPERPARAMS", "patch", "register"]
 
 def register() -> None:
     """
-    Add VPG to RL Baselines3 Zoo. Calling it again, or with the start-up hook at work, changes nothing.
+    Add VPG to RL Baselines3 Zoo. A second call, or a call in addition to the start-up hook, has no effect.
 
     :raises ImportError: if rl_zoo3 is not installed
     """
@@ -40,7 +40,7 @@ def _add_algorithm(utils: ModuleType) -> None:
     from sb3_vpg.zoo import hub
 
     utils.ALGOS["vpg"] = VPG
-    # The Hub's packages are imported by now, and the zoo's modules that use them are not yet
+    # At this point the Hub's packages are imported, and the zoo's modules that use them are not
     hub.patch()
 
 

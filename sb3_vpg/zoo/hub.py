@@ -1,9 +1,12 @@
 """
-The zoo's ``push_to_hub`` and ``load_from_hub`` with VPG. Model cards say what to install, and two things are put right that no
-algorithm can do with huggingface_hub 2, rl_zoo3 2.9.2 and the huggingface_sb3 that it asks for.
+The zoo's ``push_to_hub`` and ``load_from_hub`` with VPG.
 
-These commands take functions from huggingface_sb3 and huggingface_hub by name, and run as ``__main__``: the functions are
-replaced in the two packages, before the commands start.
+- Model cards give the command that installs VPG.
+- Two incompatibilities between huggingface_hub 2, rl_zoo3 2.9.2 and the huggingface_sb3 that rl_zoo3 requires are fixed.
+  They affect all algorithms.
+
+The zoo's commands run as ``__main__`` and import functions from huggingface_sb3 and huggingface_hub. Therefore the functions
+are replaced in these two packages, before the commands start.
 """
 
 import functools
@@ -11,26 +14,26 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-#: What the zoo writes into model cards, and what it is to be for VPG
+#: The installation command in the zoo's model cards, and its replacement for VPG
 INSTALL, INSTALL_VPG = "pip install rl_zoo3", 'pip install "sb3_vpg[zoo]"'
 
 
 def patch() -> None:
-    """Replace what rl_zoo3's commands for the Hub import. Calling it again changes nothing."""
+    """Replace the functions that rl_zoo3's commands for the Hub import. A second call has no effect."""
     package, repocard = map(importlib.import_module, ("huggingface_sb3", "huggingface_hub.repocard"))
-    # The package's attribute of this name is a function
+    # import_module, since the package's attribute of this name is a function, not the module
     push_to_hub = importlib.import_module("huggingface_sb3.push_to_hub")
-    if getattr(package, "knows_vpg", False):
+    if getattr(package, "patched_for_vpg", False):
         return
-    package.knows_vpg = True  # type: ignore[attr-defined]
-    repocard.metadata_save = _with_installation(repocard.metadata_save)  # type: ignore[attr-defined]
-    package.load_from_hub = _missing_as_expected(package.load_from_hub)  # type: ignore[attr-defined]
+    package.patched_for_vpg = True  # type: ignore[attr-defined]
+    repocard.metadata_save = _with_install_command(repocard.metadata_save)  # type: ignore[attr-defined]
+    package.load_from_hub = _with_http_error(package.load_from_hub)  # type: ignore[attr-defined]
     if not hasattr(push_to_hub, "generate_metadata"):
         push_to_hub.generate_metadata = lambda *args: push_to_hub._generate_metadata(*args).to_dict()  # type: ignore[attr-defined]
 
 
-def _with_installation(metadata_save: Any) -> Any:
-    """The last that the zoo does with a model card is to let the Hub's package put metadata on top of it."""
+def _with_install_command(metadata_save: Any) -> Any:
+    """Replace the installation command of a VPG model card when its metadata is added, the zoo's last step."""
 
     @functools.wraps(metadata_save)
     def save(local_path: str | Path, data: dict[str, Any]) -> None:
@@ -44,10 +47,10 @@ def _with_installation(metadata_save: Any) -> Any:
     return save
 
 
-def _missing_as_expected(load_from_hub: Any) -> Any:
+def _with_http_error(load_from_hub: Any) -> Any:
     """
-    A model without VecNormalize has no file of its statistics. The zoo knows that by an error of requests, which the Hub's
-    package does not use any more.
+    Raise the ``HTTPError`` of requests if a file is missing. A model without VecNormalize has no file with its statistics, and
+    the zoo expects this error then. Current versions of huggingface_hub raise another one.
     """
 
     @functools.wraps(load_from_hub)
@@ -58,7 +61,7 @@ def _missing_as_expected(load_from_hub: Any) -> Any:
         try:
             return str(load_from_hub(repo_id, filename))
         except LocalEntryNotFoundError:
-            # It may be on the Hub, which cannot be reached
+            # The Hub cannot be reached: the file may exist
             raise
         except EntryNotFoundError as error:
             raise HTTPError(str(error)) from error

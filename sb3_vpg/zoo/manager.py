@@ -1,6 +1,8 @@
 """
-The zoo's manager of a training or a search, extended for VPG. :mod:`sb3_vpg.zoo` puts it in place of the zoo's own when
-``rl_zoo3.exp_manager`` is imported, which is before ``rl_zoo3.train`` takes it from there.
+The zoo's experiment manager, extended for VPG.
+
+When ``rl_zoo3.exp_manager`` is imported, and thus before ``rl_zoo3.train`` uses it, :mod:`sb3_vpg.zoo` replaces its
+``ExperimentManager`` by this class.
 """
 
 import functools
@@ -22,7 +24,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_vpg.common.collectives import ProcessGroup, current_processes
 from sb3_vpg.common.progress_bar import AllRanksProgressBar
-from sb3_vpg.distributed.launcher import JOB_FILE, job_id, last_model_of_this_job, launched, restarted
+from sb3_vpg.distributed.launcher import JOB_FILE, job_id, last_model_of_this_job, launched_by_torchrun, restarted_by_torchrun
 from sb3_vpg.envs import ENVIRONMENTS, NativeVecEnv
 from sb3_vpg.vpg import VPG
 from sb3_vpg.zoo.hyperparameters import own_config
@@ -31,14 +33,15 @@ from sb3_vpg.zoo.runs import ContinuedVPG, StopAtBudget, check_budget, sigterm_a
 
 class VPGExperimentManager(ExperimentManager):
     """
-    For every algorithm: our hyperparameter files where the zoo has none, and native vectorization of our environments.
+    For all algorithms: the package's hyperparameter files and native vectorization are used for the package's environments.
+
     For VPG:
 
-    - ``-i`` continues a run: counters, schedules, random numbers, and VecNormalize's statistics of a checkpoint
-    - SIGTERM acts as Ctrl-C does
-    - a trial of ``-optimize`` is bounded by its budget
-    - under torchrun, all ranks train one model: there is one folder, the environments are split across ranks, and only rank 0
-      writes models, evaluates and logs
+    - ``-i`` continues a run with its counters, schedules, random states and, for a checkpoint, VecNormalize statistics.
+    - SIGTERM has the effect of Ctrl-C.
+    - A trial of ``-optimize`` stops when its budget is used up.
+    - Under torchrun, all ranks train one model. The environments are split across ranks. Only rank 0 saves, evaluates and
+      logs, in one folder.
     """
 
     callbacks: list[BaseCallback]
@@ -46,34 +49,34 @@ class VPGExperimentManager(ExperimentManager):
     def __init__(self, args: Namespace, algo: str, env_id: str, *more: Any, **kwargs: Any) -> None:
         self.processes = current_processes()
         self.is_vpg = algo == "vpg"
-        if self.is_vpg and launched() and self.processes.size != int(os.environ["WORLD_SIZE"]):
-            raise ValueError("VPG trains on several processes with `torchrun ... -m sb3_vpg train`, not with rl_zoo3.train")
+        if self.is_vpg and launched_by_torchrun() and self.processes.size != int(os.environ["WORLD_SIZE"]):
+            raise ValueError("With torchrun, train VPG with `torchrun ... -m sb3_vpg train`, not with rl_zoo3.train")
         kwargs["config"] = kwargs.get("config") or own_config(algo, env_id)
         super().__init__(args, algo, env_id, *more, **kwargs)
         if self.vec_env_class is DummyVecEnv and uses_native_vec_env(algo, env_id):
             self.vec_env_class = NativeVecEnv
             if self.verbose > 0:
-                print("Stepping all environments in one array (--vec-env dummy switches that off)")
+                print("Using NativeVecEnv: all environments are stepped in one array (disable it with --vec-env dummy)")
         if isinstance(self.processes, ProcessGroup):
             self._join_ranks(self.processes)
 
     def _join_ranks(self, processes: ProcessGroup) -> None:
-        """Let all ranks have the seed, the folder and the model to continue of rank 0."""
+        """Use the seed, the folder and the model to continue of rank 0 in all ranks."""
         if not self.is_vpg or self.optimize_hyperparameters:
             raise ValueError(
-                "torchrun is for training VPG: other algorithms train in one process, and a search for hyperparameters "
-                "runs in as many independent processes as you start, with one --storage"
+                "torchrun can only train VPG: run other algorithms in one process, and a hyperparameter search in several "
+                "independent processes that share one --storage"
             )
-        agent = last_model_of_this_job(Path(self.log_path), self.env_name) if restarted() else None
+        agent = last_model_of_this_job(Path(self.log_path), self.env_name) if restarted_by_torchrun() else None
         if agent is not None:
             self.trained_agent, self.continue_training = str(agent), True
-        # Seed and folder may have been chosen at random, or by what lies on this machine's disk
+        # Without these, seed and folder may differ: they can be random, or depend on the files of a machine
         names = ("seed", "save_path", "params_path", "trained_agent", "continue_training")
         self.__dict__.update(processes.broadcast({name: getattr(self, name) for name in names}))
 
     @staticmethod
     def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
-        """The zoo turns ``learning_rate: lin_0.001`` into a schedule; the critic's learning rate may be written so, too."""
+        """Convert ``critic_learning_rate: lin_0.001`` into a schedule, as the zoo does for ``learning_rate``."""
         preprocess = ExperimentManager._preprocess_schedules
         hyperparams = preprocess(hyperparams)
         if hyperparams.get("critic_learning_rate") is not None:
@@ -82,8 +85,9 @@ class VPGExperimentManager(ExperimentManager):
         return hyperparams
 
     def create_log_folder(self) -> None:
-        # Before the folder is made: an error leaves none. After a restart by torchrun the last checkpoint may be the end
-        if self.is_vpg and self.continue_training and not restarted():
+        # Checked before the folder is created, so that an error leaves no folder. Not checked after a restart by torchrun: the
+        # last checkpoint may be that of the last step
+        if self.is_vpg and self.continue_training and not restarted_by_torchrun():
             check_budget(self.trained_agent, self.n_timesteps)
         super().create_log_folder()
 
@@ -104,7 +108,7 @@ class VPGExperimentManager(ExperimentManager):
             )
         n_own = n_envs // size
         make_vec_env = exp_manager.make_vec_env
-        # So that their monitor files have different names
+        # Each rank needs its own names of monitor files
         exp_manager.make_vec_env = functools.partial(make_vec_env, start_index=rank * n_own)
         try:
             return super().create_envs(n_own, eval_env, no_log)
@@ -113,12 +117,12 @@ class VPGExperimentManager(ExperimentManager):
 
     def create_callbacks(self) -> None:
         if self.processes.rank > 0:
-            # Those of the hyperparameter file are for the environments of every rank
+            # Other ranks keep only the callbacks of the hyperparameter file
             self.save_freq, self.eval_freq, self.show_progress = -1, -1, False
         super().create_callbacks()
         for i, callback in enumerate(self.callbacks):
             if self.is_vpg and isinstance(callback, CheckpointCallback):
-                # A checkpoint includes what is needed to continue from it
+                # Continuing from a checkpoint needs the statistics of VecNormalize
                 callback.save_vecnormalize = True
             if self.processes.size > 1 and isinstance(callback, ProgressBarCallback):
                 self.callbacks[i] = AllRanksProgressBar()
@@ -138,9 +142,9 @@ class VPGExperimentManager(ExperimentManager):
         model = super()._load_pretrained_agent(hyperparams, env)
         if isinstance(model, VPG):
             model.__class__ = ContinuedVPG
-            # The zoo always gives a seed
+            # The zoo passes a seed to `load`, which would discard the random states
             model._resumes = bool(model._random_states)
-            print(f"Continuing: {model.num_timesteps} of {self.n_timesteps} steps are done")
+            print(f"Continuing after {model.num_timesteps} of {self.n_timesteps} timesteps")
         return model
 
     def learn(self, model: BaseAlgorithm) -> None:
@@ -161,25 +165,25 @@ class VPGExperimentManager(ExperimentManager):
 
     def objective(self, trial: optuna.Trial) -> float:
         if self.is_vpg:
-            # The zoo does not pass the budget of a trial to the function that draws its hyperparameters
+            # The zoo does not pass the budget of a trial to the function that samples its hyperparameters
             trial.set_user_attr("n_timesteps", self.n_timesteps)
         return super().objective(trial)
 
     def _sigterm_as_ctrl_c(self) -> AbstractContextManager[None]:
         """
-        On Ctrl-C the zoo saves the model that it trains, or ends the search and marks its trial as failed. With VPG, SIGTERM
-        does the same.
+        Context in which SIGTERM has the effect of Ctrl-C, for VPG: the zoo saves the model, or ends the search and marks its
+        trial as failed.
         """
         return sigterm_as_ctrl_c() if self.is_vpg else nullcontext()
 
 
 def uses_native_vec_env(algo: str, env_id: str) -> bool:
     """
-    :return: whether the environment has a vectorized form, the algorithm or the environment is ours, and the command line does
-        not choose
+    :return: whether to use NativeVecEnv: the environment has a vectorized form, the algorithm is VPG or the environment is one
+        of the package, and the command line has no ``--vec-env``
     """
     if algo != "vpg" and env_id not in ENVIRONMENTS:
         return False
-    # The zoo does not tell its default from `--vec-env dummy`
-    asked = any(argument.startswith("--vec") for argument in sys.argv)
-    return not asked and gym.spec(env_id).vector_entry_point is not None
+    # The zoo's parsed arguments do not distinguish its default from `--vec-env dummy`
+    chosen_by_user = any(argument.startswith("--vec") for argument in sys.argv)
+    return not chosen_by_user and gym.spec(env_id).vector_entry_point is not None

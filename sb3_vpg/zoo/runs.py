@@ -1,4 +1,4 @@
-"""How the zoo's runs are continued, bounded and ended: the parts that need no rl_zoo3."""
+"""Continue, bound and interrupt the zoo's runs. This module does not need rl_zoo3."""
 
 import json
 import signal
@@ -17,8 +17,8 @@ from sb3_vpg.vpg import VPG
 
 class StopAtBudget(BaseCallback):
     """
-    Stop a trial as soon as its budget is used up, also within a rollout: one of whole episodes may have many more steps. The
-    zoo evaluates within the budget, so the rest of the rollout would not change the value of the trial.
+    Stop a trial of a search as soon as its budget is used up, even within a rollout: a rollout of whole episodes may have many
+    more steps. The zoo's last evaluation is within the budget, so the value of the trial does not change.
     """
 
     def _on_step(self) -> bool:
@@ -26,21 +26,21 @@ class StopAtBudget(BaseCallback):
 
 
 class ContinuedVPG(VPG):
-    """VPG as the zoo's ``-i model.zip`` continues it: counters, schedules and random numbers go on."""
+    """VPG that the zoo's ``-i model.zip`` continues, with its counters, schedules and random states."""
 
     def learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> "ContinuedVPG":
         """
-        :param total_timesteps: the budget of the whole run, including what the loaded model has been trained for
+        :param total_timesteps: budget of the whole run, including the timesteps of the loaded model
         """
         return super().learn(total_timesteps - self.num_timesteps, *args, **{**kwargs, "reset_num_timesteps": False})
 
 
 def check_budget(model_file: str | Path, n_timesteps: int) -> None:
     """
-    Check that there are steps left to train. Nothing is unpickled.
+    Check that the budget of a continued run is not used up. Nothing is unpickled.
 
-    :param model_file: the model to be trained further
-    :param n_timesteps: the budget of the whole run, including what the model has been trained for
+    :param model_file: the model with which training continues
+    :param n_timesteps: budget of the whole run, including the timesteps of the model
     :raises ValueError: if the budget is used up, or the file is not a model of VPG
     """
     check_model_file(model_file, keyword="estimator")
@@ -49,19 +49,19 @@ def check_budget(model_file: str | Path, n_timesteps: int) -> None:
     if done >= n_timesteps:
         raise ValueError(
             f"{model_file} has been trained for {done} steps. The budget of the whole run (-n, or the entry's n_timesteps) is "
-            f"{n_timesteps}: no steps are left. To train it for {n_timesteps} steps more, give -n {done + n_timesteps}"
+            f"{n_timesteps}: no steps are left. To train it for {n_timesteps} more steps, use -n {done + n_timesteps}"
         )
 
 
 @contextmanager
 def sigterm_as_ctrl_c() -> Iterator[None]:
-    """In this context SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
+    """Context in which SIGTERM raises KeyboardInterrupt, as Ctrl-C does."""
 
     def interrupt(*_: Any) -> NoReturn:
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
-        # Only the main thread may handle signals
+        # Python allows signal handlers in the main thread only
         yield
         return
     before = signal.signal(signal.SIGTERM, interrupt)

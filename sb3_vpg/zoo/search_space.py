@@ -1,4 +1,4 @@
-"""What Optuna draws for VPG."""
+"""VPG's search space for Optuna."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,35 +7,35 @@ import optuna
 
 from sb3_vpg.estimators import BASELINES, ESTIMATORS
 
-# Formulations that Optuna chooses from; all go with partial_episodes=None and with normalize_advantage=False or True
+# Combinations of estimator and baseline. All are valid with partial_episodes=None and normalize_advantage=False or True
 FORMULATIONS: dict[str, tuple[str, str | None]] = {
     f"{estimator}-{baseline}" if baseline else estimator: (estimator, baseline)
     for estimator, spec in ESTIMATORS.items()
     for baseline in ((None,) if spec.uses_value_function else BASELINES)
 }
 
-#: Steps of a rollout that Optuna chooses from, all environments together
+#: Bounds on the number of steps of a rollout, summed over all environments
 SMALLEST_BATCH, LARGEST_BATCH = 32, 16384
-#: Updates that the budget of a trial is enough for, at least
-UPDATES_OF_A_TRIAL = 8
+#: Minimum number of updates within the budget of a trial
+MIN_UPDATES_PER_TRIAL = 8
 
 
 def sample_vpg_params(trial: optuna.Trial, n_envs: int, n_timesteps: int | None = None) -> dict[str, Any]:
     """
-    Draw hyperparameters of VPG. Estimator and baseline are drawn together, so that every draw is a valid combination.
-    ``n_steps`` is drawn so that the batch in all, ``n_envs * n_steps``, is 32 to 16384 steps and less than an eighth of the
-    budget; it is 1 where even that is more.
+    Sample hyperparameters of VPG. Estimator and baseline are sampled together, so that every sample is a valid combination.
+    The batch size, ``n_envs * n_steps``, is 32 to 16384 steps and less than an eighth of the budget. If no ``n_steps``
+    satisfies this, ``n_steps`` is 1.
 
-    :param trial: the trial to draw for
-    :param n_envs: number of environments that the trial trains in
-    :param n_timesteps: the budget of the trial, all environments together; None if it is not known
-    :return: the drawn values under the names of Optuna's study, to be converted by :func:`convert_vpg_params`
+    :param trial: the trial
+    :param n_envs: number of environments of the trial
+    :param n_timesteps: budget of the trial, summed over all environments; None if unknown
+    :return: the sampled values, under the names that Optuna stores; :func:`convert_vpg_params` converts them
     """
     largest_batch = LARGEST_BATCH
     if n_timesteps is not None:
-        # Less than a whole part of the budget: where it ends, the last update is still to come
-        largest_batch = min((n_timesteps - 1) // UPDATES_OF_A_TRIAL, LARGEST_BATCH)
-    # Powers of two: the last that is not too large, the first that is not too small
+        # "- 1", since the trial stops when the budget is used up, before the update that would follow
+        largest_batch = min((n_timesteps - 1) // MIN_UPDATES_PER_TRIAL, LARGEST_BATCH)
+    # Exponents of the largest power of two that is not too large, and of the smallest that is not too small
     highest = max(largest_batch // n_envs, 1).bit_length() - 1
     lowest = min(((SMALLEST_BATCH - 1) // n_envs).bit_length(), highest)
     params: dict[str, Any] = {
@@ -64,12 +64,14 @@ def convert_vpg_params(
     sampled_params: dict[str, Any], convert_onpolicy_params: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
     """
-    :param sampled_params: values as :func:`sample_vpg_params` draws them and Optuna stores them
-    :param convert_onpolicy_params: the zoo's own converter for what VPG has in common with A2C and PPO
+    Convert sampled values to keyword arguments.
+
+    :param sampled_params: values as returned by :func:`sample_vpg_params` and stored by Optuna
+    :param convert_onpolicy_params: the zoo's converter for the hyperparameters that VPG shares with A2C and PPO
     :return: keyword arguments of VPG
     """
     params = sampled_params.copy()
     estimator, baseline = FORMULATIONS[params.pop("formulation")]
-    # Also what the hyperparameter file may have set and the formulation may not go with
-    whole = {"partial_episodes": None, "n_episodes": None}
-    return {**convert_onpolicy_params(params), "estimator": estimator, "baseline": baseline, **whole}
+    # Override values of the hyperparameter file that may be invalid with this formulation
+    overrides = {"partial_episodes": None, "n_episodes": None}
+    return {**convert_onpolicy_params(params), "estimator": estimator, "baseline": baseline, **overrides}

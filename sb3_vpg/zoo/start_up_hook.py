@@ -1,11 +1,11 @@
 """
-Makes ``--algo vpg`` known to RL Baselines3 Zoo, which has no plugin hook of its own.
+Add ``--algo vpg`` to RL Baselines3 Zoo, which has no plugin mechanism.
 
-This file is installed at the top level of site-packages as ``sb3_vpg_zoo_hook`` and imported at interpreter start by the line
-in ``sb3_vpg_zoo_hook.pth``. It imports nothing but ``os`` and ``sys``. When, and only when, one of rl_zoo3's modules named
-below has been imported, it calls :func:`sb3_vpg.zoo.patch` on it.
+This file is installed at the top level of site-packages as ``sb3_vpg_zoo_hook``. The line in ``sb3_vpg_zoo_hook.pth``
+imports it when the interpreter starts. It imports only ``os`` and ``sys``. After one of rl_zoo3's modules named below has been
+imported, it calls :func:`sb3_vpg.zoo.patch` on that module.
 
-Set the environment variable ``SB3_VPG_NO_ZOO_HOOK`` to anything but an empty string to switch it off.
+To disable the hook, set the environment variable ``SB3_VPG_NO_ZOO_HOOK`` to any non-empty string.
 """
 
 import os
@@ -15,13 +15,13 @@ MODULES = ("rl_zoo3.utils", "rl_zoo3.hyperparams_opt", "rl_zoo3.exp_manager")
 
 
 class ZooFinder:
-    """A finder on ``sys.meta_path`` that lets the others find rl_zoo3's modules and sees to it that VPG is added to them."""
+    """A finder on ``sys.meta_path``. It finds rl_zoo3's modules by means of the other finders, and adds VPG to them."""
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):  # type: ignore[no-untyped-def]
         if name not in MODULES:
             return None
-        # Only those behind this one: two of its kind would ask each other for ever
+        # Only the finders behind this one: two hooks would call each other without end
         for finder in sys.meta_path[sys.meta_path.index(cls) + 1 :]:
             spec = finder.find_spec(name, path, target)
             if spec is not None:
@@ -40,7 +40,7 @@ class ZooFinder:
                 from sb3_vpg.zoo import patch
 
                 patch(module)
-            except Exception as error:  # the zoo's own algorithms must go on working
+            except Exception as error:  # the zoo's own algorithms must keep working
                 import warnings
 
                 warnings.warn(f"sb3_vpg could not add VPG to {module.__name__}: {error!r}", stacklevel=2)

@@ -269,7 +269,7 @@ def test_bad_input_is_named():
         UpdateSpec(Formulation(), 4, "sum")
     with pytest.raises(ValueError, match="every_n_rollouts=0"):
         GradientStatisticsCallback(0)
-    with pytest.raises(ValueError, match="is for VPG"):
+    with pytest.raises(ValueError, match="requires VPG"):
         A2C("MlpPolicy", env).learn(10, callback=GradientStatisticsCallback())
 
 

@@ -460,32 +460,32 @@ def differing(**by_env):
 @pytest.mark.parametrize(
     ("make_env", "reason"),
     [
-        (lambda cls: make_vec_env("Pendulum-v1", 2, vec_env_cls=cls), r"PendulumEnv.* has no vectorised form"),
-        (lambda cls: cls([CountingEnv, CountingEnv]), r"CountingEnv.* has no vectorised form"),
+        (lambda cls: make_vec_env("Pendulum-v1", 2, vec_env_cls=cls), r"PendulumEnv.* has no vectorized form"),
+        (lambda cls: cls([CountingEnv, CountingEnv]), r"CountingEnv.* has no vectorized form"),
         (
             lambda cls: make_vec_env(V0, 2, vec_env_cls=cls, wrapper_class=RecordEpisodeStatistics),
-            "the wrapper RecordEpisodeStatistics has no vectorised form",
+            "the wrapper RecordEpisodeStatistics has no vectorized form",
         ),
         (
             lambda cls: make_vec_env(V0, 2, vec_env_cls=cls, wrapper_class=OwnMonitor),
-            "the wrapper OwnMonitor has no vectorised form",
+            "the wrapper OwnMonitor has no vectorized form",
         ),
         (lambda cls: cls(differing(reward_in_unit_interval=(True, False))), "the environments differ"),
         (lambda cls: cls([lambda: gym.make("Telling-v0"), lambda: gym.make("NextStepOnly-v0")]), "the environments differ"),
-        (lambda cls: cls(differing(max_episode_steps=(5, 6))), "one and the same time limit"),
-        (lambda cls: cls(differing(max_episode_steps=(5, -1))), "one and the same time limit"),
-        (lambda cls: cls(differing(max_episode_steps=(-1, -1))), "one and the same time limit"),
+        (lambda cls: cls(differing(max_episode_steps=(5, 6))), "must have the same time limit"),
+        (lambda cls: cls(differing(max_episode_steps=(5, -1))), "must have the same time limit"),
+        (lambda cls: cls(differing(max_episode_steps=(-1, -1))), "must have the same time limit"),
         (
             lambda cls: make_vec_env(V0, 2, vec_env_cls=cls, monitor_kwargs={"reset_keywords": ("options",)}),
-            r"Monitor\(reset_keywords=\.\.\.\) has no vectorised form",
+            r"Monitor\(reset_keywords=\.\.\.\) has no vectorized form",
         ),
         (
             lambda cls: make_vec_env(V0, 2, vec_env_cls=cls, env_kwargs={"render_mode": "human"}),
-            "render_mode='human' is for single environments",
+            "render_mode='human' needs single environments",
         ),
         (
             lambda cls: make_vec_env("NextStepOnly-v0", 2, vec_env_cls=cls),
-            "SyncVectorEnv cannot begin a new episode in the step that ends the last one",
+            "SyncVectorEnv does not support same-step autoreset",
         ),
         # The vectorised form takes no lengths
         (lambda cls: make_vec_env("Telling-v0", 2, vec_env_cls=cls, env_kwargs={"lengths": (2,)}), "lengths"),

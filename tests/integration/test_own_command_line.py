@@ -21,7 +21,7 @@ def test_own_command_line_trains_vpg_by_default(installed: Environment, env: dic
     assert f"Loading hyperparameters from: {installed.site_packages / 'sb3_vpg' / 'hyperparams' / 'vpg.yml'}" in output
     assert saved_config(installed, logs) == CARTPOLE_ENTRY
     # The zoo puts a TimeLimit of its own in place of gymnasium's, here after the package has been imported
-    assert "Stepping all environments in one array" in output
+    assert "Using NativeVecEnv" in output
     assert "falls back" not in output
     output = output_of(installed.run("-m", "sb3_vpg", "enjoy", "--no-render", "-f", logs, "-n", "1000", env=env))
     assert re.search(r"Mean reward: \d+", output)

@@ -205,9 +205,9 @@ REFUSED = {
     ),
     "another algorithm": (
         ("--algo", "ppo", "-conf", "ppo.yml"),
-        "torchrun is for training VPG: other algorithms train in one",
+        "torchrun can only train VPG: run other algorithms in one",
     ),
-    "a search": (("-optimize",), "a search for hyperparameters runs in as many independent processes as you start"),
+    "a search": (("-optimize",), "a hyperparameter search in several independent processes"),
 }
 
 
@@ -224,7 +224,7 @@ def test_the_command_of_the_zoo_itself_is_refused(installed: Environment):
     train = ("-m", "rl_zoo3.train", "--algo", "vpg", "--env", "CartPole-v1", "-n", "100", "-f", "refused")
     process = installed.run(*TORCHRUN, *train)
     assert process.returncode != 0
-    assert "VPG trains on several processes with `torchrun ... -m sb3_vpg train`" in process.stderr
+    assert "train VPG with `torchrun ... -m sb3_vpg train`" in process.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------

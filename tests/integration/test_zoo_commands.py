@@ -68,7 +68,7 @@ def test_training_goes_on_until_the_budget_of_both_runs_is_used_up(installed: En
     assert not (installed.cwd / "continued").exists()
 
     output = output_of(installed.run(*command, "-n", str(done + 1)))
-    assert f"Continuing: {done} of {done + 1} steps are done" in output
+    assert f"Continuing after {done} of {done + 1} timesteps" in output
     assert (installed.cwd / "continued/vpg/CartPole-v1_1/CartPole-v1.zip").is_file()
 
 
@@ -165,7 +165,7 @@ def test_other_algorithms_keep_the_hyperparameters_of_the_zoo(installed: Environ
     assert (installed.cwd / "ppo/ppo/CartPole-v1_1/CartPole-v1.zip").is_file()
 
 
-NATIVE = "Stepping all environments in one array"
+NATIVE = "Using NativeVecEnv"
 
 
 @pytest.mark.parametrize(

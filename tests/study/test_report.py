@@ -82,7 +82,7 @@ def cells(text, name):
 def in_memory(results, first=None):
     """What the sections read."""
     formulations = list(results["formulation"].unique())
-    return report.Findings(report.checked(results, RANGES, first), RANGES, formulations, first or formulations[0], 20)
+    return report.Findings(report.validate_results(results, RANGES, first), RANGES, formulations, first or formulations[0], 20)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_no_aggregate_without_all_environments_and_runs_without_a_value_do_not_c
 
 def test_orders_are_those_of_the_ranges_and_of_the_results(text):
     assert re.findall(r"^\| +\| (.*)", section(text, "Final returns"), flags=re.MULTILINE) == [
-        "Far | Near | normalised | seeds |"
+        "Far | Near | normalized | seeds |"
     ]
     rows = re.findall(r"^\| (plain|clever|partial) ", section(text, "Final returns"), flags=re.MULTILINE)
     assert rows == ["plain", "clever", "partial"]
@@ -232,12 +232,12 @@ def test_study_that_has_just_begun(tmp_path):
     assert cells(section(text, "Final returns"), "plain") == ["-", "1.0 at 0.01", "-", "1"]
     said = {
         "Final returns": "No final runs yet: Far.",
-        "Normalised scores": "No formulation has final runs in all environments yet.",
+        "Normalized scores": "No formulation has final runs in all environments yet.",
         "Performance profiles": "No formulation has final runs in all environments yet.",
         "Learning curves": "No learning curves yet: Far.",
         "Learning rates": "No search yet: Far, Near.",
         "Gradient statistics": "No gradient statistics yet: Far, Near.",
-        "Step by step": "No steps were asked for.",
+        "Step by step": "The study has no steps.",
         "Do better gradients mean better returns?": "No formulation has both gradient statistics and final runs yet.",
     }
     assert report_headings(text) == list(said)
@@ -264,10 +264,10 @@ NEAR = frame(final_rows("Near", "plain", [1, 2]))
         (NEAR[NEAR["metric"] == "return"], {}, "no final rows"),
         (NEAR.assign(value=np.nan), {}, "no final rows"),
         (NEAR.iloc[:0], {}, "no final rows"),
-        (pd.concat([NEAR, NEAR]), {}, "row twice.*'plain'"),
+        (pd.concat([NEAR, NEAR]), {}, "duplicate row.*'plain'"),
         (NEAR.assign(learning_rate=NEAR["seed"] + 1.0), {}, "plain in Near have several learning rates"),
         (NEAR, {"first": "nobody"}, "first='nobody'.*plain"),
-        (NEAR, {"score_ranges": {"Near": (1.0, 1.0)}}, "score range of Near must rise"),
+        (NEAR, {"score_ranges": {"Near": (1.0, 1.0)}}, "score range of Near must be increasing"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_written(tmp_path, results, kwargs, named):

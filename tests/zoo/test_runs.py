@@ -32,7 +32,7 @@ def test_n_is_the_budget_of_the_loaded_model_and_the_run_together(trained_for_10
 
 @pytest.mark.parametrize("n", [1, 999, 1000])
 def test_a_budget_that_is_used_up_is_refused(trained_for_1000_steps: Path, n: int):
-    message = f"trained for 1000 steps. .* is {n}: no steps are left. To train it for {n} steps more, give -n {1000 + n}$"
+    message = f"trained for 1000 steps. .* is {n}: no steps are left. To train it for {n} more steps, use -n {1000 + n}$"
     with pytest.raises(ValueError, match=message):
         check_budget(trained_for_1000_steps, n)
 
