@@ -28,7 +28,7 @@ PARTS: dict[str, list[str]] = {
     "environment": ["env.step"],
     "sampling actions": ["policy.forward", "_sample_actions"],
     "recording": ["collect_rollouts"],
-    "values, advantages": ["_finish_rollout", "policy.predict_values", "rollout_buffer.compute_returns_and_advantage"],
+    "values, advantages": ["_finish_recording", "policy.predict_values", "rollout_buffer.compute_returns_and_advantage"],
     "gradient": ["_accumulate_gradients", "_clip_gradients"],
     "optimizer step": ["policy.optimizer.step"],
     "rest of the update": ["train"],

@@ -1,6 +1,6 @@
 """
-The tables of README.md, docs/performance.md and docs/swingup.md, and the picture of learning curves, from the results that the
-other benchmarks have written.
+The tables of README.md, docs/results.md, docs/performance.md and docs/swingup.md, and the picture of learning curves, from the
+results that the other benchmarks have written.
 
     python benchmarks/write_tables.py
 
@@ -23,7 +23,7 @@ from trained_agents import ENVIRONMENTS
 
 HERE = Path(__file__).parent
 RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
-DOCUMENTS = (HERE.parent / "README.md", DOCS / "performance.md", DOCS / "swingup.md")
+DOCUMENTS = (HERE.parent / "README.md", DOCS / "results.md", DOCS / "performance.md", DOCS / "swingup.md")
 ALGORITHMS = ("vpg", "a2c", "ppo", "trpo")
 
 
@@ -37,17 +37,11 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def where_time_goes(scenario: str) -> str:
-    before, after = (
-        next(r["microseconds_per_frame"] for r in results_of(f"where_time_goes_{when}") if r["scenario"] == scenario)
-        for when in ("before", "after")
-    )
-    contestants = list(after)
-    columns = [(after if name == "A2C" else which)[name] for name in contestants for which in (before, after)][1:]
-    header = ["microseconds per frame", "A2C"]
-    header += [f"{name}, {when}" for name in contestants[1:] for when in ("before", "after")]
-    rows = [[part, *(f"{np.median(column[part]):.2f}" for column in columns)] for part in columns[0]]
-    totals = [np.median(np.sum(list(column.values()), axis=0)) for column in columns]
-    return table(header, [*rows, ["**sum**", *(f"**{total:.2f}**" for total in totals)]])
+    columns = next(r["microseconds_per_frame"] for r in results_of("where_time_goes") if r["scenario"] == scenario)
+    parts = next(iter(columns.values()))
+    rows = [[part, *(f"{np.median(column[part]):.2f}" for column in columns.values())] for part in parts]
+    totals = [np.median(np.sum(list(column.values()), axis=0)) for column in columns.values()]
+    return table(["microseconds per frame", *columns], [*rows, ["**sum**", *(f"**{total:.2f}**" for total in totals)]])
 
 
 def throughput(scenario: str, file: str = "throughput") -> str:
@@ -118,6 +112,14 @@ def algorithms() -> str:
     return table(["return<br>steps, time", *map(str.upper, ALGORITHMS)], rows)
 
 
+def scores() -> str:
+    rows = [
+        [env_id, *(f"{trim_mean([run['score'] for run in of_env[algo]], 0.25):.1f}" for algo in ALGORITHMS)]
+        for env_id, of_env in zoo_runs().items()
+    ]
+    return table(["", *map(str.upper, ALGORITHMS)], rows)
+
+
 def algorithms_on(env_id: str, *thresholds: str) -> str:
     rows = []
     for algo, runs in zoo_runs()[env_id].items():
@@ -127,7 +129,7 @@ def algorithms_on(env_id: str, *thresholds: str) -> str:
         steps, seconds = steps_and_seconds(runs)
         rows.append([algo.upper(), steps, interquartile_mean(scores), *reached, lowest, length, noisy, seconds])
     at_least = [f"seeds >= {threshold}" for threshold in thresholds]
-    return table(["", "steps", "return", *at_least, "lowest seed", "length", "with noise", "seconds"], rows)
+    return table(["", "steps", "return", *at_least, "lowest seed", "length", "stochastic", "seconds"], rows)
 
 
 def draw_learning_curves(path: Path) -> None:

@@ -1,8 +1,7 @@
 """
-What a rollout is made of: VPG's rollout buffers, and the adapter for buffer classes that are not VPG's.
+VPG's rollout buffers, and an adapter for other rollout buffer classes.
 
-VPG's buffers know which steps were recorded, how many there are and where episodes end. They leave the advantages to
-:mod:`sb3_vpg.estimators`.
+VPG's buffers store which steps were recorded and where episodes end. Advantages are computed by :mod:`sb3_vpg.estimators`.
 """
 
 from collections.abc import Callable, Generator, Iterator
@@ -23,11 +22,12 @@ NumpyObs = np.ndarray | dict[str, np.ndarray]
 In = TypeVar("In")
 Out = TypeVar("Out")
 
-# One number per step and environment, filled in by ``add``
+# Arrays of shape (T, N) that ``add`` fills, and their dtypes
 PER_STEP = {"rewards": np.float32, "episode_starts": np.float32, "mask": bool, "values": np.float32, "log_probs": np.float32}
 
-# Observations in a chunk of steps take about this many bytes in single precision, within the limits below
+# Approximate size of the observations of a chunk, in single precision
 CHUNK_BYTES = 2**21
+# Bounds on the number of steps in a chunk
 MIN_CHUNK, MAX_CHUNK = 16, 4096
 
 
@@ -40,28 +40,31 @@ def map_obs(function: Callable[[In], Out], obs: In | dict[str, In]) -> Out | dic
 
 class VPGBufferMixin(RolloutBuffer):
     """
-    What VPG's two buffers have in common. Differences from SB3's buffers:
+    Base class of VPG's two rollout buffers. Differences from SB3's buffers:
 
-    - rewards are stored as the environment gave them; time limits are remembered (:meth:`add_time_limit`) and
-      bootstrapped where the formulation has a value function
-    - the number of rows is not fixed: ``buffer_size`` is where it starts, and the length of the rollout once that is
-      finished; the arrays are (T, N, ...) at all times
-    - ``mask`` (T, N) is True where a step was recorded; :meth:`get` yields only those, without copying where it can
-    - ``values`` may be filled in after the rollout; ``log_probs`` are not recorded unless given (NaN then)
+    - Rewards are stored as the environment returned them. Time limits are stored separately (:meth:`add_time_limit`), and
+      bootstrapped if the formulation has a value function.
+    - The number of rows grows as needed. ``buffer_size`` is the initial number, and the length of the rollout once it is
+      finished. All arrays have the shape (T, N, ...) throughout.
+    - ``mask``, shape (T, N), is True at recorded steps. :meth:`get` yields only these.
+    - ``values`` may be filled in after the rollout. ``log_probs`` are NaN unless they are given to :meth:`add`.
 
     Constructor parameters are those of SB3's ``RolloutBuffer``. ``formulation`` is GAE unless VPG sets another one.
     """
 
-    #: Whether ``log_probs`` and ``values`` are needed at each step of the rollout
+    #: Whether the rollout must compute ``log_probs`` and ``values`` at each step
     needs_log_probs: ClassVar[bool] = False
 
     formulation: Formulation
+    #: True at recorded steps, shape (T, N)
     mask: np.ndarray
+    #: index of each step within its episode, int, shape (T, N)
     steps: np.ndarray
+    #: True at the last step of each episode, shape (T, N)
     ends: np.ndarray
-    #: what the formulation was given, once the advantages are computed
+    #: input of the formulation, set when the advantages are computed
     rollout: Rollout
-    #: index within its episode of each environment's first step in the rollout, int, shape (N,)
+    #: index within its episode of the first step of each environment in the rollout, int, shape (N,)
     first_steps: np.ndarray
 
     def reset(self) -> None:
@@ -76,7 +79,7 @@ class VPGBufferMixin(RolloutBuffer):
         self._allocate(self.buffer_size)
 
     def _allocate(self, n_rows: int) -> None:
-        """Make room for ``n_rows`` steps, keeping the first ``pos`` of them."""
+        """Allocate arrays of ``n_rows`` rows, and copy the first ``pos`` rows of the previous arrays."""
 
         def rows(name: str, shape: tuple[int, ...], dtype: Any, key: str | None = None) -> np.ndarray:
             array = np.empty((n_rows, self.n_envs, *shape), dtype)
@@ -113,11 +116,11 @@ class VPGBufferMixin(RolloutBuffer):
         Append one step of all environments.
 
         :param obs: Observation before the action, shape (N, ...)
-        :param action: Action as the policy sampled it, shape (N, action_dim) or (N,)
-        :param reward: Reward of the environment, nothing added, shape (N,)
+        :param action: Action as the policy sampled it, before clipping, shape (N, action_dim) or (N,)
+        :param reward: Reward as the environment returned it, shape (N,)
         :param episode_start: Whether the observation is the first of its episode, shape (N,)
-        :param value: V(s_t), if it is known already, N elements
-        :param log_prob: log probability of the action, if it is known already, N elements
+        :param value: V(s_t), N elements; None if it has not been computed
+        :param log_prob: log probability of the action, N elements; None if it has not been computed
         :param recorded: Whether the step belongs to the rollout, shape (N,)
         """
         if self.pos == self.buffer_size:
@@ -140,17 +143,17 @@ class VPGBufferMixin(RolloutBuffer):
 
     def add_time_limit(self, env_index: int, terminal_obs: NumpyObs) -> None:
         """
-        Note that the step to be added next ends its episode by a time limit, not by termination.
+        Record that the next step to be added ends its episode by a time limit, not by termination.
 
-        :param env_index: the environment
-        :param terminal_obs: the observation at the time limit, without the axis of environments
+        :param env_index: index of the environment
+        :param terminal_obs: the observation at the time limit, without the environment axis
         """
         self._time_limits.append((self.pos, env_index))
-        # The environments may use the same array again
+        # A copy, since environments may reuse the array
         self._terminal_obs.append(map_obs(np.array, terminal_obs))
 
     def finish(self) -> None:
-        """Call once after the last step: cuts the arrays to the rows that were added."""
+        """Cut the arrays to the rows that were added. Call once, after the last step."""
         rows = slice(self.pos)
         self.observations = map_obs(lambda array: array[rows], self.observations)  # type: ignore[assignment]
         for name in ("actions", *PER_STEP):
@@ -160,12 +163,12 @@ class VPGBufferMixin(RolloutBuffer):
 
     @property
     def recorded_values(self) -> np.ndarray:
-        """V(s_t) of the recorded steps, along one axis."""
+        """V(s_t) of the recorded steps, shape (n_recorded,)."""
         return self.values[self.mask]
 
     @property
     def recorded_returns(self) -> np.ndarray:
-        """Targets of the value function of the recorded steps, along one axis."""
+        """Targets of the value function of the recorded steps, shape (n_recorded,)."""
         return self.returns[self.mask]
 
     @property
@@ -175,7 +178,7 @@ class VPGBufferMixin(RolloutBuffer):
 
     @property
     def n_segments(self) -> int:
-        """Number of episodes, whole or in part, that the recorded steps belong to."""
+        """Number of segments (episodes, whole or in part) among the recorded steps."""
         return int((self._last & self.mask).sum())
 
     @property
@@ -185,15 +188,15 @@ class VPGBufferMixin(RolloutBuffer):
 
     @property
     def _last(self) -> np.ndarray:
-        """Last step of each segment, shape (T, N): the end of an episode, or of the rollout."""
+        """True at the last step of each segment, that is, at the end of an episode or of the rollout, shape (T, N)."""
         last = self.ends.copy()
         last[-1] = True
         return last
 
     def terminal_observations(self) -> NumpyObs | None:
         """
-        :return: the observations at the time limits, stacked along a new first axis, in the order in which they were
-            added; None if there was no time limit
+        :return: the observations at the time limits, in the order in which they were added, stacked along a new first axis;
+            None if there are none
         """
         if not self._terminal_obs:
             return None
@@ -209,13 +212,12 @@ class VPGBufferMixin(RolloutBuffer):
         processes: SingleProcess = SINGLE_PROCESS,
     ) -> None:
         """
-        Compute ``advantages`` (psi_t minus the baseline, not normalized yet) and ``returns`` (the targets of the value
-        function) by the formulation.
+        Compute ``advantages`` (psi_t minus the baseline, not normalized) and ``returns`` (the targets of the value function)
+        with the formulation.
 
-        :param last_values: V(s_T) of the observation after the last step, N elements; zeros if nothing is bootstrapped there
+        :param last_values: V(s_T) of the observation after the last step, N elements; zeros for no bootstrapping
         :param dones: whether the last step ended an episode, shape (N,)
-        :param terminal_values: values of :meth:`terminal_observations`; None for 0, which treats a time limit like
-            termination
+        :param terminal_values: V of :meth:`terminal_observations`; None to treat time limits like termination
         :param processes: the processes that share the batch
         """
         if not self.full:
@@ -235,15 +237,15 @@ class VPGBufferMixin(RolloutBuffer):
         self.steps = np.where(begins >= 0, rows - begins, self.first_steps + rows)
 
         self.rollout = Rollout(self.rewards, self.values, next_values, self._last, self.mask, self.steps)
-        # In double precision: normalizing subtracts the mean, which may be large
+        # Advantages stay in double precision, since normalization subtracts a mean that may be large
         self.advantages, returns = self.formulation.advantages(self.rollout, processes)
         self.returns = returns.astype(np.float32)
 
     def normalized_advantages(self, processes: SingleProcess = SINGLE_PROCESS) -> np.ndarray:
         """
         :param processes: the processes that share the batch
-        :return: what multiplies grad log pi in the update: ``advantages``, normalized and weighted as the formulation says,
-            shape (T, N)
+        :return: the weights of grad log pi in the update: ``advantages``, normalized and weighted by the formulation, shape
+            (T, N)
         """
         return self.formulation.normalize(self.advantages, self.rollout, processes)
 
@@ -251,27 +253,27 @@ class VPGBufferMixin(RolloutBuffer):
         self, batch_size: int | None = None, shuffle: bool = True
     ) -> Generator[Samples, None, None]:
         """
-        Yield the recorded steps once, and only those.
+        Yield each recorded step once, in batches.
 
-        :param batch_size: number of steps in a batch, at most; None for all in one
-        :param shuffle: whether in random order (NumPy's global generator, as in SB3); if not, each batch is an evenly
-            spaced sample of the rollout, in order of time
-        :return: batches as in SB3, with ``returns`` as the targets of the value function
+        :param batch_size: maximum number of steps in a batch; None for a single batch
+        :param shuffle: True for random order (NumPy's global generator, as in SB3). False: each batch is an evenly spaced
+            sample of the rollout, in order of time.
+        :return: batches as in SB3; ``returns`` are the targets of the value function
         """
         for indices in self.batch_indices(batch_size, shuffle):
             yield self._get_samples(indices)
 
     def get_normalized(self, batch_size: int | None, processes: SingleProcess = SINGLE_PROCESS) -> Iterator[Samples]:
-        """As :meth:`get` without shuffling, with the :meth:`normalized_advantages` in place of ``advantages``."""
+        """Like :meth:`get` without shuffling, with ``advantages`` replaced by :meth:`normalized_advantages`."""
         normalized = self.normalized_advantages(processes)
         for indices in self.batch_indices(batch_size):
             yield self._get_samples(indices)._replace(advantages=self.flat(normalized, indices))
 
     def batch_indices(self, batch_size: int | None = None, shuffle: bool = False) -> Iterator[np.ndarray | slice]:
         """
-        Which steps make up each batch, see :meth:`get`, counted in order of time, then of environment.
+        Yield the indices of the steps in each batch of :meth:`get`. Step t of environment i has the index t N + i.
 
-        :return: arrays of indices, or slices where all steps were recorded and are not shuffled
+        :return: arrays of indices; slices, which avoid copies, if all steps were recorded and ``shuffle`` is False
         """
         n = self.n_recorded
         batch_size = batch_size or n
@@ -290,23 +292,23 @@ class VPGBufferMixin(RolloutBuffer):
 
     @property
     def chunk_size(self) -> int:
-        """Number of steps that go through the networks at a time, so that large rollouts need little memory."""
+        """Number of steps that the networks process at a time. It bounds the memory of an update."""
         sizes = self.obs_shape.values() if isinstance(self.obs_shape, dict) else [self.obs_shape]
         obs_bytes = 4 * sum(int(np.prod(shape)) for shape in sizes)
         return int(np.clip(CHUNK_BYTES // max(obs_bytes, 1), MIN_CHUNK, MAX_CHUNK))
 
     def flat_observations(self, indices: np.ndarray | slice) -> th.Tensor | TensorDict:
         """
-        :param indices: which steps, counted in order of time, then of environment
-        :return: their observations on the buffer's device, along one axis
+        :param indices: indices of steps, see :meth:`batch_indices`
+        :return: their observations on the buffer's device, shape (n, ...)
         """
         return map_obs(lambda array: self._flat(array, indices), self.observations)
 
     def flat(self, array: np.ndarray, indices: np.ndarray | slice) -> th.Tensor:
         """
-        :param array: a number for each step and environment, shape (T, N)
-        :param indices: which steps, counted in order of time, then of environment
-        :return: their numbers on the buffer's device, in single precision
+        :param array: shape (T, N)
+        :param indices: indices of steps, see :meth:`batch_indices`
+        :return: the numbers of these steps on the buffer's device, in single precision, shape (n,)
         """
         return self.to_torch(array.reshape(-1)[indices].astype(np.float32, copy=False), copy=False)
 
@@ -319,7 +321,7 @@ class VPGBufferMixin(RolloutBuffer):
         samples = DictRolloutBufferSamples if isinstance(self.observations, dict) else RolloutBufferSamples
         return samples(
             observations=self.flat_observations(batch_inds),  # type: ignore[arg-type]
-            # As in SB3, in single precision: some distributions cannot take the dtype of MultiBinary
+            # In single precision, as in SB3: some distributions do not support the dtype of MultiBinary
             actions=self._flat(self.actions, batch_inds).to(th.float32),
             old_values=self.flat(self.values, batch_inds),
             old_log_prob=self.flat(self.log_probs, batch_inds),
@@ -329,31 +331,31 @@ class VPGBufferMixin(RolloutBuffer):
 
 
 class VPGRolloutBuffer(VPGBufferMixin, RolloutBuffer):
-    """VPG's buffer for array observations, see :class:`VPGBufferMixin`."""
+    """VPG's rollout buffer for array observations, see :class:`VPGBufferMixin`."""
 
 
 class VPGDictRolloutBuffer(VPGBufferMixin, DictRolloutBuffer):  # type: ignore[misc]
-    """VPG's buffer for Dict observations, see :class:`VPGBufferMixin`."""
+    """VPG's rollout buffer for Dict observations, see :class:`VPGBufferMixin`."""
 
 
 def buffer_class_for(observation_space: spaces.Space) -> type[RolloutBuffer]:
-    """:return: VPG's buffer for such observations"""
+    """:return: VPG's rollout buffer class for this observation space"""
     return VPGDictRolloutBuffer if isinstance(observation_space, spaces.Dict) else VPGRolloutBuffer
 
 
 class RolloutBufferAdapter:
     """
-    A rollout buffer that is not derived from VPG's, with the interface that rollout and update use. Such a buffer has a fixed
-    length, records every step and computes its advantages itself. At a time limit its reward includes gamma V(terminal
-    observation), as with A2C.
+    Gives a rollout buffer that is not derived from VPG's the interface that rollout and update use. Such a buffer has a fixed
+    length, records every step and computes its own advantages. At a time limit, gamma V(terminal observation) is added to the
+    reward, as in A2C.
 
     :param buffer: the buffer
-    :param formulation: of which the normalization is used
-    :param policy: gives V(terminal observation)
+    :param formulation: only its normalization is used
+    :param policy: computes V(terminal observation)
     """
 
     needs_log_probs: ClassVar[bool] = True
-    #: Not used: such a buffer has no index of steps
+    #: Set by the rollout and not used: such a buffer does not store the index of a step within its episode
     first_steps: np.ndarray
 
     def __init__(self, buffer: RolloutBuffer, formulation: Formulation, policy: ActorCriticPolicy):
@@ -386,10 +388,10 @@ class RolloutBufferAdapter:
         self.buffer.add(obs, action, reward, episode_start, value, log_prob)  # type: ignore[arg-type]
 
     def finish(self) -> None:
-        """Nothing to do: the length is fixed."""
+        """Do nothing: the length is fixed."""
 
     def terminal_observations(self) -> None:
-        """None are left: their values were added to the rewards."""
+        """Return None: the values of terminal observations have been added to the rewards."""
 
     def compute_returns_and_advantage(
         self,
@@ -431,21 +433,21 @@ class RolloutBufferAdapter:
         return self.buffer.get(batch_size)
 
     def get_normalized(self, batch_size: int | None, processes: SingleProcess = SINGLE_PROCESS) -> Iterator[Samples]:
-        """The whole batch at once, its advantages normalized."""
+        """Yield the whole batch at once, with normalized advantages; ``batch_size`` is ignored."""
         normalize = NORMALIZATIONS[self.formulation.normalize_advantage]
         for batch in self.buffer.get(batch_size=None):
             advantages = batch.advantages.numpy(force=True).reshape(-1, 1)
-            everywhere = np.ones(advantages.shape, dtype=bool)
-            normalized = normalize(advantages, everywhere, everywhere, processes)
+            all_true = np.ones(advantages.shape, dtype=bool)
+            normalized = normalize(advantages, all_true, all_true, processes)
             yield batch._replace(advantages=th.as_tensor(normalized.flatten()).to(batch.advantages))
 
 
-#: What a rollout is recorded into, and an update reads
+#: A rollout is recorded into one of these; the update reads from it
 Recorder = VPGBufferMixin | RolloutBufferAdapter
 
 
 def adapt_buffer(buffer: RolloutBuffer, formulation: Formulation, policy: ActorCriticPolicy) -> Recorder:
-    """:return: the buffer itself if it is one of VPG's, else an adapter around it"""
+    """:return: the buffer itself if it is derived from VPG's, else an adapter"""
     if isinstance(buffer, VPGBufferMixin):
         buffer.formulation = formulation
         return buffer

@@ -6,8 +6,8 @@ https://arxiv.org/abs/1506.02438). This module computes ``psi_t``, subtracts the
 computes the targets of the value function.
 
 All arrays are time-major with shape (T, N): row t holds step t of N environments. One column may hold several
-*segments*. A segment is an episode, or the part of one that lies in the rollout. ``last`` is True at the last step of each
-segment, so::
+*segments*. A segment is an episode, or the part of an episode that lies in the rollout. ``last`` is True at the last step of
+each segment::
 
     d_t = 0 if last_t else gamma                  (the discount to step t + 1 of the same segment)
     v'_t = next_values_t                          (the value of the true successor state of step t)
@@ -27,9 +27,9 @@ from sb3_vpg.common.collectives import SINGLE_PROCESS, Array, SingleProcess
 
 class Rollout(NamedTuple):
     """
-    What an estimator may look at: arrays of shape (T, N).
+    The data that an estimator reads: arrays of shape (T, N).
 
-    :param rewards: r_t, as the environment gave them
+    :param rewards: r_t, as the environment returned them
     :param values: V(s_t); zeros if the formulation has no value function
     :param next_values: v'_t, the value of the successor state: 0 after termination, V(terminal observation) after a
         time limit, V(s_T) at the end of a bootstrapped rollout; zeros if the formulation has no value function
@@ -49,7 +49,7 @@ class Rollout(NamedTuple):
 def _check_shapes(**arrays: Array) -> None:
     shapes = {name: np.shape(array) for name, array in arrays.items()}
     if len(set(shapes.values())) > 1 or any(len(shape) != 2 for shape in shapes.values()):
-        raise ValueError(f"Expected arrays of one and the same shape (T, N), got {shapes}")
+        raise ValueError(f"Expected arrays of the same shape (T, N), got {shapes}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -62,8 +62,8 @@ def discounted_sum(x: Array, discounts: Array) -> Array:
     Solve ``y_t = x_t + d_t y_{t+1}`` with ``y_T = 0`` for all t at once.
 
     Doubling scan (Hillis & Steele, 1986): after the pass with stride k, ``y_t`` holds the first 2k terms of its sum and
-    ``d_t`` the product of 2k discounts. A border, ``d_t = 0``, ends the sum there. About log2 of the longest segment
-    passes over whole arrays, in double precision.
+    ``d_t`` the product of 2k discounts. The sum ends where ``d_t = 0``. The scan takes about log2(longest segment) passes
+    over whole arrays, in double precision.
 
     :param x: summands, shape (T, N)
     :param discounts: d_t, 0 at the last step of each segment, shape (T, N)
@@ -73,7 +73,7 @@ def discounted_sum(x: Array, discounts: Array) -> Array:
     _check_shapes(x=x, discounts=discounts)
     y = np.array(x, dtype=np.float64)
     d = np.array(discounts, dtype=np.float64)
-    # Zeros, not whatever lies in memory: rows near the end are never read, but multiplied, which may warn
+    # Initialized with zeros: the last rows are multiplied, though not used, and uninitialized values may cause warnings
     product = np.zeros_like(d)
     stride, n_steps = 1, len(y)
     while stride < n_steps and d[:-stride].any():
@@ -89,7 +89,7 @@ def discounted_sum(x: Array, discounts: Array) -> Array:
 def first_step_of_segment(last: Array) -> Array:
     """
     :param last: True at the last step of each segment, shape (T, N)
-    :return: row in which the segment of each step begins, int, shape (T, N)
+    :return: row of the first step of the segment to which each step belongs, int, shape (T, N)
     """
     begins = np.zeros(np.shape(last), dtype=np.intp)
     begins[1:] = np.where(last[:-1], np.arange(1, len(last))[:, None], 0)
@@ -99,7 +99,7 @@ def first_step_of_segment(last: Array) -> Array:
 def segment_index(last: Array) -> Array:
     """
     :param last: True at the last step of each segment, shape (T, N)
-    :return: number of the segment to which each step belongs, counted through all columns, int, shape (T, N)
+    :return: index of the segment to which each step belongs, unique over all columns, int, shape (T, N)
     """
     n_before = np.cumsum(last, axis=0) - last
     n_in_column = n_before[-1] + 1
@@ -176,7 +176,7 @@ def gae(rewards: Array, values: Array, next_values: Array, last: Array, gamma: f
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Baselines: what is subtracted from psi_t
+# Baselines: subtracted from psi_t
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -184,7 +184,7 @@ def mean_baseline(psi: Array, mask: Array, processes: SingleProcess = SINGLE_PRO
     """
     Average of psi over all recorded steps of the batch. Each step is part of its own baseline.
 
-    :param psi: what the estimator gives, shape (T, N)
+    :param psi: psi_t of the estimator, shape (T, N)
     :param mask: True where the step was recorded, shape (T, N)
     :param processes: the processes that share the batch
     :return: the baseline, shape (T, N)
@@ -196,7 +196,7 @@ def mean_baseline(psi: Array, mask: Array, processes: SingleProcess = SINGLE_PRO
 
 
 def _sum_and_count_over_episodes(psi: Array, mask: Array, steps: Array, processes: SingleProcess) -> tuple[Array, Array]:
-    """Sum of psi over the episodes that reach the same step index, and their number; both of shape (T, N)."""
+    """:return: sum of psi over the episodes that reach the same step index, and their number; both of shape (T, N)"""
     index = steps[mask]
     longest = int(processes.gather(index.max(initial=0)).max()) + 1
     sums, counts = processes.sum(np.stack([np.bincount(index, weights, longest) for weights in (psi[mask], None)]))
@@ -206,10 +206,10 @@ def _sum_and_count_over_episodes(psi: Array, mask: Array, steps: Array, processe
 
 def time_baseline(psi: Array, mask: Array, steps: Array, processes: SingleProcess = SINGLE_PROCESS) -> Array:
     """
-    Average of psi at the same step index over all episodes of the batch that reach it. With K episodes the expected
-    gradient is scaled by about 1 - 1/K, since each episode is part of its own baseline.
+    Average of psi at the same step index over all episodes of the batch that reach it. Each episode is part of its own
+    baseline: with K episodes, this scales the expected gradient by about 1 - 1/K.
 
-    :param psi: what the estimator gives, shape (T, N)
+    :param psi: psi_t of the estimator, shape (T, N)
     :param mask: True where the step was recorded, shape (T, N)
     :param steps: index of the step within its episode, shape (T, N)
     :param processes: the processes that share the batch
@@ -223,10 +223,10 @@ def time_baseline(psi: Array, mask: Array, steps: Array, processes: SingleProces
 
 def leave_one_out_baseline(psi: Array, mask: Array, steps: Array, processes: SingleProcess = SINGLE_PROCESS) -> Array:
     """
-    Average of psi at the same step index over the *other* episodes of the batch that reach it, 0 where there is none
-    (Kool et al., 2019, https://openreview.net/forum?id=r1lgTGL5DE). Unbiased.
+    Average of psi at the same step index over the *other* episodes of the batch that reach it; 0 if no other does
+    (Kool et al., 2019, https://openreview.net/forum?id=r1lgTGL5DE). The gradient stays unbiased.
 
-    :param psi: what the estimator gives, shape (T, N)
+    :param psi: psi_t of the estimator, shape (T, N)
     :param mask: True where the step was recorded, shape (T, N)
     :param steps: index of the step within its episode, shape (T, N)
     :param processes: the processes that share the batch
@@ -242,21 +242,21 @@ def leave_one_out_baseline(psi: Array, mask: Array, steps: Array, processes: Sin
 # Normalization
 # ---------------------------------------------------------------------------------------------------------------
 
-# As in SB3: keeps the quotient finite where the spread is tiny.
+# As in SB3: keeps the quotient finite if the standard deviation is tiny
 EPSILON = 1e-8
-# Rewards are stored in single precision: a relative spread below this is rounding, not signal.
+# Rewards are stored in single precision: a relative spread below this is rounding error
 MIN_RELATIVE_SPREAD = float(np.finfo(np.float32).eps)
 
 
 def normalize_within(advantages: Array, mask: Array, groups: Array) -> Array:
     """
-    Standardize within each group: ``(A - mean) / (std + 1e-8)`` with the sample standard deviation (n - 1), as
-    SB3 does. A group of one step, or one without spread, is centered and not scaled.
+    Standardize within each group: ``(A - mean) / (std + 1e-8)`` with the sample standard deviation (n - 1), as in SB3.
+    A group of one step, or of equal values, is centered and not scaled.
 
     :param advantages: A, shape (T, N)
     :param mask: True where the step was recorded, shape (T, N)
-    :param groups: number of the group of each step, non-negative int, shape (T, N)
-    :return: normalized advantages, zero where nothing was recorded, shape (T, N)
+    :param groups: index of the group of each step, int >= 0, shape (T, N)
+    :return: normalized advantages, 0 at steps that were not recorded, shape (T, N)
     :raises ValueError: if the shapes differ or are not (T, N)
     """
     _check_shapes(advantages=advantages, mask=mask, groups=groups)
@@ -273,12 +273,12 @@ def normalize_within(advantages: Array, mask: Array, groups: Array) -> Array:
 
 
 def normalize_batch(advantages: Array, mask: Array, last: Array, processes: SingleProcess = SINGLE_PROCESS) -> Array:
-    """Standardize over all recorded steps of the batch: :func:`normalize_within` where all are one group."""
+    """Standardize over all recorded steps of the batch, as :func:`normalize_within` with a single group."""
     _check_shapes(advantages=advantages, mask=mask, last=last)
     x = advantages[mask].astype(np.float64)
     own_mean = x.sum() / max(len(x), 1)
     part = (len(x), own_mean, np.square(x - own_mean).sum(), np.abs(x).max(initial=0.0))
-    # Sums of squares about the mean of a batch from those of its parts (Chan et al., 1979)
+    # Combine the means and sums of squares of the parts (Chan et al., 1979)
     counts, means, squares, magnitudes = processes.gather(np.array(part)).T
     n = counts.sum()
     mean = counts @ means / max(n, 1)
@@ -292,26 +292,27 @@ def normalize_batch(advantages: Array, mask: Array, last: Array, processes: Sing
 
 
 def normalize_episode(advantages: Array, mask: Array, last: Array, processes: SingleProcess = SINGLE_PROCESS) -> Array:
-    """Standardize within each episode, or the segment of it in the rollout, see :func:`normalize_within`."""
+    """Standardize within each segment (an episode, or its part in the rollout), see :func:`normalize_within`."""
     return normalize_within(advantages, mask, segment_index(last))
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The switch
+# Formulations: one estimator, one baseline, one normalization
 # ---------------------------------------------------------------------------------------------------------------
 
 
 class EstimatorSpec(NamedTuple):
     """
-    An entry of :data:`ESTIMATORS`: the functions of an estimator, and its properties.
+    An entry of :data:`ESTIMATORS`: the functions and the properties of an estimator.
 
     :param psi: function of a :class:`Rollout`, gamma and lambda; returns psi_t, shape (T, N)
-    :param value_target: function of the same and psi; returns the target of the value function, shape (T, N)
-    :param uses_value_function: whether psi contains V; nothing more is subtracted then
+    :param value_target: function of a :class:`Rollout`, gamma, lambda and psi; returns the target of the value function,
+        shape (T, N)
+    :param uses_value_function: whether psi contains V; then no baseline is subtracted
     :param needs_whole_episodes: whether psi is defined for whole episodes only
     :param constant_within_episode: whether psi is the same number at each step of an episode
-    :param discounted_from_start: whether psi counts from the start of the episode, so that ``discount_state_distribution``
-        has no effect
+    :param discounted_from_start: whether psi discounts from the start of the episode; ``discount_state_distribution`` has no
+        effect then
     """
 
     psi: Callable[[Rollout, float, float], Array]
@@ -361,12 +362,12 @@ ESTIMATORS: dict[str, EstimatorSpec] = {
 
 class BaselineSpec(NamedTuple):
     """
-    An entry of :data:`BASELINES`: the function of a baseline, and its properties.
+    An entry of :data:`BASELINES`: the function and the properties of a baseline.
 
     :param baseline: function of psi, a :class:`Rollout` and the processes that share the batch; returns the baseline, shape
         (T, N) or a number
     :param uses_value_function: whether the baseline is V
-    :param compares_episodes: whether the baseline compares whole episodes, of which it needs two at least
+    :param compares_episodes: whether the baseline compares whole episodes; it needs at least two
     :param constant_within_episode: whether the baseline is the same number at each step of an episode
     """
 
@@ -400,14 +401,14 @@ class Formulation:
     One choice of estimator, baseline, normalization and weighting.
 
     :param estimator: "total_return", "reward_to_go", "td_residual" or "gae"
-    :param baseline: None, "mean", "time", "leave_one_out" or "value"; "td_residual" and "gae" contain the value
-        function by definition and take None or "value", which mean the same there
+    :param baseline: None, "mean", "time", "leave_one_out" or "value". "td_residual" and "gae" contain the value function by
+        definition: with them only None and "value" are allowed, and both mean the same.
     :param normalize_advantage: False, True or "batch" (over the whole batch), "episode" (within each episode)
     :param discount_state_distribution: weight step t of an episode by gamma^t, after the normalization
-        (Nota & Thomas, 2020, https://arxiv.org/abs/1906.07073); "total_return" already counts from the start of the
-        episode and is not weighted again
+        (Nota & Thomas, 2020, https://arxiv.org/abs/1906.07073). "total_return" already discounts from the start of the
+        episode and is not weighted again.
     :param gamma: discount factor, in [0, 1]
-    :param gae_lambda: lambda of the GAE paper, in [0, 1]; only "gae" reads it
+    :param gae_lambda: lambda of the GAE paper, in [0, 1]; used by "gae" only
     :raises ValueError: for an unknown name or an invalid combination
     """
 
@@ -432,7 +433,7 @@ class Formulation:
                 "value function by definition; allowed: None, 'value'"
             )
         if self.constant_within_episode and self.normalize_advantage == "episode":
-            varying = ", ".join(repr(name) for name, one in BASELINES.items() if not one.constant_within_episode)
+            varying = ", ".join(repr(name) for name, spec in BASELINES.items() if not spec.constant_within_episode)
             raise ValueError(
                 f"normalize_advantage='episode' with estimator={self.estimator!r} and baseline={self.baseline!r} is zero at "
                 "every step, since the advantage is one number per episode; allowed: normalize_advantage=False or "
@@ -441,7 +442,7 @@ class Formulation:
 
     @property
     def uses_value_function(self) -> bool:
-        """Whether a trained value function is part of the formulation."""
+        """Whether the formulation uses a trained value function."""
         return ESTIMATORS[self.estimator].uses_value_function or BASELINES[self.baseline].uses_value_function
 
     @property
@@ -457,9 +458,9 @@ class Formulation:
     def __call__(self, rollout: Rollout, processes: SingleProcess = SINGLE_PROCESS) -> tuple[Array, Array]:
         """
         :param rollout: arrays of shape (T, N)
-        :param processes: the processes that share the batch; the arrays are the part of this one
-        :return: what multiplies grad log pi at each step (:meth:`normalize` of :meth:`advantages`), zero where nothing was
-            recorded, and the target of the value function; both float64 of shape (T, N)
+        :param processes: the processes that share the batch; ``rollout`` is the part of this process
+        :return: the weight of grad log pi at each step (:meth:`normalize` of :meth:`advantages`), 0 at steps that were not
+            recorded, and the target of the value function; both float64, shape (T, N)
         """
         advantages, value_target = self.advantages(rollout, processes)
         return self.normalize(advantages, rollout, processes), value_target
@@ -467,9 +468,9 @@ class Formulation:
     def advantages(self, rollout: Rollout, processes: SingleProcess = SINGLE_PROCESS) -> tuple[Array, Array]:
         """
         :param rollout: arrays of shape (T, N)
-        :param processes: the processes that share the batch; the arrays are the part of this one
-        :return: psi_t minus the baseline, zero where nothing was recorded, and the target of the value function:
-            A_t + V(s_t) for "gae", r_t + gamma v'_t for "td_residual", G_t for the others; both float64 of shape (T, N)
+        :param processes: the processes that share the batch; ``rollout`` is the part of this process
+        :return: psi_t minus the baseline, 0 at steps that were not recorded, and the target of the value function:
+            A_t + V(s_t) for "gae", r_t + gamma v'_t for "td_residual", G_t for the others; both float64, shape (T, N)
         """
         _check_shapes(**rollout._asdict())
         mask = rollout.mask
@@ -477,19 +478,19 @@ class Formulation:
         estimator = ESTIMATORS[self.estimator]
         psi = estimator.psi(rollout, self.gamma, self.gae_lambda)
         value_target = estimator.value_target(rollout, self.gamma, self.gae_lambda, psi)
-        # td_residual and gae have subtracted V(s_t) already
+        # td_residual and gae contain V(s_t)
         baseline = 0.0 if estimator.uses_value_function else BASELINES[self.baseline].baseline(psi, rollout, processes)
         return np.where(mask, psi - baseline, 0.0), value_target
 
     def normalize(self, advantages: Array, rollout: Rollout, processes: SingleProcess = SINGLE_PROCESS) -> Array:
         """
-        Standardize the advantages as ``normalize_advantage`` says, then weight them by gamma^t if
-        ``discount_state_distribution`` says so.
+        Standardize the advantages according to ``normalize_advantage``, then weight them by gamma^t if
+        ``discount_state_distribution`` is True.
 
-        :param advantages: as :meth:`advantages` returns them, shape (T, N)
-        :param rollout: what they were computed from
-        :param processes: the processes that share the batch; the arrays are the part of this one
-        :return: what multiplies grad log pi at each step, zero where nothing was recorded, float64, shape (T, N)
+        :param advantages: as returned by :meth:`advantages`, shape (T, N)
+        :param rollout: the rollout from which they were computed
+        :param processes: the processes that share the batch; ``rollout`` is the part of this process
+        :return: the weight of grad log pi at each step, 0 at steps that were not recorded, float64, shape (T, N)
         """
         normalized = NORMALIZATIONS[self.normalize_advantage](advantages, rollout.mask, rollout.last, processes)
         if self.discount_state_distribution and not ESTIMATORS[self.estimator].discounted_from_start:

@@ -1,5 +1,7 @@
 """
-VPG's keywords: checked here, alone and together, and resolved once into a :class:`Plan`, which rollout and update read.
+Check VPG's keywords, alone and together, and resolve them into a :class:`Plan`.
+
+This happens once, at construction. Rollout and update read the plan and compare no strings.
 """
 
 from collections.abc import Callable
@@ -15,10 +17,10 @@ from sb3_vpg.estimators import BASELINES, Formulation
 
 class PartialEpisodes(NamedTuple):
     """
-    What happens to episodes that are still running when ``n_steps`` are up.
+    Treatment of episodes that are still running after ``n_steps`` steps.
 
-    :param whole_episodes: they are continued until they end
-    :param bootstrap: they are cut, and the value of the last observation is added
+    :param whole_episodes: continue them until they end
+    :param bootstrap: cut them, and add the value of the last observation
     """
 
     whole_episodes: bool
@@ -31,13 +33,13 @@ PARTIAL_EPISODES: dict[str, PartialEpisodes] = {
     "truncate": PartialEpisodes(whole_episodes=False, bootstrap=False),
 }
 
-#: By what the sum over the batch is divided: functions of the numbers of steps and of segments
+#: Divisor of the sum over the batch, as a function of the number of steps and the number of segments
 LOSS_REDUCTIONS: dict[str, Callable[[int, int], int]] = {
     "mean": lambda n_steps, n_segments: n_steps,
     "trajectory": lambda n_steps, n_segments: n_segments,
 }
 
-#: Keywords that are numbers, and their ranges
+#: Ranges of keywords that are numbers, as arguments of :func:`check_number`
 NUMBERS: dict[str, dict[str, Any]] = {
     "n_steps": {"low": 1, "integer": True},
     "gamma": {"low": 0, "high": 1},
@@ -49,19 +51,19 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "n_critic_updates": {"low": 1, "integer": True},
     "critic_batch_size": {"low": 1, "integer": True, "none": True},
 }
-#: Numbers or schedules
+#: Ranges of keywords that are numbers or schedules
 LEARNING_RATES: dict[str, dict[str, Any]] = {
     "learning_rate": {"low": 0},
     "critic_learning_rate": {"low": 0, "none": True},
 }
-#: Keywords with a few allowed values; the formulation checks its own
+#: Allowed values of further keywords. Those of the formulation are checked by :class:`Formulation`
 CHOICES: dict[str, tuple[Any, ...]] = {
     "partial_episodes": (None, *PARTIAL_EPISODES),
     "loss_reduction": tuple(LOSS_REDUCTIONS),
     "discount_state_distribution": (False, True),
 }
-#: What a rollout buffer that computes its advantages itself goes with
-WITH_FOREIGN_BUFFER: dict[str, tuple[Any, ...]] = {
+#: Allowed values with a rollout buffer that is not VPG's and computes its own advantages
+ALLOWED_WITH_CUSTOM_BUFFER: dict[str, tuple[Any, ...]] = {
     "estimator": ("gae",),
     "normalize_advantage": (False, True, "batch"),
     "n_episodes": (None,),
@@ -74,12 +76,12 @@ WITH_FOREIGN_BUFFER: dict[str, tuple[Any, ...]] = {
 @dataclass(frozen=True)
 class Plan:
     """
-    What rollout and update follow.
+    The resolved keywords, as rollout and update use them.
 
     :param formulation: estimator, baseline and normalization
-    :param partial_episodes: what happens to episodes that are still running when ``n_steps`` are up
-    :param n_episodes: None, or the number of whole episodes of each environment in a rollout
-    :param batch_divisor: by what the sum of the policy loss over the batch is divided, see :data:`LOSS_REDUCTIONS`
+    :param partial_episodes: treatment of episodes that are still running after ``n_steps`` steps
+    :param n_episodes: number of whole episodes of each environment in a rollout; None if ``n_steps`` is used
+    :param batch_divisor: divisor of the sum of the policy loss over the batch, see :data:`LOSS_REDUCTIONS`
     """
 
     formulation: Formulation
@@ -89,7 +91,7 @@ class Plan:
 
     @property
     def uses_value_function(self) -> bool:
-        """Whether values are needed at all."""
+        """Whether the formulation uses a value function."""
         return self.formulation.uses_value_function
 
 
@@ -98,7 +100,7 @@ def make_plan(model: Any, n_environments: int) -> Plan:
     Check the keywords of a model and resolve names and defaults.
 
     :param model: VPG, with its keywords as attributes
-    :param n_environments: number of environments of all processes together
+    :param n_environments: number of environments of all processes together, >= 1
     :return: the plan
     :raises ValueError: if a keyword has an invalid value, alone or together with others; the message names the keyword, the
         value and what is allowed
@@ -151,7 +153,10 @@ def _resolve_partial_episodes(model: Any, formulation: Formulation) -> PartialEp
 
 
 def _check_single_episode(model: Any, formulation: Formulation, n_environments: int) -> None:
-    """With one episode per update, some formulations are zero at every step, or have no other episode to compare with."""
+    """
+    Check formulations with a single episode per update. Some need a second episode to compare with; others are zero at every
+    step.
+    """
     if model.n_episodes is None or model.n_episodes * n_environments > 1:
         return
     one = "n_episodes=1 with one environment gives one episode per update"
@@ -171,7 +176,7 @@ def _check_single_episode(model: Any, formulation: Formulation, n_environments: 
 
 
 def _check_rollout_buffer_class(model: Any) -> None:
-    """A buffer class that is not VPG's has a fixed length and computes SB3's GAE advantages, or its own."""
+    """Check the keywords with a buffer class that is not VPG's: it has a fixed length and computes its own advantages."""
     buffer_class = model.rollout_buffer_class
     if buffer_class is None:
         return
@@ -179,7 +184,7 @@ def _check_rollout_buffer_class(model: Any) -> None:
         raise ValueError(f"rollout_buffer_class={buffer_class!r} is not allowed; it must be None or a RolloutBuffer class")
     if issubclass(buffer_class, VPGBufferMixin):
         return
-    for keyword, allowed in WITH_FOREIGN_BUFFER.items():
+    for keyword, allowed in ALLOWED_WITH_CUSTOM_BUFFER.items():
         if getattr(model, keyword) not in allowed:
             raise ValueError(
                 f"{keyword}={getattr(model, keyword)!r} is not supported with rollout_buffer_class={buffer_class.__name__}, "

@@ -1,4 +1,4 @@
-"""Policies of VPG: SB3's, under SB3's names, and the smallest one there is."""
+"""Policies for VPG: aliases of SB3's policies, and a logistic policy."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ MultiInputPolicy = MultiInputActorCriticPolicy
 
 class LogisticDistribution(CategoricalDistribution):
     """
-    Two actions and one logit z: P(a = 1) = 1 / (1 + exp(-z)).
+    Distribution of two actions with one logit z: P(a = 1) = 1 / (1 + exp(-z)).
 
     :param bias: Whether the layer that computes z has a bias
     """
@@ -40,15 +40,15 @@ class LogisticDistribution(CategoricalDistribution):
 class LogisticPolicy(ActorCriticPolicy):
     """
     Logistic regression as a policy for two actions: P(a = 1 | s) = sigmoid(theta . x(s) [+ b]), where x(s) is the flattened
-    observation. On CartPole theta has 4 weights. The value function, if the formulation uses one, is linear too.
+    observation. On CartPole, theta has 4 weights. The value function, if the formulation uses one, is also linear.
 
     :param observation_space: Observation space
     :param action_space: Action space, ``Discrete(2)``
     :param lr_schedule: Learning rate schedule
-    :param net_arch: Hidden layers before the logit and the value; none by default
+    :param net_arch: Sizes of the hidden layers before logit and value, as in ``ActorCriticPolicy``. Default: no hidden layers
     :param bias: Whether the logit has a bias
     :param kwargs: Other arguments of ``ActorCriticPolicy``
-    :raises ValueError: if there are not two discrete actions
+    :raises ValueError: if the action space is not ``Discrete(2)``
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class LogisticPolicy(ActorCriticPolicy):
         **kwargs: Any,
     ):
         if not (isinstance(action_space, spaces.Discrete) and action_space.n == 2):
-            raise ValueError(f"LogisticPolicy is for two actions, Discrete(2), not for {action_space}")
+            raise ValueError(f"LogisticPolicy supports two actions, Discrete(2), not {action_space}")
         self.bias = bias
         super().__init__(observation_space, action_space, lr_schedule, net_arch=[] if net_arch is None else net_arch, **kwargs)
 

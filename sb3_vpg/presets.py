@@ -1,14 +1,15 @@
 """
-Published algorithms as keywords of VPG: ``VPG("MlpPolicy", env, **presets.REINFORCE)``. To change one of them:
-``{**presets.REINFORCE, "n_episodes": 10}``.
+Published algorithms as keywords of VPG: ``VPG("MlpPolicy", env, **presets.REINFORCE)``.
+
+To change a keyword: ``VPG("MlpPolicy", env, **{**presets.REINFORCE, "n_episodes": 10})``.
 """
 
 from typing import Any
 
 import torch as th
 
-#: Plain gradient ascent, one step per episode, with one environment: Sutton & Barto (2018), section 13.3.
-#: ``estimator="total_return"`` is Williams (1992), with the whole return at each step.
+#: REINFORCE, Sutton & Barto (2018), section 13.3: one step of plain gradient ascent per episode. Use it with one environment.
+#: With ``estimator="total_return"`` it is the algorithm of Williams (1992): the total return weights each step.
 REINFORCE: dict[str, Any] = {
     "estimator": "reward_to_go",
     "n_episodes": 1,
@@ -19,10 +20,10 @@ REINFORCE: dict[str, Any] = {
     "policy_kwargs": {"optimizer_class": th.optim.SGD},
 }
 
-#: Sutton & Barto (2018), section 13.4. ``critic_learning_rate`` is the step size of the value function.
+#: REINFORCE with baseline, Sutton & Barto (2018), section 13.4. Set ``critic_learning_rate`` for the step size of the critic.
 REINFORCE_WITH_BASELINE: dict[str, Any] = {**REINFORCE, "baseline": "value", "n_critic_updates": 1}
 
-#: One-step actor-critic with one environment: Sutton & Barto (2018), section 13.5
+#: One-step actor-critic, Sutton & Barto (2018), section 13.5. Use it with one environment.
 ACTOR_CRITIC: dict[str, Any] = {
     "estimator": "td_residual",
     "n_steps": 1,
@@ -33,8 +34,8 @@ ACTOR_CRITIC: dict[str, Any] = {
     "policy_kwargs": {"optimizer_class": th.optim.SGD},
 }
 
-#: What Spinning Up (2018) calls VPG, with four environments: 4000 steps per update,
-#: https://spinningup.openai.com/en/latest/algorithms/vpg.html
+#: VPG of Spinning Up (2018), https://spinningup.openai.com/en/latest/algorithms/vpg.html. Use it with four environments, which
+#: gives its 4000 steps per update.
 SPINNING_UP: dict[str, Any] = {
     "learning_rate": 0.0003,
     "critic_learning_rate": 0.001,
@@ -46,7 +47,8 @@ SPINNING_UP: dict[str, Any] = {
     "policy_kwargs": {"net_arch": [64, 64], "activation_fn": th.nn.Tanh, "ortho_init": False},
 }
 
-#: Stable-Baselines3's A2C (Mnih et al., 2016), but for gradient clipping: A2C clips actor and critic together, VPG separately
+#: A2C (Mnih et al., 2016) as in Stable-Baselines3, with one difference: A2C clips the gradients of actor and critic together,
+#: VPG clips them separately.
 A2C: dict[str, Any] = {
     "learning_rate": 0.0007,
     "n_steps": 5,

@@ -1,10 +1,14 @@
 """
-Collecting rollouts: fixed length or whole episodes, in one loop.
+Collect rollouts of a fixed length or of whole episodes, in one loop.
 
-SB3's ``OnPolicyAlgorithm.collect_rollouts`` adds ``gamma V(terminal observation)`` to the stored reward at a time limit and
-bootstraps the last segment with ``V(s_T)``, even where nothing trains the value function. It evaluates the value network and
-the log probabilities at every step, and its segments have a fixed length. Hence a loop of our own, which keeps SB3's contract
-with callbacks, environments, policies and buffers.
+Why not SB3's ``OnPolicyAlgorithm.collect_rollouts``?
+
+- It adds ``gamma V(terminal observation)`` to the stored reward at a time limit, and bootstraps the last segment with
+  ``V(s_T)``, even if no value function is trained.
+- It evaluates the value network and the log probabilities at every step.
+- Its rollouts have a fixed length.
+
+This loop keeps SB3's interface to callbacks, environments, policies and buffers.
 """
 
 import copy
@@ -23,7 +27,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
 from sb3_vpg.buffers import Recorder, VPGBufferMixin, adapt_buffer
 from sb3_vpg.common.checkpoint import ResumableAlgorithm
 from sb3_vpg.common.collectives import SINGLE_PROCESS, SingleProcess
-from sb3_vpg.common.faults import LOST_WORKER, failed_environment
+from sb3_vpg.common.faults import LOST_WORKER_ERRORS, find_failed_environment
 from sb3_vpg.common.policy_runner import FastPolicyRunner, PolicyRunner, make_policy_runner
 from sb3_vpg.keywords import Plan
 
@@ -32,24 +36,24 @@ class RolloutCollector(ResumableAlgorithm):
     """
     An on-policy algorithm with VPG's rollouts. The subclass sets before ``learn``:
 
-    - ``plan``: what the rollouts consist of, and whether values are needed
+    - ``plan``: length and kind of the rollouts, and whether values are needed
     - ``processes``: the processes that train together, each with its own environments
     """
 
     plan: Plan
     processes: SingleProcess = SINGLE_PROCESS
-    #: What the last rollout was recorded into
+    #: The buffer, or an adapter around it, that holds the last rollout
     recorder: Recorder
 
-    #: With whole episodes, a longer episode is taken for one that never ends.
+    #: If whole episodes are collected, a longer episode raises an error: it may never end
     max_episode_steps = 100_000
 
     def _setup_model(self) -> None:
         super()._setup_model()
         self.recorder = adapt_buffer(self.rollout_buffer, self.plan.formulation, self.policy)
-        # Whether the environments were stepped since they were all reset
+        # Whether an environment was stepped since all of them were reset
         self._stepped_since_reset = True
-        # Index within its episode of the next step of each environment; kept when training is continued
+        # Index of the next step of each environment within its episode; kept when training continues
         if np.shape(getattr(self, "_episode_steps", ())) != (self.n_envs,):
             self._episode_steps = np.zeros(self.n_envs, dtype=np.int64)
 
@@ -61,8 +65,8 @@ class RolloutCollector(ResumableAlgorithm):
         before = self._last_obs
         try:
             total_timesteps, callback = super()._setup_learn(*args, **kwargs)
-        except LOST_WORKER as error:
-            self._raise_failed(self.env, error)  # type: ignore[arg-type]
+        except LOST_WORKER_ERRORS as error:
+            self._raise_environment_error(self.env, error)  # type: ignore[arg-type]
         if self._last_obs is not before:
             self._stepped_since_reset = False
         return total_timesteps, callback
@@ -75,18 +79,19 @@ class RolloutCollector(ResumableAlgorithm):
         n_rollout_steps: int,
     ) -> bool:
         """
-        Collect a rollout with the current policy. What it consists of depends on ``partial_episodes`` and ``n_episodes``:
+        Collect a rollout with the current policy. Its length depends on ``partial_episodes`` and ``n_episodes``:
 
         - "bootstrap", "truncate": ``n_rollout_steps`` steps of each environment
-        - "finish": every environment starts fresh and continues until it has ``n_rollout_steps`` steps and its current episode
-          has ended
-        - ``n_episodes``: every environment starts fresh and continues until it has that many whole episodes
+        - "finish": each environment starts from a reset and is done when it has ``n_rollout_steps`` steps and its current
+          episode has ended
+        - ``n_episodes``: each environment starts from a reset and is done after that many episodes
 
-        What an environment does while it waits for the others is not recorded, but counts as timesteps.
+        An environment that is done continues to be stepped until all are done. These steps are not recorded, but count as
+        timesteps.
 
-        Callbacks see the same local variables as with SB3. ``log_probs`` is None at each step, unless the policy has its own
-        ``forward()`` or the buffer is not derived from VPG's; so is ``values``, unless actor and critic share a features
-        extractor.
+        Callbacks see the same local variables as in SB3, but ``log_probs`` and ``values`` are None in most cases. They are
+        computed at each step if the policy has its own ``forward()`` or the buffer is not derived from VPG's; ``values`` also
+        if actor and critic share a features extractor.
 
         :param env: The training environment
         :param callback: Callback called at each step and at the beginning and end of the rollout
@@ -94,8 +99,8 @@ class RolloutCollector(ResumableAlgorithm):
         :param n_rollout_steps: Number of steps to collect per environment, see above
         :return: False if the callback ended the training
         :raises ValueError: if an observation, action, reward or value is not finite
-        :raises RuntimeError: if an environment raises or its process ends; if an episode does not end within
-            ``max_episode_steps`` and whole episodes are needed; if another rank raises
+        :raises RuntimeError: if an environment raises or its worker process exits; if whole episodes are collected and an
+            episode is longer than ``max_episode_steps``; if another rank raises
         """
         with self.processes.propagate_errors():
             return self._collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
@@ -103,15 +108,15 @@ class RolloutCollector(ResumableAlgorithm):
     def _collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
-        """:meth:`collect_rollouts` of this process"""
+        """:meth:`collect_rollouts` of this rank."""
         if self.policy.training:
             self.policy.set_training_mode(False)
-        # Before anything is drawn for the rollout: a model that is saved here continues with the same rollout
+        # Called before any random number is drawn: a model that is saved here resumes with the same rollout
         callback.on_rollout_start()
         recorder = self.recorder = adapt_buffer(rollout_buffer, self.plan.formulation, self.policy)
         runner = make_policy_runner(self.policy)
         fast_runner = runner if isinstance(runner, FastPolicyRunner) and not recorder.needs_log_probs else None
-        # Values are computed in one batch after the rollout, unless the features that they need are there at each step
+        # Values are computed in one batch after the rollout, unless actor and critic share features, computed at each step
         values_at_each_step = self.plan.uses_value_function and (fast_runner is None or fast_runner.shares_features)
         self._start_rollout(env)
 
@@ -130,14 +135,14 @@ class RolloutCollector(ResumableAlgorithm):
             try:
                 new_obs, rewards, dones, infos = env.step(clipped_actions)
             except Exception as error:
-                self._raise_failed(env, error)
-            # A copy, and of this dtype: they are used as a mask
+                self._raise_environment_error(env, error)
+            # A copy (environments may reuse the array) with dtype bool (it is used as a mask)
             dones = np.array(dones, dtype=bool)
             self.num_timesteps += env.num_envs
 
             callback.update_locals(locals())
             if not callback.on_step():
-                # Unlike SB3, so that training can continue from here
+                # SB3 returns without these; they allow training to continue from here
                 self._advance(new_obs, dones)
                 return self._end_rollout(False, (n_steps + 1) * env.num_envs)
 
@@ -149,7 +154,7 @@ class RolloutCollector(ResumableAlgorithm):
             n_finished += dones
             recording = self._still_recording(recording, n_steps, n_rollout_steps, n_finished, dones)
 
-        last_values = self._finish_rollout(new_obs, dones, runner, values_at_each_step)
+        last_values = self._finish_recording(new_obs, dones, runner, values_at_each_step)
         if not self._end_rollout(True, n_steps * env.num_envs):
             return False
         self._compute_advantages(last_values, dones, runner)
@@ -162,16 +167,16 @@ class RolloutCollector(ResumableAlgorithm):
     ) -> np.ndarray:
         """
         :param recording: whether the last step of each environment was recorded, shape (N,)
-        :param n_steps: steps of each environment so far
-        :param n_rollout_steps: steps of each environment in a rollout, at least
-        :param n_finished: episodes that ended in each environment so far, shape (N,)
+        :param n_steps: number of steps of each environment so far
+        :param n_rollout_steps: minimum number of steps of each environment in a rollout
+        :param n_finished: number of episodes that have ended in each environment, shape (N,)
         :param dones: whether the last step ended an episode, shape (N,)
-        :return: whether the next step of each environment belongs to the rollout, shape (N,)
+        :return: whether the next step of each environment will be recorded, shape (N,)
         """
         if not self.plan.partial_episodes.whole_episodes:
             return recording & (n_steps < n_rollout_steps)
         if n_steps > self.max_episode_steps:
-            self._check_endless(recording & ~dones)
+            self._check_episode_length(recording & ~dones)
         n_episodes = self.plan.n_episodes
         complete = n_steps >= n_rollout_steps if n_episodes is None else n_finished >= n_episodes
         return recording & ~(dones & complete)
@@ -184,7 +189,7 @@ class RolloutCollector(ResumableAlgorithm):
             try:
                 self._last_obs = env.reset()  # type: ignore[assignment]
             except Exception as error:
-                self._raise_failed(env, error)
+                self._raise_environment_error(env, error)
             self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
             self._check_finite("observation", self._last_obs)
         self._episode_steps[self._last_episode_starts] = 0
@@ -198,8 +203,10 @@ class RolloutCollector(ResumableAlgorithm):
         self, obs: PyTorchObs, fast_runner: FastPolicyRunner | None, with_values: bool
     ) -> tuple[np.ndarray, th.Tensor | None, th.Tensor | None]:
         """
-        :param fast_runner: None for a call of the policy
-        :return: actions as the environment shapes them; values and log probabilities, where they were computed
+        :param obs: observations of N environments
+        :param fast_runner: samples the actions; None to call the policy itself
+        :param with_values: whether the fast runner computes values
+        :return: actions in the shape of the action space; values and log probabilities, None if not computed
         """
         shape = (-1, *self.action_space.shape)  # type: ignore[misc]
         if fast_runner is not None:
@@ -210,14 +217,14 @@ class RolloutCollector(ResumableAlgorithm):
         return action_tensor.cpu().numpy().reshape(shape), values, log_probs
 
     def _clip_actions(self, actions: np.ndarray) -> np.ndarray:
-        """From what the policy sampled to what the environment takes."""
+        """:return: the sampled actions, clipped or unscaled to the bounds of the action space"""
         if not isinstance(self.action_space, spaces.Box):
             return actions
         self._check_finite("action", actions)
         if self.policy.squash_output:
-            # Back from [-1, 1] to the bounds of the environment
+            # From [-1, 1] to the bounds of the action space
             return self.policy.unscale_action(actions)
-        # A Gaussian is unbounded; the gradient is that of the action before clipping
+        # Samples of a Gaussian are unbounded. The update uses the action before clipping
         return np.clip(actions, self.action_space.low, self.action_space.high)
 
     def _record(
@@ -231,7 +238,8 @@ class RolloutCollector(ResumableAlgorithm):
         recording: np.ndarray,
     ) -> None:
         """Add one step of all environments to the episode statistics and to the buffer."""
-        # Episodes that end while others are waited for are the short ones: they are not recorded, nor in the statistics
+        # Episodes that end after their environment is done are not recorded. They are mostly short, so that including them
+        # would bias the statistics
         ended = (dones & recording).nonzero()[0].tolist()
         if ended:
             self._update_info_buffer([infos[env_index] for env_index in ended], dones[ended])
@@ -254,11 +262,15 @@ class RolloutCollector(ResumableAlgorithm):
             recording,
         )
 
-    def _finish_rollout(self, new_obs: VecEnvObs, dones: np.ndarray, runner: PolicyRunner, has_values: bool) -> th.Tensor:
+    def _finish_recording(self, new_obs: VecEnvObs, dones: np.ndarray, runner: PolicyRunner, has_values: bool) -> th.Tensor:
         """
         Compute the values of the rollout, if the formulation has a value function and they were not computed at each step.
 
-        :return: V of the observations after the last step if they are bootstrapped, else zeros, shape (N,)
+        :param new_obs: observations after the last step
+        :param dones: whether the last step ended an episode, shape (N,)
+        :param runner: runs the policy
+        :param has_values: whether values were computed at each step
+        :return: V of ``new_obs`` if the plan bootstraps, else zeros, shape (N,)
         """
         self.recorder.finish()
         self._check_finite_rows("reward", self.recorder.rewards)
@@ -276,9 +288,11 @@ class RolloutCollector(ResumableAlgorithm):
 
     def _end_rollout(self, continue_training: bool, n_steps: int) -> bool:
         """
-        :param continue_training: whether this process continues
-        :param n_steps: its steps in the rollout, which were counted already
-        :return: whether all processes continue
+        Add the steps of the other ranks to ``num_timesteps``.
+
+        :param continue_training: whether training continues in this rank
+        :param n_steps: number of steps of this rank in the rollout; ``num_timesteps`` includes them
+        :return: whether training continues in all ranks
         """
         continue_training, n_steps_of_all = self.processes.end_rollout(continue_training, n_steps, self._vec_normalize_env)
         self.num_timesteps += n_steps_of_all - n_steps
@@ -294,7 +308,7 @@ class RolloutCollector(ResumableAlgorithm):
         self.recorder.compute_returns_and_advantage(last_values, dones, terminal_values, self.processes)
 
     def _advance(self, new_obs: VecEnvObs, dones: np.ndarray) -> None:
-        """The next step begins where the last one ended."""
+        """Store the state of the environments from which the next step starts."""
         self._stepped_since_reset = True
         self._last_obs = new_obs  # type: ignore[assignment]
         self._last_episode_starts = dones
@@ -302,7 +316,7 @@ class RolloutCollector(ResumableAlgorithm):
         self._episode_steps[dones] = 0
 
     def _compute_values(self, rollout_buffer: VPGBufferMixin, runner: PolicyRunner) -> None:
-        """Compute V(s_t) of all recorded steps, in batches."""
+        """Compute V(s_t) of all recorded steps in batches, and store them in the buffer."""
         flat_values = rollout_buffer.values.reshape(-1)
         for indices in rollout_buffer.batch_indices(rollout_buffer.chunk_size):
             with th.no_grad():
@@ -311,8 +325,10 @@ class RolloutCollector(ResumableAlgorithm):
 
     def _check_finite(self, quantity: str, array: VecEnvObs | None, env_index: int | None = None) -> None:
         """
-        :param array: shape (N, ...), or without the first axis if ``env_index`` is given; Dict observations too
-        :raises ValueError: if it is not finite
+        :param quantity: name of the quantity, for the error
+        :param array: shape (N, ...), or without the first axis if ``env_index`` is given; can be a Dict observation
+        :param env_index: index of the environment; None for all environments
+        :raises ValueError: if a number is not finite
         """
         for part in array.values() if isinstance(array, dict) else (array,):
             part = np.asarray(part)
@@ -323,47 +339,47 @@ class RolloutCollector(ResumableAlgorithm):
                 self._raise_non_finite(quantity, part, env_index, f"step {self._episode_steps[env_index]} of its episode")
 
     def _check_finite_rows(self, quantity: str, rows: np.ndarray) -> None:
-        """:raises ValueError: if one of the numbers in ``rows`` of shape (T, N) is not finite"""
+        """:raises ValueError: if a number in ``rows``, shape (T, N), is not finite"""
         if not np.isfinite(rows).all():
             step, env_index = np.argwhere(~np.isfinite(rows))[0]
             self._raise_non_finite(quantity, rows[step, env_index], env_index, f"step {step} of the rollout")
 
     def _backup_vec_normalize(self) -> None:
-        """Copy the statistics of VecNormalize, which sees a number that is not finite before it can be refused."""
+        """Copy the statistics of VecNormalize, to restore them after an error: VecNormalize sees non-finite numbers first."""
         if self._vec_normalize_env is not None:
             names = ("obs_rms", "ret_rms")
             self._vec_normalize_backup = copy.deepcopy({name: getattr(self._vec_normalize_env, name, None) for name in names})
 
     def _raise_non_finite(self, quantity: str, value: Any, env_index: int, step: str) -> NoReturn:
-        # Continuing to train must begin with a reset
+        # If training continues, the environments must be reset
         self._last_obs = None
         if self._vec_normalize_env is not None:
             vars(self._vec_normalize_env).update(self._vec_normalize_backup)
         raise ValueError(
             f"Non-finite {quantity} in environment {env_index} at {step} (timestep {self.num_timesteps}): {value}. "
-            "No weight has been changed by it, the model can be saved. Look for the cause in the environment, its wrappers or "
-            "a too large learning rate; stable_baselines3.common.vec_env.VecCheckNan helps to find it."
+            "No weight was changed, and the model can be saved. Possible causes: the environment, a wrapper, or a too large "
+            "learning rate. stable_baselines3.common.vec_env.VecCheckNan helps to find the cause."
         )
 
-    def _raise_failed(self, env: VecEnv, error: Exception) -> NoReturn:
-        index, what = failed_environment(env, error)
+    def _raise_environment_error(self, env: VecEnv, error: Exception) -> NoReturn:
+        index, cause = find_failed_environment(env, error)
         which = "An environment" if index is None else f"Environment {index}"
         step = "" if index is None else f" at step {self._episode_steps[index]} of its episode"
-        # Continuing to train must begin with a reset
+        # If training continues, the environments must be reset
         self._last_obs = None
         raise RuntimeError(
-            f"{which} failed{step} (timestep {self.num_timesteps}): {what}. "
-            "No weight has been changed by it, the model can be saved."
+            f"{which} failed{step} (timestep {self.num_timesteps}): {cause}. "
+            "No weight was changed, and the model can be saved."
         ) from error
 
-    def _check_endless(self, recording: np.ndarray) -> None:
-        """:raises RuntimeError: if the episode of an environment that is recorded is too long"""
+    def _check_episode_length(self, recording: np.ndarray) -> None:
+        """:raises RuntimeError: if a recorded episode is longer than ``max_episode_steps``"""
         env_index = int(np.argmax(self._episode_steps * recording))
         if self._episode_steps[env_index] <= self.max_episode_steps or not recording[env_index]:
             return
         raise RuntimeError(
             f"The episode in environment {env_index} has not ended after {self.max_episode_steps} steps, but the rollout "
             "consists of whole episodes. Give the environment a time limit (gymnasium.wrappers.TimeLimit), or use "
-            "partial_episodes='truncate', or partial_episodes='bootstrap' with a value function; if episodes really are that "
-            "long, raise the model's `max_episode_steps`."
+            "partial_episodes='truncate', or partial_episodes='bootstrap' with a value function. If episodes of this "
+            "environment are longer than that, increase the model's `max_episode_steps`."
         )

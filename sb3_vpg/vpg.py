@@ -5,7 +5,7 @@ import math
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
@@ -17,7 +17,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
 
 from sb3_vpg.buffers import Samples, buffer_class_for, map_obs
-from sb3_vpg.common.checks import check_number
+from sb3_vpg.common.checks import check_number, non_finite_update_error
 from sb3_vpg.common.collectives import current_processes
 from sb3_vpg.common.optimization import (
     check_trainable,
@@ -36,71 +36,69 @@ from sb3_vpg.rollout import RolloutCollector
 
 SelfVPG = TypeVar("SelfVPG", bound="VPG")
 
-# The KL divergence of an update is measured on this many steps of the rollout, at most
+# Maximum number of steps on which the KL divergence of an update is computed
 KL_STEPS = 1024
 
 
 class VPG(RolloutCollector):
     """
-    Vanilla Policy Gradient: REINFORCE and its relatives, with the reward formulation as a switch.
+    Vanilla Policy Gradient: REINFORCE and related algorithms. Keywords select the reward formulation.
 
-    Each rollout is used for one gradient step on ``-mean(psi_t log pi(a_t | s_t))``, plus entropy bonus and value loss.
-    ``estimator`` and ``baseline`` choose psi_t, see :mod:`sb3_vpg.estimators` for their equations.
+    Each rollout gives one gradient step on ``-mean(psi_t log pi(a_t | s_t))``, plus entropy bonus and value loss.
+    ``estimator`` and ``baseline`` select psi_t; :mod:`sb3_vpg.estimators` has the equations.
 
     Papers: REINFORCE, Williams (1992), https://doi.org/10.1007/BF00992696; policy gradient theorem, Sutton et al. (1999);
     GAE and the list of formulations, Schulman et al. (2016), https://arxiv.org/abs/1506.02438
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy, LogisticPolicy or a class)
     :param env: The environment to learn from (if registered in Gym, can be str)
-    :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0)
-    :param n_steps: The number of steps to run for each environment per update
-        (i.e. batch size is n_steps * n_env where n_env is number of environment copies running in parallel);
-        a lower bound where episodes are finished; not used with ``n_episodes``
-    :param gamma: Discount factor, in [0, 1]
-    :param gae_lambda: Factor for trade-off of bias vs variance for Generalized Advantage Estimator, in [0, 1];
-        used by estimator="gae" only
-    :param ent_coef: Entropy coefficient for the loss calculation
-    :param vf_coef: Value function coefficient for the loss calculation, >= 0
-    :param max_grad_norm: The maximum norm of the gradient, applied to the actor and to the critic separately;
-        None for no clipping
+    :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0).
+        Typical: 3e-4 to 3e-2. Larger values learn faster and less reliably.
+    :param n_steps: Number of steps of each environment per update (batch size is n_steps * n_envs). A minimum if episodes are
+        finished; not used with ``n_episodes``. Typical: 16 to 2048. Larger: less variance, fewer updates.
+    :param gamma: Discount factor, in [0, 1]. Typical: 0.9 to 0.999. Larger: longer horizon, more variance.
+    :param gae_lambda: Trade-off of bias and variance in GAE, in [0, 1]; used by estimator="gae" only. Typical: 0.9 to 1.
+        Larger: less bias, more variance.
+    :param ent_coef: Entropy coefficient for the loss calculation. Typical: 0 to 0.01. Larger: more exploration.
+    :param vf_coef: Value function coefficient for the loss calculation, >= 0. Typical: 0.25 to 1.
+    :param max_grad_norm: Maximum norm of the gradient, clipped separately for actor and critic. Typical: 0.5 to 2; None for
+        no clipping. Smaller: smaller steps after outliers.
     :param use_sde: Whether to use generalized State Dependent Exploration (gSDE) instead of action noise exploration
     :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE
         Default: -1 (only sample at the beginning of the rollout)
     :param rollout_buffer_class: Rollout buffer class to use. If ``None``, it will be automatically selected. A class that is
-        not derived from VPG's own computes its advantages itself, as with A2C, and goes with estimator="gae" only.
+        not derived from VPG's computes its own advantages, as with A2C, and requires estimator="gae".
     :param rollout_buffer_kwargs: Keyword arguments to pass to the rollout buffer on creation.
-    :param normalize_advantage: Whether to standardise the advantages: False, True or "batch" (over the whole batch), "episode"
+    :param normalize_advantage: Whether to standardize the advantages: False, True or "batch" (over the whole batch), "episode"
         (within each episode)
-    :param stats_window_size: Window size for the rollout logging, specifying the number of episodes to average
-        the reported success rate, mean episode length, and mean reward over
+    :param stats_window_size: Number of episodes over which success rate, episode length and reward are averaged in the log
     :param tensorboard_log: the log location for tensorboard (if None, no logging)
     :param policy_kwargs: additional arguments to be passed to the policy on creation
-    :param verbose: Verbosity level: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for
-        debug messages
+    :param verbose: 0 for no output, 1 for info messages (such as device or wrappers used), 2 for debug messages
     :param seed: Seed for the pseudo random generators
-    :param device: Device (cpu, cuda, ...) on which the code should be run.
-        Setting it to auto, the code will be run on the GPU if possible.
+    :param device: Device (cpu, cuda, ...) on which the code should be run. With "auto", the GPU is used if possible.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
-    :param estimator: What multiplies grad log pi: "total_return", "reward_to_go", "td_residual" or "gae"
-    :param baseline: What is subtracted from it: None, "mean", "time", "leave_one_out" or "value";
-        "td_residual" and "gae" use the value function by definition
-    :param n_episodes: If given, each update uses exactly this many whole episodes of each environment instead of ``n_steps``
-    :param partial_episodes: What becomes of episodes that are still running when ``n_steps`` are up: "bootstrap" (cut, the
-        value of the last observation added), "finish" (run on until they end), "truncate" (cut, nothing added: biased).
-        Default: "bootstrap" where a value function is used and whole episodes are not needed, else "finish".
-    :param discount_state_distribution: Weight step t of an episode by gamma^t: the unbiased gradient of the discounted return.
-        estimator="total_return" counts from the start of the episode already and is not weighted again.
-    :param loss_reduction: "mean" over the steps of the batch, or "trajectory": sum over the steps, divided by the number of
-        episodes (whole or in part). The value loss is always a mean over steps.
+    :param estimator: The weight psi_t of grad log pi: "total_return", "reward_to_go", "td_residual" or "gae"
+    :param baseline: Subtracted from psi_t: None, "mean", "time", "leave_one_out" or "value". "td_residual" and "gae" use the
+        value function by definition.
+    :param n_episodes: Number of whole episodes of each environment per update, >= 1; None to use ``n_steps``.
+        Typical: 1 to 16. Larger: less variance, fewer updates.
+    :param partial_episodes: Treatment of episodes that are still running after ``n_steps``: "bootstrap" (cut them and add the
+        value of the last observation), "finish" (continue until they end), "truncate" (cut them; biased). Default:
+        "bootstrap" if the formulation uses a value function and does not need whole episodes, else "finish".
+    :param discount_state_distribution: Whether to weight step t of an episode by gamma^t, which gives the unbiased gradient of
+        the discounted return. No effect with estimator="total_return", which already discounts from the start.
+    :param loss_reduction: "mean" over the steps of the batch, or "trajectory" (sum over the steps, divided by the number of
+        episodes, whole or in part). The value loss is always a mean over steps.
     :param n_critic_updates: Passes of the value regression per rollout, >= 1. The first is part of the joint loss; the others
-        move only parameters that the actor does not use.
-    :param critic_batch_size: Minibatch size of the further passes of the value regression; None for the full batch
+        change only parameters that the actor does not use. Typical: 1 to 20. Larger: a more accurate critic, slower updates.
+    :param critic_batch_size: Minibatch size of the further passes; None for the full batch. Smaller: more critic steps.
     :param critic_learning_rate: Learning rate of the parameters that only the critic uses, a float or a function of the
-        progress remaining; None for ``learning_rate``
+        progress remaining; None for ``learning_rate``. Typical: 1e-3 to 1e-2.
     :raises ValueError: if a keyword has a value that is not allowed, alone or together with others
     """
 
-    own_keyword = "estimator"
+    identifying_keyword = "estimator"
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": MlpPolicy,
         "CnnPolicy": CnnPolicy,
@@ -162,12 +160,7 @@ class VPG(RolloutCollector):
             device=device,
             seed=seed,
             _init_setup_model=False,
-            supported_action_spaces=(
-                spaces.Box,
-                spaces.Discrete,
-                spaces.MultiDiscrete,
-                spaces.MultiBinary,
-            ),
+            supported_action_spaces=(spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary),
         )
 
         self.normalize_advantage = normalize_advantage
@@ -193,12 +186,12 @@ class VPG(RolloutCollector):
         self._group_parameters()
         fuse_adam(self.policy.optimizer)
         set_learning_rates(self.policy.optimizer, self._learning_rates(1.0))
-        # Batch normalization mixes the steps of a batch: such a network must see all of them at once
+        # Batch normalization uses statistics of the whole batch, so the batch cannot be split into chunks
         self._in_chunks = not any(isinstance(module, th.nn.modules.batchnorm._BatchNorm) for module in self.policy.modules())
         if not self._in_chunks and self.processes.size > 1:
             raise ValueError(
-                "Batch normalization in the policy's networks mixes the steps of a batch, of which each of "
-                f"{self.processes.size} ranks has a part; allowed: torch.nn.LayerNorm or GroupNorm, or one process"
+                "Batch normalization in the policy's networks needs the whole batch, but the batch is split across "
+                f"{self.processes.size} ranks; allowed: torch.nn.LayerNorm or GroupNorm, or one process"
             )
 
     def _setup_lr_schedule(self) -> None:
@@ -215,8 +208,7 @@ class VPG(RolloutCollector):
         Update policy using the currently gathered rollout buffer: one gradient step over the whole data, then
         ``n_critic_updates - 1`` further passes of the value regression.
 
-        :raises ValueError: if a learning rate, loss or gradient is not finite, or all parameters are frozen; the message says
-            what has changed by then
+        :raises ValueError: if a learning rate, loss or gradient is not finite, or all parameters are frozen
         """
         self._group_parameters()
         check_trainable(self._actor_parameters + self._critic_parameters * self.plan.uses_value_function)
@@ -228,23 +220,20 @@ class VPG(RolloutCollector):
         n_threads = self._n_threads(runner)
         n_steps, n_segments, n_episodes = self._batch_counts()
         with runner.threads():
-            # The gradient of policy loss, entropy bonus and value loss, over the whole batch
+            # 1. Gradient of policy loss, entropy bonus and value loss over the whole batch
             self.policy.optimizer.zero_grad()
             losses, kl_sample = self._accumulate_gradients(runner, n_steps, n_segments, n_threads)
-            for name, loss in losses.items():
-                if not math.isfinite(loss):
-                    self._raise_non_finite_update(name, loss)
             policy_grad_norm = self._clip_gradients("policy gradient", self._actor_parameters)
             value_grad_norm = self._clip_gradients("value gradient", self._critic_parameters)
 
-            # One step of the policy. KL divergence compares it before and after, in the mode in which it acts
+            # 2. One step of the policy. Its KL divergence is computed in evaluation mode, in which the policy acts
             self.policy.set_training_mode(False)
             policy_before = runner.snapshot(*kl_sample)
             self.policy.optimizer.step()
             self._n_updates += 1
             kl = runner.kl_divergence(policy_before, runner.snapshot(*kl_sample))
 
-            # Further passes of the value regression
+            # 3. Further passes of the value regression
             if self.plan.uses_value_function and any(p.requires_grad for p in self._critic_parameters):
                 self.policy.set_training_mode(True)
                 for _ in range(self.n_critic_updates - 1):
@@ -265,10 +254,7 @@ class VPG(RolloutCollector):
             self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
 
     def _group_parameters(self) -> None:
-        """
-        Let the optimizer have separate groups of the actor's and the critic's parameters. Does nothing unless the optimizer or
-        a parameter of the policy was replaced since the last call.
-        """
+        """Split the optimizer's parameters into actor and critic, unless that was done before for the same parameters."""
         optimizer = self.policy.optimizer
         parameters = list(self.policy.parameters())
         grouped = [optimizer, *parameters]
@@ -283,7 +269,7 @@ class VPG(RolloutCollector):
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
-        # The last rollout may exceed the budget; a schedule ends at 0 (SB3 continues below it)
+        # The last rollout may exceed the budget. SB3 passes negative progress to schedules then
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
     def _learning_rates(self, progress_remaining: float) -> dict[str, float]:
@@ -312,13 +298,14 @@ class VPG(RolloutCollector):
         """
         Add the gradient of policy loss, entropy bonus and value loss over the whole batch to the parameters' gradients.
 
-        :param n_steps: number of steps in the batch
+        :param n_steps: number of steps in the batch of all processes
         :param n_segments: number of episodes (whole or in part) in it
-        :return: the losses, by the names under which A2C logs them; observations and actions of some steps, evenly spaced
+        :return: the losses, under the names that A2C logs; evenly spaced observations and actions, for the KL divergence
+        :raises ValueError: if a loss is not finite
         """
         weight = 1 / self.plan.batch_divisor(n_steps, n_segments)
 
-        def loss_of(batch: Samples) -> tuple[th.Tensor, tuple[Samples, dict[str, th.Tensor]]]:
+        def compute_loss(batch: Samples) -> tuple[th.Tensor, tuple[Samples, dict[str, th.Tensor]]]:
             values, log_prob, entropy = runner.evaluate(batch.observations, batch.actions, self.plan.uses_value_function)
             # -mean(psi_t log pi(a_t | s_t))
             loss = policy_loss = -(batch.advantages * log_prob).sum() * weight
@@ -334,41 +321,42 @@ class VPG(RolloutCollector):
             return loss, (batch, parts)
 
         losses: dict[str, float] = defaultdict(float)
-        last_batch: Samples
+        batch: Samples
         batches = self.recorder.get_normalized(self._chunk_size, self.processes)
-        for last_batch, parts in accumulate_gradients(  # noqa: B007
-            loss_of, batches, self.policy.parameters(), n_threads
-        ):
+        for batch, parts in accumulate_gradients(compute_loss, batches, self.policy.parameters(), n_threads):  # noqa: B007
             for name, loss in parts.items():
                 losses[name] += float(loss)
         losses = self.processes.sum_gradients(self.policy.parameters(), losses)
-        every = slice(None, None, -(-len(last_batch.actions) // KL_STEPS))
-        return losses, (map_obs(lambda obs: obs[every], last_batch.observations), last_batch.actions[every])
+        for name, loss in losses.items():
+            self._check_finite_update(name, loss)
+        sample = slice(None, None, -(-len(batch.actions) // KL_STEPS))
+        return losses, (map_obs(lambda obs: obs[sample], batch.observations), batch.actions[sample])
 
     def _fit_critic(self, runner: PolicyRunner, n_steps: int, n_threads: int) -> None:
-        """One pass of the value regression, moving only parameters that the actor does not use."""
+        """One pass of the value regression. It changes only parameters that the actor does not use."""
         batches: Iterable[tuple[Iterable[Samples], int]]
         if self.critic_batch_size is None:
             batches = [(self.recorder.get(self._chunk_size, shuffle=False), n_steps)]
         else:
-            # One chunk each, which leaves nothing to other threads
+            # A minibatch is a single chunk
             n_threads = 1
             batches = self._critic_batches(n_steps, self.critic_batch_size)
         for chunks, n_steps in batches:
 
-            def loss_of(chunk: Samples, n_steps: int = n_steps) -> tuple[th.Tensor, None]:
+            def compute_loss(chunk: Samples, n_steps: int = n_steps) -> tuple[th.Tensor, None]:
                 return self.vf_coef * ((chunk.returns - runner.values(chunk.observations)) ** 2).sum() / n_steps, None
 
             self.policy.optimizer.zero_grad()
-            list(accumulate_gradients(loss_of, chunks, self._critic_parameters, n_threads))
+            list(accumulate_gradients(compute_loss, chunks, self._critic_parameters, n_threads))
             self.processes.sum_gradients(self._critic_parameters, {})
             self._clip_gradients("value gradient", self._critic_parameters, policy_step_taken=True)
             self.policy.optimizer.step()
 
     def _critic_batches(self, n_steps: int, batch_size: int) -> Iterator[tuple[list[Samples], int]]:
         """
-        :return: minibatches of ``batch_size`` steps, of which each process has a part, none where it has run out of
-            steps; with the number of steps in them
+        Yield minibatches of about ``batch_size`` steps, split across the processes in proportion to their steps.
+
+        :return: the part of this process (empty if it has no steps left), and the number of steps of all parts
         """
         n_batches = -(-n_steps // batch_size)
         own = self.recorder.get(-(-batch_size * self.recorder.n_recorded // n_steps))
@@ -378,18 +366,18 @@ class VPG(RolloutCollector):
 
     @property
     def _chunk_size(self) -> int | None:
-        """Number of steps that go through the networks at a time; None for all"""
+        """Number of steps that the networks process at a time; None for all."""
         return self.recorder.chunk_size if self._in_chunks else None
 
     def _n_threads(self, runner: PolicyRunner) -> int:
-        """:return: how many chunks may go through the networks at a time"""
+        """:return: number of chunks that the networks process in parallel"""
         n_threads = th.get_num_threads()
         if n_threads == 1 or not runner.single_threaded:
             return 1
         return min(n_threads, -(-self.recorder.n_recorded // self.recorder.chunk_size))
 
     def _batch_counts(self) -> tuple[int, int, int]:
-        """:return: numbers of steps, of segments and of episodes that ended, in the batch of all processes"""
+        """:return: number of steps, of segments and of episodes that ended, in the batch of all processes"""
         own = (self.recorder.n_recorded, self.recorder.n_segments, self.recorder.n_episodes)
         return tuple(self.processes.sum(np.array(own)).astype(int).tolist())
 
@@ -397,28 +385,18 @@ class VPG(RolloutCollector):
         """
         :param policy_step_taken: whether the policy's step of this update was taken before
         :return: norm of the gradient before clipping
-        :raises ValueError: if it is not finite
+        :raises ValueError: if the norm is not finite
         """
         max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = th.nn.utils.clip_grad_norm_(parameters, max_norm).item()
-        if not math.isfinite(norm):
-            self._raise_non_finite_update(name, norm, policy_step_taken)
+        self._check_finite_update(name, norm, policy_step_taken)
         return norm
 
-    def _raise_non_finite_update(self, name: str, value: float, policy_step_taken: bool = False) -> NoReturn:
-        self.policy.optimizer.zero_grad()
-        update = self._n_updates if policy_step_taken else self._n_updates + 1
-        state = (
-            "The step was not taken. The policy's step of this update and the earlier steps of its value regression were: the "
-            "critic may have diverged, and it is safer to continue from an earlier save."
-            if policy_step_taken
-            else "The step was not taken: weights and optimizer are as before it and the model can be saved."
-        )
-        raise ValueError(
-            f"Non-finite {name.replace('_', ' ')} ({value}) in update {update} (timestep {self.num_timesteps}). {state} "
-            "Very large rewards or observations are the usual cause: scale them, e.g. with VecNormalize, or lower the "
-            "learning rate."
-        )
+    def _check_finite_update(self, name: str, value: float, policy_step_taken: bool = False) -> None:
+        if not math.isfinite(value):
+            self.policy.optimizer.zero_grad()
+            update = self._n_updates if policy_step_taken else self._n_updates + 1
+            raise non_finite_update_error(name, value, update, self.num_timesteps, policy_step_taken)
 
     def learn(
         self: SelfVPG,
@@ -449,10 +427,10 @@ class VPG(RolloutCollector):
         if self._resumes and not reset_num_timesteps and self.env is not None:
             set_random_states(self._random_states, self.env)
             if self.processes.rank > 0:
-                # The states are those of one process: the other ranks draw seeds from them
+                # All ranks have restored the same states, so the others draw a new seed
                 self.set_random_seed(int(th.randint(2**31, ())))
         self._resumes = False
-        self.processes.begin(self, total_timesteps)
+        self.processes.start_training(self, total_timesteps)
         if self.processes.rank > 0:
             # Only rank 0 logs
             self.verbose, self.tensorboard_log, progress_bar = 0, None, False
@@ -460,11 +438,11 @@ class VPG(RolloutCollector):
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if progress_bar and self.processes.size > 1:
-            # SB3's knows the steps of one process
+            # SB3's progress bar counts the steps of one process only
             callback, progress_bar = [super()._init_callback(callback), AllRanksProgressBar()], False
         return super()._init_callback(callback, progress_bar)
 
     def set_random_seed(self, seed: int | None = None) -> None:
         super().set_random_seed(self.processes.seed(seed, self.n_envs))
-        # These random numbers take precedence over those of a saved model
+        # A seed takes precedence over the random states of a saved model
         self._resumes = False

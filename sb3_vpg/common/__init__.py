@@ -1,1 +1,1 @@
-"""What the public modules are built on. Nothing here is public."""
+"""Internal building blocks of the public modules. Nothing here is part of the public API."""

@@ -1,8 +1,10 @@
 """
-Saved models: an old file stays until the new one is whole, a file is validated before it is loaded, and a saved model resumes
-with the random numbers and the optimizer's state that an uninterrupted training would have had.
+Saving, validating and resuming models.
 
-SB3 opens a file for writing before it knows what to write: an error at that point destroys the last good model.
+- Writing is atomic: the previous file stays until the new one is complete. (SB3 opens the file before it serializes the
+  model, so an error in between destroys the last good model.)
+- A file is validated before it is unpickled.
+- Random states and the optimizer's state are saved: resuming reproduces the uninterrupted run.
 """
 
 import copy
@@ -27,17 +29,17 @@ from sb3_vpg.common.random_states import get_random_states
 State = dict[str, Any]
 SelfResumable = TypeVar("SelfResumable", bound="ResumableAlgorithm")
 
-#: What a model's archive must have: keywords and counters, weights, state of the optimizer
+#: Members that a model's archive must have: keywords and counters, weights, state of the optimizer
 MEMBERS = ("data", "policy.pth", "policy.optimizer.pth")
 
 
 class ResumableAlgorithm(OnPolicyAlgorithm):
     """An on-policy algorithm whose saved models resume exactly. The subclass restores the random states in ``learn``."""
 
-    #: A keyword that only models of this algorithm have
-    own_keyword: ClassVar[str]
+    #: A keyword by which a saved model of this algorithm is recognized: other algorithms do not have it
+    identifying_keyword: ClassVar[str]
 
-    #: Whether the next training continues with the random numbers of a saved one
+    #: Whether the next call of ``learn`` continues with the saved random states
     _resumes: bool = False
     _random_states: State = {}
 
@@ -48,9 +50,9 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         include: Iterable[str] | None = None,
     ) -> None:
         """
-        Save all the attributes of the object and the model parameters in a zip-file, with the states of the random number
-        generators. A file of that name stays as it is until the new one is whole, whatever happens in between. A generator of
-        an environment whose state cannot be stored is left out, with a warning that names it.
+        Save all the attributes of the object, the model parameters and the states of the random number generators in a
+        zip-file. An existing file of that name is replaced only when the new one is complete. If the state of an
+        environment's generator cannot be stored, a warning names the environment and the state is left out.
 
         :param path: path to the file where the rl agent should be saved
         :param exclude: name of parameters that should be excluded in addition to the default ones
@@ -65,8 +67,8 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
 
     def get_parameters(self) -> dict[str, dict]:
         """
-        :return: as SB3's; each parameter group of the optimizer has the "names" of its parameters, too, so that
-            :meth:`set_parameters` can assign them
+        :return: state dictionaries as in SB3. Each parameter group of the optimizer also has the "names" of its parameters,
+            by which :meth:`set_parameters` assigns the state.
         """
         return {**super().get_parameters(), "policy.optimizer": named_optimizer_state(self.policy)}
 
@@ -77,45 +79,48 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         device: th.device | str = "auto",
     ) -> None:
         """
-        Load parameters from a given zip-file or a nested dictionary, see :meth:`get_parameters`, of this or another algorithm
-        with the same policy, such as A2C or PPO. The state of the optimizer is taken over where it fits, that is, where it is
-        of the same kind; a warning says so where it is not, and the optimizer is left as it is.
+        Load parameters from a given zip-file or a nested dictionary, see :meth:`get_parameters`. They may come from another
+        algorithm with the same policy, such as A2C or PPO. The state of the optimizer is loaded if it belongs to the same
+        kind of optimizer. Otherwise the optimizer is not changed, and a warning gives the reason.
 
         :param load_path_or_dict: Location of the saved data (path or file-like, see ``save``), or a dictionary that maps
             "policy" and "policy.optimizer" to state dictionaries
-        :param exact_match: If True, both and each of their parameters must be given; else those that are given are set
+        :param exact_match: If True, both entries and all of their parameters are required; if False, only the given ones
+            are set
         :param device: Device on which the code should run
         """
         if not isinstance(load_path_or_dict, dict):
             load_path_or_dict = load_from_zip_file(load_path_or_dict, device=device, load_data=False)[1]
         parameters = dict(load_path_or_dict)
         state = parameters.get("policy.optimizer", {})
-        # Others are refused by PyTorch
+        # PyTorch raises an error for any other dictionary
         if state.keys() >= {"state", "param_groups"}:
             try:
                 parameters["policy.optimizer"] = fit_optimizer_state(state, self.policy)
             except ValueError as reason:
                 parameters["policy.optimizer"] = self.policy.optimizer.state_dict()
                 if state["state"]:
-                    warnings.warn(f"The state of the optimizer is not taken over: {reason}", stacklevel=2)
+                    warnings.warn(f"The state of the optimizer is not loaded: {reason}", stacklevel=2)
         super().set_parameters(parameters, exact_match, device)
 
     @classmethod
     def load(cls: type[SelfResumable], path: str | Path | io.BufferedIOBase, *args: Any, **kwargs: Any) -> SelfResumable:
         """
-        Load the model from a zip-file. Parameters and return value are those of SB3's ``load``. The first
-        ``learn(reset_num_timesteps=False)`` goes on with the random numbers that would have come next, in the environments,
-        too, if their number is the same; not if a ``seed`` is given here, or by ``set_random_seed``.
+        Load the model from a zip-file. Parameters and return value are those of SB3's ``load``.
 
-        Loading unpickles, and a pickle can execute anything: load only files you trust. ``set_parameters`` of a model that you
-        have constructed yourself takes weights alone; see the README.
+        The first ``learn(reset_num_timesteps=False)`` continues with the saved random states. Those of the environments are
+        restored if the number of environments is the same. A ``seed``, given here or to ``set_random_seed``, takes precedence
+        over the saved states.
+
+        Loading unpickles, and a pickle can execute arbitrary code: load only files that you trust. To load nothing but
+        weights, construct the model yourself and call ``set_parameters``; see the README.
 
         :raises FileNotFoundError: if there is no such file
-        :raises ValueError: if the file is damaged, or not a model of this algorithm; nothing was unpickled then
+        :raises ValueError: if the file is damaged, or not a model of this algorithm. Nothing has been unpickled then.
         """
-        check_model_file(path, keyword=cls.own_keyword)
+        check_model_file(path, keyword=cls.identifying_keyword)
         model = super().load(path, *args, **kwargs)
-        # A file of before random states were saved has none
+        # Files of early versions have no random states
         model._resumes = bool(model._random_states) and kwargs.get("seed") is None
         return model
 
@@ -123,16 +128,17 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[io.BufferedWriter]:
     """
-    For writing a file in place of another one, if any, all at once: ::
+    Write a file, or replace an existing one, atomically: ::
 
         with atomic_write("model.zip") as file:
             file.write(content)
 
-    What is written goes to a temporary file in the same folder, which is made if need be. When the block has ended, it takes
-    the name ``path`` in one step. If the block raises, it is removed, and ``path`` is what it was.
+    The block writes to a temporary file in the same folder, which is created if necessary. At the end of the block the
+    temporary file is renamed to ``path`` in one step. If the block raises, the temporary file is removed and ``path`` is
+    unchanged.
 
-    :param path: the file to be written, or a link to it
-    :return: the file to write to, in binary mode
+    :param path: the file to write, or a link to it
+    :return: the temporary file, in binary mode
     """
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -140,7 +146,7 @@ def atomic_write(path: str | Path) -> Iterator[io.BufferedWriter]:
     try:
         with temporary.open("wb") as file:
             yield file
-            # On the disk before the name is: else a power failure could leave an empty file
+            # Written to disk before the rename: otherwise a power failure could leave an empty file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
@@ -150,7 +156,7 @@ def atomic_write(path: str | Path) -> Iterator[io.BufferedWriter]:
 
 
 def model_path(path: str | Path) -> Path:
-    """:return: where SB3 saves a model: with ".zip" if there is no suffix, and beside a folder of that name"""
+    """:return: the file to which SB3 saves: with ".zip" if there is no suffix, with "_2" if there is a folder of that name"""
     path = Path(path)
     path = Path(f"{path}.zip") if path.suffix == "" else path
     return Path(f"{path}_2") if path.is_dir() else path
@@ -158,12 +164,12 @@ def model_path(path: str | Path) -> Path:
 
 def check_model_file(path: str | Path | io.BufferedIOBase, keyword: str) -> None:
     """
-    Look through a model's file without unpickling anything.
+    Validate a model's file without unpickling anything.
 
-    :param path: the file, as SB3's ``load`` takes it
-    :param keyword: a keyword that the algorithm's models have and those of other algorithms have not
+    :param path: the file, as in SB3's ``load``
+    :param keyword: a keyword that models of this algorithm have and models of other algorithms do not
     :raises FileNotFoundError: if there is no such file
-    :raises ValueError: if it is damaged, or not a model of this algorithm
+    :raises ValueError: if the file is damaged, or not a model of this algorithm
     """
     file = open_path(path, "r", suffix="zip")
     start = file.tell()
@@ -171,20 +177,18 @@ def check_model_file(path: str | Path | io.BufferedIOBase, keyword: str) -> None
         with zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
             if damaged is not None:
-                raise ValueError(f"{path} is damaged: {damaged!r} in it does not have the checksum it was saved with")
+                raise ValueError(f"{path} is damaged: {damaged!r} in it has a wrong checksum")
             missing = sorted(set(MEMBERS) - set(archive.namelist()))
             if missing:
-                raise ValueError(f"{path} is not a saved model, or was cut short: it has no {', '.join(map(repr, missing))}")
+                raise ValueError(f"{path} is not a saved model, or is incomplete: it has no {', '.join(map(repr, missing))}")
             if keyword not in json.loads(archive.read("data")):
                 raise ValueError(
-                    f"{path} was saved by another algorithm: it has no {keyword!r}. Load it with that algorithm; its weights "
-                    "can be taken over by set_parameters(other.get_parameters())"
+                    f"{path} was saved by another algorithm: it has no {keyword!r}. Load it with that algorithm, and copy its "
+                    "weights with set_parameters(other.get_parameters())"
                 )
     except zipfile.BadZipFile as error:
-        # The last words are SB3's
-        raise ValueError(
-            f"{path} is not a whole zip file: it is something else, or was cut short. Error: the file {path} wasn't a zip-file"
-        ) from error
+        # The last sentence is the message of SB3
+        raise ValueError(f"{path} is not a zip file, or is incomplete. Error: the file {path} wasn't a zip-file") from error
     finally:
         if isinstance(path, (str, Path)):
             file.close()
@@ -193,7 +197,7 @@ def check_model_file(path: str | Path | io.BufferedIOBase, keyword: str) -> None
 
 
 def named_optimizer_state(policy: ActorCriticPolicy) -> State:
-    """:return: the state of the policy's optimizer; each group has the "names" of its parameters in the policy"""
+    """:return: the state of the policy's optimizer; each group also has the "names" of its parameters in the policy"""
     names = {id(parameter): name for name, parameter in _named_parameters(policy)}
     state = policy.optimizer.state_dict()
     for group, in_state in zip(policy.optimizer.param_groups, state["param_groups"]):
@@ -203,14 +207,14 @@ def named_optimizer_state(policy: ActorCriticPolicy) -> State:
 
 def fit_optimizer_state(state: State, policy: ActorCriticPolicy) -> State:
     """
-    Bring the state of another policy's optimizer into the form that the optimizer of this policy can load. What it knows of
-    each parameter, such as Adam's moments, is assigned by the names of the parameters, whatever groups they are in. The
-    settings of the groups, such as Adam's betas, are taken over only if the groups are the same.
+    Convert the state of another policy's optimizer into one that the optimizer of this policy can load. The state of each
+    parameter, such as Adam's moments, is assigned by the name of the parameter, independent of its group. The settings of the
+    groups, such as Adam's betas, are copied only if the groups are the same.
 
-    :param state: from VPG, or from an algorithm whose optimizer has all parameters in one group, as those of SB3
+    :param state: state of VPG's optimizer, or of one with all parameters in one group, as in SB3's algorithms
     :param policy: a policy whose parameters have the same names
-    :return: a copy of what fits
-    :raises ValueError: if nothing does, since it is of another kind of optimizer, or nobody knows which parameters are meant
+    :return: the converted copy
+    :raises ValueError: if the state is that of another kind of optimizer, or its parameters cannot be identified
     """
     state, own = copy.deepcopy(state), named_optimizer_state(policy)
     groups, own_groups = state["param_groups"], own["param_groups"]
@@ -224,9 +228,9 @@ def fit_optimizer_state(state: State, policy: ActorCriticPolicy) -> State:
         return [(group.get("role"), group["names"]) for group in groups]
 
     if structure(groups) != structure(own_groups):
-        of_name = {name: state["state"].get(i) for group in groups for name, i in zip(group["names"], group["params"]) if name}
-        of_own = {i: of_name.get(name) for group in own_groups for name, i in zip(group["names"], group["params"])}
-        state = {"state": {i: known for i, known in of_own.items() if known}, "param_groups": own_groups}
+        by_name = {name: state["state"].get(i) for group in groups for name, i in zip(group["names"], group["params"]) if name}
+        by_index = {i: by_name.get(name) for group in own_groups for name, i in zip(group["names"], group["params"])}
+        state = {"state": {i: known for i, known in by_index.items() if known}, "param_groups": own_groups}
     for group in state["param_groups"]:
         del group["names"]
     return state
@@ -236,16 +240,17 @@ def _add_names(groups: list[State], own_groups: list[State], names: list[str]) -
     """
     Add the "names" of parameters to the groups of another optimizer.
 
-    :param own_groups: the groups of our own one, with "names"
-    :param names: of all parameters, in order
-    :raises ValueError: if they cannot be told
+    :param groups: groups without "names"
+    :param own_groups: groups of this policy's optimizer, with "names"
+    :param names: names of all parameters, in order
+    :raises ValueError: if the groups do not identify the parameters
     """
 
     def shape(groups: list[State]) -> list[tuple[str | None, int]]:
         return [(group.get("role"), len(group["params"])) for group in groups]
 
     if shape(groups) == shape(own_groups):
-        # Saved by VPG without names
+        # Saved by an early version of VPG, without names
         for group, own_group in zip(groups, own_groups):
             group["names"] = own_group["names"]
     elif len(groups) == 1 and len(groups[0]["params"]) == len(names):
@@ -260,5 +265,5 @@ def _named_parameters(policy: ActorCriticPolicy) -> Iterator[tuple[str, th.nn.Pa
 
 
 def _is_number(value: object) -> bool:
-    """Whether it is a setting that belongs to the optimizer's equations, or several, rather than a switch."""
+    """Whether the setting is a number, or several, in the optimizer's equations. Switches such as "fused" are not."""
     return isinstance(value, Real | tuple | th.Tensor) and not isinstance(value, bool)

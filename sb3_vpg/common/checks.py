@@ -1,4 +1,4 @@
-"""Checks of keywords, whose errors name the keyword, the value and what is allowed."""
+"""Checks of keyword values. Their errors name the keyword, the value and what is allowed."""
 
 import math
 from numbers import Integral, Real
@@ -6,7 +6,12 @@ from numbers import Integral, Real
 
 def check_choice(keyword: str, value: object, allowed: object) -> None:
     """
-    :raises ValueError: if ``value`` is not one of ``allowed``, naming the keyword, the value and the choices
+    Check that a value is one of a few choices.
+
+    :param keyword: name of the keyword, for the error
+    :param value: the value to check
+    :param allowed: iterable of the allowed values
+    :raises ValueError: if ``value`` is not one of ``allowed``
     """
     choices = list(allowed)  # type: ignore[call-overload]
     # 1 == True and 0 == False: compare the types too
@@ -26,7 +31,17 @@ def check_number(
     none: bool = False,
 ) -> None:
     """
-    :raises ValueError: if ``value`` is not a number of the kind and range asked for, naming the keyword and both
+    Check that a value is a number within a range.
+
+    :param keyword: name of the keyword, for the error
+    :param value: the value to check
+    :param low: lower bound
+    :param high: upper bound, included
+    :param integer: whether the number must be an integer
+    :param low_included: whether the lower bound itself is allowed
+    :param infinite: whether positive infinity is allowed
+    :param none: whether None is allowed
+    :raises ValueError: if ``value`` is anything else
     """
     if none and value is None:
         return
@@ -38,3 +53,25 @@ def check_number(
         bounds += [] if high == math.inf else [f"<= {high}"]
         allowed = " ".join([kind, " and ".join(bounds)]).strip() + (" or None" if none else "")
         raise ValueError(f"{keyword}={value!r} is not allowed; it must be {allowed}")
+
+
+def non_finite_update_error(name: str, value: float, update: int, timestep: int, policy_step_taken: bool) -> ValueError:
+    """
+    :param name: name of a loss or of the norm of a gradient
+    :param value: its value
+    :param update: number of the update, from 1
+    :param timestep: number of timesteps so far
+    :param policy_step_taken: whether the policy's step of this update was taken before
+    :return: the error to raise
+    """
+    state = (
+        "This gradient step was not taken, but the policy's step and earlier critic steps of this update were. The critic may "
+        "have diverged: it is safer to continue from an earlier checkpoint."
+        if policy_step_taken
+        else "This gradient step was not taken: weights and optimizer are unchanged, and the model can be saved."
+    )
+    return ValueError(
+        f"Non-finite {name.replace('_', ' ')} ({value}) in update {update} (timestep {timestep}). {state} "
+        "The usual cause is very large rewards or observations: scale them, for example with VecNormalize, or lower the "
+        "learning rate."
+    )

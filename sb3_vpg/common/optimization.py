@@ -1,4 +1,4 @@
-"""Which parameters are the actor's and which the critic's, and what the optimizer does with them."""
+"""Separate optimizer groups for the parameters of actor and critic."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from gymnasium.vector.utils import create_empty_array
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import obs_as_tensor
 
-from sb3_vpg.common.policy_runner import forgetting_distributions
+from sb3_vpg.common.policy_runner import temporary_distribution
 
 # Since PyTorch 2.4
 FUSED_ADAM_ON_CPU = tuple(map(int, th.__version__.split(".")[:2])) >= (2, 4)
@@ -17,9 +17,11 @@ FUSED_ADAM_ON_CPU = tuple(map(int, th.__version__.split(".")[:2])) >= (2, 4)
 
 def critic_only_parameters(policy: ActorCriticPolicy) -> set[int]:
     """
+    Find the parameters that only the critic uses: the value depends on them, the log probability and the entropy do not.
+    Frozen parameters are included.
+
     :param policy: any actor-critic policy
-    :return: ids of the parameters that only the critic uses: those on which the value depends and neither the log probability
-        nor the entropy, whether they are frozen or not
+    :return: ids of these parameters
     """
     policy.set_training_mode(False)
     parameters = list(policy.parameters())
@@ -32,7 +34,7 @@ def critic_only_parameters(policy: ActorCriticPolicy) -> set[int]:
         gradients = th.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)
         return [gradient is not None for gradient in gradients]
 
-    with forgetting_distributions(policy), unfrozen(parameters), th.enable_grad():
+    with temporary_distribution(policy), unfrozen(parameters), th.enable_grad():
         action = policy._predict(obs, deterministic=True).detach()
         values, log_prob, entropy = policy.evaluate_actions(obs, action)
         in_value = depends(values.sum())
@@ -42,7 +44,7 @@ def critic_only_parameters(policy: ActorCriticPolicy) -> set[int]:
 
 @contextmanager
 def unfrozen(parameters: Iterable[th.nn.Parameter]) -> Iterator[None]:
-    """In this context all parameters require gradients, the frozen ones too."""
+    """Context in which all parameters require gradients, including the frozen ones."""
     frozen = [p for p in parameters if not p.requires_grad and p.is_floating_point()]
     for p in frozen:
         p.requires_grad_(True)
@@ -57,8 +59,8 @@ def split_parameter_groups(optimizer: th.optim.Optimizer, critic: set[int]) -> N
     """
     Split each parameter group of the optimizer into one with ``role`` "actor" and one with ``role`` "critic".
 
-    :param optimizer: any optimizer, split before or not
-    :param critic: ids of the parameters of the critic
+    :param optimizer: any optimizer; it may have been split before
+    :param critic: ids of the parameters that only the critic uses
     """
     groups = []
     for group in optimizer.param_groups:
@@ -71,8 +73,10 @@ def split_parameter_groups(optimizer: th.optim.Optimizer, critic: set[int]) -> N
 
 def set_learning_rates(optimizer: th.optim.Optimizer, learning_rates: dict[str, float]) -> None:
     """
-    :param optimizer: split by :func:`split_parameter_groups`
-    :param learning_rates: of "actor" and "critic"
+    Set the learning rates of the optimizer's groups.
+
+    :param optimizer: an optimizer that :func:`split_parameter_groups` has split
+    :param learning_rates: learning rates of "actor" and "critic"
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rates[group["role"]]
@@ -81,15 +85,15 @@ def set_learning_rates(optimizer: th.optim.Optimizer, learning_rates: dict[str, 
 def check_trainable(parameters: Iterable[th.nn.Parameter]) -> None:
     """:raises ValueError: if all of the parameters are frozen"""
     if not any(p.requires_grad for p in parameters):
-        raise ValueError("All parameters that the update trains are frozen (requires_grad=False): unfreeze at least one layer")
+        raise ValueError("All parameters that the update trains are frozen (requires_grad=False); unfreeze at least one layer")
 
 
 def fuse_adam(optimizer: th.optim.Optimizer) -> None:
-    """Let Adam on a CPU take its steps in one kernel: the same numbers in a quarter of the time, if networks are small."""
+    """Use the fused implementation of Adam on a CPU: same result, a quarter of the time for small networks."""
     on_cpu = all(p.is_cpu for group in optimizer.param_groups for p in group["params"])
     if type(optimizer) not in (th.optim.Adam, th.optim.AdamW) or not on_cpu or not FUSED_ADAM_ON_CPU:
         return
     for group in optimizer.param_groups:
-        # Unless the user has chosen otherwise
+        # The user has not chosen an implementation
         if group["fused"] is None and group["foreach"] is None and not group["differentiable"]:
             group["fused"] = True

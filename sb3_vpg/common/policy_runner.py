@@ -1,6 +1,8 @@
 """
-Runs a policy's networks for rollout and update: samples actions, evaluates those taken, computes values. For policies whose
-forward passes are SB3's own it gives the same numbers in less time.
+Run a policy's networks for rollout and update: sample actions, evaluate log probabilities, compute values.
+
+:class:`PolicyRunner` calls the methods of any policy. :class:`FastPolicyRunner` computes the same numbers in less time, for
+policies whose forward passes are SB3's own.
 """
 
 import copy
@@ -34,12 +36,13 @@ Layer = Callable[[th.Tensor], th.Tensor]
 ModuleType = TypeVar("ModuleType", bound=nn.Module)
 
 LOG_2_PI = math.log(2 * math.pi)
-#: OpenBLAS, NumPy's, does not heed PyTorch's number of threads, but has one thread for products of matrices up to this size
+#: Largest matrix product (number of multiplications) that OpenBLAS, the library behind NumPy, computes on a single thread.
+#: PyTorch's number of threads does not apply to it.
 LARGEST_NUMPY_PRODUCT = 2**18
-#: Weights of the largest layer for which PyTorch's threads, which share each operation, cost more than they save
+#: Largest number of weights in a layer for which one thread of PyTorch is faster than several
 LARGEST_SMALL_LAYER = 2**16
 
-# A policy that overrides one of these may compute something else in forward() than the separate passes would.
+# If a policy overrides one of these methods, its forward() may compute something else than separate forward passes would
 SB3_FORWARD = (
     "forward",
     "extract_features",
@@ -52,16 +55,16 @@ SB3_FORWARD = (
 
 def has_sb3_forward(policy: ActorCriticPolicy) -> bool:
     """
-    :return: whether the forward passes of the policy are SB3's own, without hooks of the policy itself, so that actions, log
-        probabilities and values may be computed separately and in batches
+    :return: whether the forward passes of the policy are SB3's own and the policy has no hooks, so that actions, log
+        probabilities and values can be computed separately and in batches
     """
-    # A policy compiled by th.compile() has another type, without these
+    # A policy compiled by th.compile() is of another type, which does not have these methods
     if any(getattr(type(policy), name, None) is not getattr(ActorCriticPolicy, name) for name in SB3_FORWARD):
         return False
-    # Called as a whole by SB3's passes, not by separate ones
+    # Separate forward passes do not call these two modules as a whole, so their hooks would not run
     if _has_hooks(policy) or _has_hooks(policy.mlp_extractor):
         return False
-    # Replaced after construction
+    # A method of this object was replaced after construction
     if not vars(policy).keys().isdisjoint(SB3_FORWARD) or "forward" in vars(policy.mlp_extractor):
         return False
     shared = policy.features_extractor is policy.pi_features_extractor is policy.vf_features_extractor
@@ -69,24 +72,26 @@ def has_sb3_forward(policy: ActorCriticPolicy) -> bool:
 
 
 @contextmanager
-def forgetting_distributions(policy: ActorCriticPolicy) -> Iterator[None]:
+def temporary_distribution(policy: ActorCriticPolicy) -> Iterator[None]:
     """
-    In this context the policy works on a copy of its distribution. A policy keeps the last distribution that it has computed,
-    with its graph, and could not be copied by ``copy.deepcopy`` then.
+    Context in which the policy uses a copy of its distribution. A policy keeps the last distribution that it has computed,
+    together with its computation graph; ``copy.deepcopy`` of such a policy fails.
     """
-    kept = policy.action_dist
-    policy.action_dist = copy.copy(kept)
+    original = policy.action_dist
+    policy.action_dist = copy.copy(original)
     try:
         yield
     finally:
-        policy.action_dist = kept
+        policy.action_dist = original
 
 
 class _LinearTanh(th.autograd.Function):
     """
-    tanh(x W^T + b) in the fewest passes over memory. NumPy's vectorised tanh takes a fifth of the time of PyTorch's on a CPU
-    (they differ in the last bit), and so does x^T g, for inputs as narrow as the observations of classic control, in place of
-    the g^T x of PyTorch's own gradient of W.
+    tanh(x W^T + b), faster than PyTorch's own layers on a CPU:
+
+    - NumPy's vectorized tanh takes a fifth of the time of PyTorch's (results differ in the last bit).
+    - The gradient of W is computed as (x^T g)^T. PyTorch computes g^T x, which takes five times as long if x has few columns,
+      such as observations of classic control.
     """
 
     @staticmethod
@@ -111,32 +116,33 @@ def _linear_tanh(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module calls hooks: its own or, of any module, those registered for all modules."""
+    """Whether calling the module runs hooks: hooks of this module, or global hooks."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(own) or _has_any_global_hook()
 
 
 def _is_plain(module: nn.Module | None, kind: type[ModuleType]) -> TypeGuard[ModuleType]:
-    """Whether the module computes what modules of this kind do: neither a subclass nor a ``forward()`` of its own."""
+    """Whether the module is exactly of this class: not of a subclass, and without a replaced ``forward()``."""
     return type(module) is kind and "forward" not in vars(module)
 
 
 def _is_plain_linear(module: nn.Module | None) -> TypeGuard[nn.Linear]:
-    """Whether NumPy can compute the layer: with a bias, in single precision, on a CPU."""
+    """Whether the module is a linear layer that NumPy can compute: with a bias, in single precision, on a CPU."""
     if not _is_plain(module, nn.Linear) or module.bias is None:
         return False
     return module.weight.is_cpu and module.weight.dtype == th.float32
 
 
 def _only_flattens(extractor: nn.Module) -> bool:
-    """Whether the features are the flattened observation, and no hook sees them."""
+    """Whether the extractor only flattens the observation, and has no hooks."""
     if not _is_plain(extractor, FlattenExtractor) or any(map(_has_hooks, extractor.modules())):
         return False
     flatten = extractor.flatten
     return _is_plain(flatten, nn.Flatten) and (flatten.start_dim, flatten.end_dim) == (1, -1)
 
 
-def _fused(linear: nn.Linear) -> Layer:
+def _fuse_tanh(linear: nn.Linear) -> Layer:
+    """:return: the linear layer and a tanh, as one function"""
     weight, bias = linear.weight, linear.bias
 
     def layer(x: th.Tensor) -> th.Tensor:
@@ -145,17 +151,22 @@ def _fused(linear: nn.Linear) -> Layer:
     return layer
 
 
-def layers_of(*modules: nn.Module) -> list[Layer]:
+def make_layers(*modules: nn.Module) -> list[Layer]:
     """
-    :param modules: layers, the output of each the input of the next
-    :return: what calling them comes down to, where they have no hooks: a Linear and the Tanh after it at once (on a CPU, in
-        single precision), and forward() itself, since Module.__call__ takes half of the time of a small layer
+    Build the functions that compute a sequence of layers, without the overhead of calling modules:
+
+    - a Linear followed by a Tanh becomes one function (on a CPU, in single precision)
+    - other modules are replaced by their ``forward()``: for a small layer, ``Module.__call__`` takes half of the time
+    - modules with hooks are kept
+
+    :param modules: layers, in order
+    :return: functions to call in order
     """
     layers: list[Layer] = []
     previous: nn.Module | None = None
     for module in modules:
         if _is_plain(module, nn.Tanh) and _is_plain_linear(previous) and not _has_hooks(previous) and not _has_hooks(module):
-            layers[-1] = _fused(previous)
+            layers[-1] = _fuse_tanh(previous)
         else:
             layers.append(module if _has_hooks(module) else module.forward)
         previous = module
@@ -163,14 +174,19 @@ def layers_of(*modules: nn.Module) -> list[Layer]:
 
 
 class Head:
-    """From the actor's last hidden layer to the distribution of actions: SB3's own objects, for any distribution."""
+    """
+    Distribution of actions given the output of the actor's last hidden layer ("latent"). This class uses SB3's distribution
+    objects and supports all of them.
+
+    :param policy: the policy
+    """
 
     def __init__(self, policy: ActorCriticPolicy):
         self.policy = policy
-        (self.action_net,) = layers_of(policy.action_net)
+        (self.action_net,) = make_layers(policy.action_net)
 
     def sample(self, latent: th.Tensor) -> np.ndarray:
-        """:return: actions"""
+        """:return: sampled actions, N in all"""
         return self.policy._get_action_dist_from_latent(latent).get_actions().cpu().numpy()
 
     def evaluate(self, latent: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor | None]:
@@ -179,8 +195,8 @@ class Head:
         return distribution.log_prob(actions), distribution.entropy()
 
     def parameters(self, latent: th.Tensor) -> Any:
-        """:return: what :meth:`kl_divergence` compares"""
-        # The policy has one object of a distribution, which each of its passes changes
+        """:return: parameters of the distributions, in the form that :meth:`kl_divergence` takes"""
+        # The policy has a single distribution object, which each forward pass changes
         return copy.copy(self.policy._get_action_dist_from_latent(latent))
 
     def kl_divergence(self, before: Any, after: Any) -> th.Tensor:
@@ -191,7 +207,7 @@ class Head:
 
 
 class StateDependentNoiseHead(Head):
-    """gSDE, sampled without constructing its distribution."""
+    """gSDE. Sampling does not construct the distribution object."""
 
     def sample(self, latent: th.Tensor) -> np.ndarray:
         distribution: StateDependentNoiseDistribution = self.policy.action_dist  # type: ignore[assignment]
@@ -201,8 +217,8 @@ class StateDependentNoiseHead(Head):
 
 class NumPyHead(Head):
     """
-    A distribution without SB3's objects, which take longer to construct than a small network to evaluate. Actions are sampled
-    in NumPy, with PyTorch's random numbers.
+    Distribution without SB3's objects: constructing one takes longer than evaluating a small network. Actions are sampled in
+    NumPy, with random numbers of PyTorch's generator.
     """
 
     def sample(self, latent: th.Tensor) -> np.ndarray:
@@ -210,20 +226,20 @@ class NumPyHead(Head):
 
     def sample_from(self, outputs: np.ndarray) -> np.ndarray:
         """
-        :param outputs: of the action_net, shape (N, ...)
-        :return: actions
+        :param outputs: outputs of the action_net, shape (N, ...)
+        :return: sampled actions
         """
         raise NotImplementedError
 
 
 class CategoricalHead(NumPyHead):
     def sample_from(self, outputs: np.ndarray) -> np.ndarray:
-        # As Tensor.multinomial does for one sample: p_i / Exponential(1) is largest at i with probability p_i
+        # Same method as Tensor.multinomial for one sample: p_i / Exponential(1) is largest at i with probability p_i
         noise = th.empty(outputs.shape).exponential_().numpy()
         return (outputs - np.log(noise)).argmax(axis=1)
 
     def parameters(self, latent: th.Tensor) -> th.Tensor:
-        # Transposed: sums over a short last axis are slow
+        # Transposed, since sums over a short last axis are slow
         return self.action_net(latent).T.log_softmax(dim=0)
 
     def evaluate(self, latent: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
@@ -244,7 +260,8 @@ class DiagGaussianHead(NumPyHead):
 
     def evaluate(self, latent: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         mean, log_std = self.parameters(latent)
-        # log N(a; mu, sigma) = -((a - mu) / sigma)^2 / 2 - log sigma - log(2 pi) / 2, and its entropy
+        # log N(a; mu, sigma) = -((a - mu) / sigma)^2 / 2 - log sigma - log(2 pi) / 2
+        # entropy = (1 + log(2 pi)) / 2 + log sigma
         log_prob = (-0.5 * ((actions - mean) / log_std.exp()) ** 2 - log_std - 0.5 * LOG_2_PI).sum(dim=1)
         return log_prob, (0.5 + 0.5 * LOG_2_PI + log_std).sum().expand(len(mean))
 
@@ -254,25 +271,25 @@ class DiagGaussianHead(NumPyHead):
         return (new_log_std - log_std + squares - 0.5).sum(dim=1)
 
 
-class SmallActor:
+class NumPyActor:
     """
-    The actor in NumPy, on the memory of PyTorch's weights: for a few observations, calls cost more than arithmetic, and
-    NumPy's cost less.
+    The actor network in NumPy. It shares the memory of PyTorch's weights. For few observations the overhead of function calls
+    dominates, and NumPy's is smaller than PyTorch's.
 
-    :param linears: its layers, with a tanh after each but the last
-    :param head: samples from the outputs of the last one
+    :param linears: linear layers; each except the last is followed by a tanh
+    :param head: samples actions from the outputs of the last layer
     """
 
     def __init__(self, linears: list[nn.Linear], head: NumPyHead):
         *self._hidden, self._last = [(linear.weight.detach().numpy().T, linear.bias.detach().numpy()) for linear in linears]
         self._sample_from = head.sample_from
-        #: For up to so many observations
+        #: Largest number of observations at a time
         self.max_batch = LARGEST_NUMPY_PRODUCT // max(linear.weight.numel() for linear in linears)
 
     def sample(self, x: np.ndarray) -> np.ndarray:
         """
         :param x: observations, float32, shape (N, features)
-        :return: actions
+        :return: sampled actions
         """
         for weight, bias in self._hidden:
             x = np.dot(x, weight)
@@ -291,31 +308,33 @@ HEADS: dict[type[Distribution], type[Head]] = {
 
 class PolicyRunner:
     """
-    Runs the networks of any policy, by its own methods.
+    Run the networks of any policy through the policy's own methods.
 
-    Create one per rollout and per update: modules and hooks may change in between.
+    Create one runner per rollout and per update: modules and hooks may change in between.
 
     :param policy: any actor-critic policy
     """
 
-    #: Whether a pass is faster on one thread, and may run in several threads at a time
+    #: Whether a forward pass is faster on one thread of PyTorch. Several such passes can run in parallel threads.
     single_threaded = False
 
     def __init__(self, policy: ActorCriticPolicy):
         self.policy = policy
 
     def threads(self) -> AbstractContextManager[None]:
-        """:return: a context with one thread for each operation, if that is faster"""
+        """:return: context in which PyTorch runs each operation on one thread, if that is faster"""
         return one_thread() if th.get_num_threads() > 1 and self.single_threaded else nullcontext()
 
     def evaluate(
         self, obs: PyTorchObs, actions: th.Tensor, with_values: bool
     ) -> tuple[th.Tensor | None, th.Tensor, th.Tensor | None]:
         """
+        Evaluate actions that were taken, with gradients.
+
         :param obs: N observations
         :param actions: N actions, as :class:`RolloutBuffer` stores them
-        :param with_values: whether values are needed
-        :return: values (None if not needed), log probabilities, entropies (None without an analytical form), shape (N,)
+        :param with_values: whether to compute values
+        :return: values (None if not computed), log probabilities, entropies (None without an analytical form), shape (N,)
         """
         values, log_prob, entropy = self.policy.evaluate_actions(obs, self._actions(actions))
         return values.flatten() if with_values else None, log_prob, entropy
@@ -326,15 +345,15 @@ class PolicyRunner:
 
     @th.no_grad()
     def snapshot(self, obs: PyTorchObs, actions: th.Tensor) -> Any:
-        """:return: the policy at these observations, as :meth:`kl_divergence` compares it"""
+        """:return: the distributions of actions at these observations, in the form that :meth:`kl_divergence` takes"""
         return self.evaluate(obs, actions, with_values=False)[1]
 
     def kl_divergence(self, before: Any, after: Any) -> float:
         """
         :param before: a snapshot
-        :param after: another one, later, at the same observations and actions
-        :return: KL(before || after), averaged over the steps; estimated without bias from log probabilities, as in
-            http://joschu.net/blog/kl-approx.html
+        :param after: a later snapshot at the same observations and actions
+        :return: KL(before || after), averaged over the observations. This class uses the unbiased estimate from log
+            probabilities of http://joschu.net/blog/kl-approx.html
         """
         log_ratio = after - before
         return (th.exp(log_ratio) - 1 - log_ratio).mean().item()
@@ -346,30 +365,32 @@ class PolicyRunner:
 
 class FastPolicyRunner(PolicyRunner):
     """
-    The same for a policy for which :func:`has_sb3_forward` holds: actions, log probabilities and values are computed
-    separately, which gives the same numbers, up to rounding, in less time.
+    Runner for a policy for which :func:`has_sb3_forward` is True. Actions, log probabilities and values are computed
+    separately. Results are the same up to rounding, in less time.
+
+    :param policy: the policy
     """
 
     def __init__(self, policy: ActorCriticPolicy):
         super().__init__(policy)
         extractors = (policy.pi_features_extractor, policy.vf_features_extractor)
         flat = isinstance(policy.observation_space, spaces.Box) and not is_image_space(policy.observation_space)
-        #: What extract_features() comes down to in the most common case
+        #: Whether extract_features() only flattens the observation, the most common case
         self._only_flatten = flat and all(map(_only_flattens, extractors))
-        #: Features that take time and serve actor and critic alike
+        #: Whether actor and critic share features that are costly to compute
         self.shares_features = policy.share_features_extractor and not self._only_flatten
         self._head = HEADS.get(type(policy.action_dist), Head)(policy)
         mlp = policy.mlp_extractor
         self._plain = _is_plain(mlp, MlpExtractor) and all(
             _is_plain(network, nn.Sequential) and not _has_hooks(network) for network in (mlp.policy_net, mlp.value_net)
         )
-        self._actor: list[Layer] = layers_of(*mlp.policy_net) if self._plain else [mlp.forward_actor]
-        critic: list[Layer] = layers_of(*mlp.value_net) if self._plain else [mlp.forward_critic]
-        self._critic = [*critic, *layers_of(policy.value_net)]
+        self._actor: list[Layer] = make_layers(*mlp.policy_net) if self._plain else [mlp.forward_actor]
+        critic: list[Layer] = make_layers(*mlp.value_net) if self._plain else [mlp.forward_critic]
+        self._critic = [*critic, *make_layers(policy.value_net)]
 
     @cached_property
     def single_threaded(self) -> bool:  # type: ignore[override]
-        """No layer wide enough for several threads, nor one of the user's; no hook; no distribution that keeps its state."""
+        """True for small standard layers on a CPU, without hooks, and with a distribution that has no state."""
         if not (self._plain and self._only_flatten and isinstance(self._head, NumPyHead)):
             return False
         parameters = list(self.policy.parameters())
@@ -377,14 +398,14 @@ class FastPolicyRunner(PolicyRunner):
         return not hooks and all(p.is_cpu and p.numel() <= LARGEST_SMALL_LAYER for p in parameters)
 
     @cached_property
-    def _small_actor(self) -> SmallActor | None:
-        """None where the actor is not made of Linear and Tanh in turns, in single precision on a CPU."""
+    def _numpy_actor(self) -> NumPyActor | None:
+        """The actor in NumPy; None unless it consists of alternating Linear and Tanh, in single precision on a CPU."""
         if not (self._plain and self._only_flatten and isinstance(self._head, NumPyHead)):
             return None
         modules = [*self.policy.mlp_extractor.policy_net, self.policy.action_net]
         linears, activations = modules[::2], modules[1::2]
-        fits = all(map(_is_plain_linear, linears)) and all(_is_plain(module, nn.Tanh) for module in activations)
-        return None if not fits or any(map(_has_hooks, modules)) else SmallActor(linears, self._head)
+        supported = all(map(_is_plain_linear, linears)) and all(_is_plain(module, nn.Tanh) for module in activations)
+        return None if not supported or any(map(_has_hooks, modules)) else NumPyActor(linears, self._head)
 
     def _features(self, obs: PyTorchObs, extractor: BaseFeaturesExtractor) -> th.Tensor:
         if self._only_flatten:
@@ -393,24 +414,25 @@ class FastPolicyRunner(PolicyRunner):
 
     def sample(self, obs: PyTorchObs, with_values: bool) -> tuple[np.ndarray, th.Tensor | None]:
         """
+        Sample actions. With the same random state, they are those of ``policy.get_distribution(obs).get_actions()``.
+
         :param obs: observations of N environments
-        :param with_values: whether values are needed
-        :return: actions, the same ones from the same random state as ``policy.get_distribution(obs).get_actions()``; values
-            (None if not needed), shape (N,), without gradient
+        :param with_values: whether to compute values
+        :return: actions, and values without gradient (None if not computed), shape (N,)
         """
-        if self._small_actor is not None and len(obs) <= self._small_actor.max_batch and not with_values:
+        if self._numpy_actor is not None and len(obs) <= self._numpy_actor.max_batch and not with_values:
             x: th.Tensor = obs  # type: ignore[assignment]
-            return self._small_actor.sample(x.numpy().reshape(len(x), -1).astype(np.float32, copy=False)), None
+            return self._numpy_actor.sample(x.numpy().reshape(len(x), -1).astype(np.float32, copy=False)), None
         with self.threads(), th.inference_mode():
             features = self._features(obs, self.policy.pi_features_extractor)
-            actions = self._head.sample(_through(self._actor, features))
+            actions = self._head.sample(_apply_layers(self._actor, features))
             return actions, self._values(obs, features) if with_values else None
 
     def evaluate(
         self, obs: PyTorchObs, actions: th.Tensor, with_values: bool
     ) -> tuple[th.Tensor | None, th.Tensor, th.Tensor | None]:
         features = self._features(obs, self.policy.pi_features_extractor)
-        log_prob, entropy = self._head.evaluate(_through(self._actor, features), self._actions(actions))
+        log_prob, entropy = self._head.evaluate(_apply_layers(self._actor, features), self._actions(actions))
         return self._values(obs, features) if with_values else None, log_prob, entropy
 
     def values(self, obs: PyTorchObs) -> th.Tensor:
@@ -420,23 +442,23 @@ class FastPolicyRunner(PolicyRunner):
     def _values(self, obs: PyTorchObs, features: th.Tensor | None = None) -> th.Tensor:
         if features is None or not self.policy.share_features_extractor:
             features = self._features(obs, self.policy.vf_features_extractor)
-        return _through(self._critic, features).flatten()
+        return _apply_layers(self._critic, features).flatten()
 
     @th.no_grad()
     def snapshot(self, obs: PyTorchObs, actions: th.Tensor) -> Any:
         with self.threads():
-            return self._head.parameters(_through(self._actor, self._features(obs, self.policy.pi_features_extractor)))
+            return self._head.parameters(_apply_layers(self._actor, self._features(obs, self.policy.pi_features_extractor)))
 
     def kl_divergence(self, before: Any, after: Any) -> float:
         return self._head.kl_divergence(before, after).mean().item()
 
 
-def _through(layers: list[Layer], x: th.Tensor) -> th.Tensor:
+def _apply_layers(layers: list[Layer], x: th.Tensor) -> th.Tensor:
     for layer in layers:
         x = layer(x)
     return x
 
 
 def make_policy_runner(policy: ActorCriticPolicy) -> PolicyRunner:
-    """:return: a runner for the policy, the fast one if the policy's forward passes are SB3's own"""
+    """:return: the fast runner if the policy's forward passes are SB3's own, else the general one"""
     return FastPolicyRunner(policy) if has_sb3_forward(policy) else PolicyRunner(policy)

@@ -1,10 +1,10 @@
-"""Progress of several processes that train together."""
+"""Progress bar for data-parallel training."""
 
 from stable_baselines3.common.callbacks import ProgressBarCallback
 
 
 class AllRanksProgressBar(ProgressBarCallback):
-    """SB3's progress bar with the timesteps of all processes that train together."""
+    """SB3's progress bar, counting the timesteps of all ranks."""
 
     def _on_training_start(self) -> None:
         super()._on_training_start()

@@ -1,6 +1,7 @@
 """
-The states of the random number generators that a training draws from, in the form of plain data: a run that goes on from them
-draws what it would have drawn.
+Read and restore the states of all random number generators that a training run uses.
+
+The states are plain data (JSON). A run that resumes from them draws the same random numbers as the uninterrupted run.
 """
 
 import base64
@@ -20,11 +21,12 @@ State = dict[str, Any]
 
 def get_random_states(env: VecEnv | None) -> State:
     """
-    The generator of an environment is left out, with a warning that names it, if its state cannot be read or stored.
+    Read the states of Python's, NumPy's and PyTorch's global generators and of the environments' generators. If the generator
+    of an environment cannot be read or stored, a warning names the environment and its state is left out.
 
-    :param env: environments; their generators are ``np_random``, as gymnasium's API has it. Generators of other names are
-        theirs alone.
-    :return: states of Python's, NumPy's and PyTorch's global generators and of the environments', as JSON can hold them
+    :param env: environments. Their generators are the attributes ``np_random`` of gymnasium's API; generators in other
+        attributes are not read.
+    :return: the states, as data that JSON can store
     """
     version, python_state, gauss_next = random.getstate()
     return {
@@ -39,15 +41,16 @@ def get_random_states(env: VecEnv | None) -> State:
 
 def set_random_states(states: State, env: VecEnv) -> None:
     """
-    The generator of an environment is left as it is, with a warning that names it, if it does not take its state.
+    Restore states that :func:`get_random_states` has read. If the state of an environment's generator cannot be restored, a
+    warning names the environment and its generator is not changed.
 
-    :param states: as :func:`get_random_states` returned them
-    :param env: environments. Those that get a state will not use a seed that they have been given for their next reset; where
-        their number is another one, their generators are left as they are.
+    :param states: the states
+    :param env: environments. Their generators are restored only if the number of environments is the same. A seed that was
+        set for the next reset of such an environment is discarded.
     """
     version, python_state, gauss_next = states["python"]
     random.setstate((version, tuple(decode(python_state, np.uint32).tolist()), gauss_next))
-    # np.random.set_bit_generator() may have chosen another one
+    # A user can replace it by np.random.set_bit_generator()
     if np.random.get_state(legacy=False)["bit_generator"] == states["numpy"]["bit_generator"]:  # noqa: NPY002
         np.random.set_state(_from_plain(states["numpy"]))  # noqa: NPY002
     th.set_rng_state(th.from_numpy(decode(states["torch"], np.uint8)))
@@ -58,18 +61,18 @@ def set_random_states(states: State, env: VecEnv) -> None:
 
 
 def _get_environment_states(env: VecEnv) -> list[State | None]:
-    """:return: for each environment the state of its generator; None if it has none, or it cannot be stored"""
+    """:return: the state of each environment's generator; None if there is no generator or its state cannot be stored"""
     states: list[State | None] = [None] * env.num_envs
 
     def get_state(i: int) -> None:
         try:
             (generator,) = env.get_attr("np_random", indices=i)
         except (AttributeError, NotImplementedError):
-            # It has none
+            # This environment has no generator
             return
         states[i] = _state_of(generator)
 
-    # There is nobody to ask once the processes have been ended
+    # The worker processes of a closed VecEnv have exited
     if not getattr(env.unwrapped, "closed", False):
         _for_each_environment(get_state, range(env.num_envs), env, "saved")
     return states
@@ -82,25 +85,28 @@ def _set_environment_states(states: Sequence[State | None], env: VecEnv) -> None
         if type(generator.bit_generator).__name__ != state["bit_generator"]:
             generator = np.random.Generator(getattr(np.random, state["bit_generator"])())
         generator.bit_generator.state = _from_plain(state)
-        # In this process it is the environment's own by now, which may be read-only; from another one came a copy
+        # In this process, `generator` is the environment's own object and is restored already (np_random may be read-only).
+        # From a worker process came a copy, which must be sent back
         if _state_of(*env.get_attr("np_random", indices=i)) != state:
             env.set_attr("np_random", generator, indices=i)
         env.unwrapped._seeds[i] = None
 
-    _for_each_environment(set_state, [i for i, state in enumerate(states) if state is not None], env, "restored", to_set=True)
+    _for_each_environment(set_state, [i for i, state in enumerate(states) if state is not None], env, "restored", writes=True)
 
 
 def _for_each_environment(
-    function: Callable[[int], None], indices: Sequence[int], env: VecEnv, done: str, to_set: bool = False
+    function: Callable[[int], None], indices: Sequence[int], env: VecEnv, verb: str, writes: bool = False
 ) -> None:
     """
-    Call the function for each of the environments, as far as it does not fail, and warn of those for which it does.
+    Call the function for each environment, and warn about the environments for which it raises.
 
-    :param function: is given the index of an environment
-    :param done: what it does to the state of the generator
-    :param to_set: whether it sets the generator
+    :param function: called with the index of an environment
+    :param indices: indices of the environments
+    :param env: the environments
+    :param verb: "saved" or "restored", for the warning
+    :param writes: whether the function sets the generator
     """
-    problems = _lost_if_asked(env, indices, to_set)
+    problems = _find_failing_workers(env, indices, writes)
     for i in indices:
         if i not in problems:
             try:
@@ -111,49 +117,49 @@ def _for_each_environment(
         which = [str(i) for i in indices if problems.get(i) == reason]
         others = f" and {len(which) - 8} others" if len(which) > 8 else ""
         warnings.warn(
-            f"The state of np_random of environment {', '.join(which[:8])}{others} is not {done}: {reason}. "
-            "A run that goes on from the file draws other random numbers there.",
+            f"The state of np_random of environment {', '.join(which[:8])}{others} is not {verb}: {reason}. "
+            "A run that resumes from the file draws different random numbers there.",
             stacklevel=5,
         )
 
 
-def _lost_if_asked(env: VecEnv, indices: Sequence[int], to_set: bool) -> dict[int, str]:
+def _find_failing_workers(env: VecEnv, indices: Sequence[int], writes: bool) -> dict[int, str]:
     """
-    An exception in a process of SubprocVecEnv ends it, whether an attribute raises or cannot be sent. So an environment is
-    asked for its generator only if its process says, by way of :class:`_Failing`, that this raises nothing.
+    Find the environments whose generator must not be accessed. An exception in a worker process of SubprocVecEnv terminates
+    the worker, so each worker first tests the access by means of :class:`_AccessProbe`, which catches the exception.
 
-    :return: index of each environment that must not be asked, and why
+    :return: index of each such environment, and the reason
     """
     if not isinstance(env.unwrapped, SubprocVecEnv) or not indices:
         return {}
     try:
         wrapped = env.env_is_wrapped(gym.Wrapper, indices)
-        failing = env.env_is_wrapped(_Failing(to_set), indices)  # type: ignore[arg-type]
+        failing = env.env_is_wrapped(_AccessProbe(writes), indices)  # type: ignore[arg-type]
     except Exception as error:
         return dict.fromkeys(indices, repr(error))
-    raises = "reading, pickling or setting it raises an exception" if to_set else "reading or pickling it raises an exception"
-    unknown = "SubprocVecEnv cannot find out whether it can be read, unless the environment has a wrapper, such as Monitor"
+    raises = "reading, pickling or setting it raises an exception" if writes else "reading or pickling it raises an exception"
+    unknown = "SubprocVecEnv cannot test the access unless the environment has a wrapper, such as Monitor"
     answers = zip(indices, wrapped, failing)
     return {i: raises if fails else unknown for i, has_wrapper, fails in answers if fails or not has_wrapper}
 
 
-class _Failing:
+class _AccessProbe:
     """
-    Takes the place of the wrapper class in ``VecEnv.env_is_wrapped``: a process of SubprocVecEnv then evaluates
-    ``isinstance(env, _Failing(...))``, for each wrapper, and answers whether its ``np_random`` raises an exception.
+    Tests in a worker process whether access to ``np_random`` raises an exception. It takes the place of the wrapper class in
+    ``VecEnv.env_is_wrapped``: the worker evaluates ``isinstance(env, _AccessProbe(...))`` for each wrapper.
 
-    :param to_set: whether it is set, to what it is
+    :param writes: whether the test includes setting the generator (to its present value)
     """
 
-    def __init__(self, to_set: bool):
-        self.to_set = to_set
+    def __init__(self, writes: bool):
+        self.writes = writes
 
     def __instancecheck__(self, env: gym.Wrapper) -> bool:
         try:
             generator = env.get_wrapper_attr("np_random")
-            # As it would be sent
+            # As the worker would send it
             ForkingPickler.dumps(generator)
-            if self.to_set:
+            if self.writes:
                 env.np_random = generator
         except Exception:
             return True
@@ -161,7 +167,7 @@ class _Failing:
 
 
 def _state_of(generator: np.random.Generator) -> State:
-    """:raises TypeError: if it is not one of NumPy's, which alone can be made from their state"""
+    """:raises TypeError: if the bit generator is not one of NumPy's: only these can be restored from their state"""
     bit_generator = generator.bit_generator
     name = type(bit_generator).__name__
     if type(bit_generator) is not getattr(np.random, name, None):
@@ -170,7 +176,7 @@ def _state_of(generator: np.random.Generator) -> State:
 
 
 def _to_plain(state: Mapping[str, Any]) -> State:
-    """:return: the state of one of NumPy's bit generators, with its arrays as text"""
+    """:return: the state of a NumPy bit generator, its arrays encoded as text"""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -181,7 +187,7 @@ def _to_plain(state: Mapping[str, Any]) -> State:
 
 
 def _from_plain(state: State) -> State:
-    """:return: the state that :func:`_to_plain` was given"""
+    """Inverse of :func:`_to_plain`."""
     dtype = np.uint32 if state["bit_generator"] == "MT19937" else np.uint64
 
     def array(key: str, value: Any) -> Any:

@@ -1,6 +1,8 @@
 """
-Threads for small networks: PyTorch's own, which share each operation, wait for each other more than they work there. Ours take
-whole chunks of a batch.
+Threads for small networks.
+
+PyTorch splits each operation across its threads. For small networks, synchronizing these threads costs more than the
+computation. Here, each thread processes whole chunks of a batch instead.
 """
 
 import os
@@ -13,12 +15,12 @@ from typing import TypeVar
 import torch as th
 
 Chunk = TypeVar("Chunk")
-Rest = TypeVar("Rest")
+Extra = TypeVar("Extra")
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Each operation of PyTorch on one thread, and then again on as many as before."""
+    """Context in which PyTorch runs each operation on one thread."""
     n_threads = th.get_num_threads()
     th.set_num_threads(1)
     try:
@@ -29,7 +31,7 @@ def one_thread() -> Iterator[None]:
 
 @cache
 def _pool(n_threads: int) -> ThreadPoolExecutor:
-    # PyTorch's number of threads is set for each thread on its own
+    # PyTorch's number of threads is a setting of each thread
     return ThreadPoolExecutor(n_threads, thread_name_prefix="sb3_vpg", initializer=partial(th.set_num_threads, 1))
 
 
@@ -39,40 +41,41 @@ if hasattr(os, "register_at_fork"):
 
 
 def accumulate_gradients(
-    loss_of: Callable[[Chunk], tuple[th.Tensor, Rest]],
+    compute_loss: Callable[[Chunk], tuple[th.Tensor, Extra]],
     chunks: Iterable[Chunk],
     parameters: Iterable[th.nn.Parameter],
     n_threads: int = 1,
-) -> Iterator[Rest]:
+) -> Iterator[Extra]:
     """
-    Add the gradient of the sum of the losses of all chunks to ``grad`` of the parameters. The sums are taken in the order of
-    the chunks: the number of threads does not change the result. With several, to be called within :func:`one_thread`.
+    Compute the gradient of the sum of the losses of all chunks, and add it to ``grad`` of the parameters. Gradients are added
+    in the order of the chunks, so the number of threads does not change the result. With more than one thread, call it within
+    :func:`one_thread`.
 
-    :param loss_of: the loss of a chunk, and what else is to be told of it; called in threads, if there are several
+    :param compute_loss: returns the loss of a chunk and any further result; called from several threads if ``n_threads`` > 1
     :param chunks: parts of a batch
-    :param parameters: others are left alone
-    :param n_threads: number of chunks at a time
-    :return: what ``loss_of`` told of each chunk, in order
+    :param parameters: the parameters whose gradients are computed
+    :param n_threads: number of chunks that are processed in parallel, >= 1
+    :return: the further result of each chunk, in order
     """
-    # Some may have been frozen since
+    # Parameters may have been frozen since the groups were made
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     if n_threads == 1:
         for chunk in chunks:
-            loss, rest = loss_of(chunk)
+            loss, extra = compute_loss(chunk)
             loss.backward(inputs=parameters)
-            yield rest
+            yield extra
         return
 
-    def gradient_of(chunk: Chunk) -> tuple[tuple[th.Tensor | None, ...], Rest]:
-        loss, rest = loss_of(chunk)
-        return th.autograd.grad(loss, parameters, allow_unused=True), rest
+    def compute_gradient(chunk: Chunk) -> tuple[tuple[th.Tensor | None, ...], Extra]:
+        loss, extra = compute_loss(chunk)
+        return th.autograd.grad(loss, parameters, allow_unused=True), extra
 
-    for gradient, rest in _pool(n_threads).map(gradient_of, chunks):
+    for gradient, extra in _pool(n_threads).map(compute_gradient, chunks):
         for parameter, part in zip(parameters, gradient):
             if part is None:
                 continue
             if parameter.grad is None:
-                # Optimizers expect it to lie in memory as the parameter does
+                # Optimizers expect gradient and parameter to have the same memory layout
                 parameter.grad = th.zeros_like(parameter)
             parameter.grad += part
-        yield rest
+        yield extra

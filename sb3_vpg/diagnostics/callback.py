@@ -8,7 +8,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_vpg.buffers import VPGBufferMixin
 from sb3_vpg.common.checks import check_number
-from sb3_vpg.common.policy_runner import forgetting_distributions, make_policy_runner
+from sb3_vpg.common.policy_runner import make_policy_runner, temporary_distribution
 from sb3_vpg.diagnostics.gradients import actor_parameters, weighted_score
 from sb3_vpg.diagnostics.statistics import GradientStatistics, statistics_of
 from sb3_vpg.estimators import Array, segment_index
@@ -73,7 +73,7 @@ def rollout_statistics(model: VPG, n_bootstrap: int = 0) -> GradientStatistics |
     weights = scale * buffer.normalized_advantages(model.processes).reshape(1, -1)
     runner, segments = make_policy_runner(model.policy), steps_of_segments(buffer)
     gradients = []
-    with forgetting_distributions(model.policy):
+    with temporary_distribution(model.policy):
         parameters = actor_parameters(model.policy, buffer)
         for group in groups:
             indices = np.concatenate([segments[segment] for segment in group])

@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_vpg.buffers import VPGBufferMixin, buffer_class_for
 from sb3_vpg.common.checks import check_choice, check_number
-from sb3_vpg.common.policy_runner import PolicyRunner, forgetting_distributions
+from sb3_vpg.common.policy_runner import PolicyRunner, temporary_distribution
 from sb3_vpg.diagnostics.statistics import GradientStatistics, statistics_of
 from sb3_vpg.estimators import Array, Formulation, Rollout, segment_index
 from sb3_vpg.keywords import LOSS_REDUCTIONS, PARTIAL_EPISODES, Plan
@@ -247,7 +247,7 @@ def batch_gradients(policy: ActorCriticPolicy, episodes: Episodes, measured: Seq
     size = measured[0].episodes_per_batch
     n_batches = episodes.indices.shape[1] // size
     gradients = []
-    with forgetting_distributions(policy):
+    with temporary_distribution(policy):
         parameters = actor_parameters(policy, buffer)
         for batch in range(n_batches):
             columns = slice(batch * size, (batch + 1) * size)

@@ -106,8 +106,8 @@ def test_an_exception_in_an_array_of_environments_is_named(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("raise", r"Environment 1 failed at step 1 .*: its process has ended with exit code 1; its own error is printed"),
-        ("exit", r"Environment 1 failed at step 1 .*: its process has ended with exit code 3"),
+        ("raise", r"Environment 1 failed at step 1 .*: its process exited with code 1; its own error is printed"),
+        ("exit", r"Environment 1 failed at step 1 .*: its process exited with code 3"),
         ("kill", r"Environment 1 failed at step 1 .*: its process was killed by signal 9"),
     ],
 )

@@ -71,7 +71,7 @@ def test_an_optimizer_of_another_kind_is_not_taken_over_and_a_warning_says_so(tm
     other.learn(10)
     for form in ("dictionary", "file"):
         with pytest.warns(
-            UserWarning, match="state of the optimizer is not taken over: it has no betas, so it is not one of Adam"
+            UserWarning, match="state of the optimizer is not loaded: it has no betas, so it is not one of Adam"
         ):
             take_over(model, other, form, tmp_path)
         assert th.equal(flat_weights(model), flat_weights(other))
@@ -145,7 +145,7 @@ def test_groups_of_unknown_parameters_are_not_taken_over():
     parameters = other.get_parameters()
     for group in parameters["policy.optimizer"]["param_groups"]:
         del group["names"]
-    with pytest.warns(UserWarning, match="state of the optimizer is not taken over: it has other groups of parameters"):
+    with pytest.warns(UserWarning, match="state of the optimizer is not loaded: it has other groups of parameters"):
         model.set_parameters(parameters)
     assert th.equal(flat_weights(model), flat_weights(other))
     assert known(model) == {}

@@ -90,3 +90,11 @@ def test_unbiased_and_intervals_cover_the_truth():
 def test_one_gradient_has_no_variance(shape):
     with pytest.raises(ValueError, match="m >= 2"):
         statistics_of(th.ones(shape))
+
+
+@pytest.mark.parametrize(("confidence", "low", "high"), [(0.4, 1, 1), (0.6, 0, 2)])
+def test_half_of_what_lies_outside_an_interval_is_on_either_side(confidence, low, high):
+    # The norm of the mean is how often the third gradient is drawn: 0, 1 and 2 times in a quarter, a half and a quarter of the
+    # resamples, leaving out those of one gradient alone
+    statistics = statistics_of(th.tensor([[0.0], [0.0], [3.0]]), confidence=confidence)
+    assert statistics.mean_norm == (1, low, high)

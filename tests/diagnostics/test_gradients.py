@@ -23,8 +23,8 @@ from sb3_vpg.diagnostics import (
     gradient_statistics,
     statistics_of,
 )
-from sb3_vpg.diagnostics.gradients import episodes_in
-from sb3_vpg.estimators import Formulation
+from sb3_vpg.diagnostics.gradients import episodes_in, psi
+from sb3_vpg.estimators import Formulation, Rollout
 
 # ---------------------------------------------------------------------------------------------------------------
 # From episodes to gradients
@@ -271,3 +271,14 @@ def test_bad_input_is_named():
         GradientStatisticsCallback(0)
     with pytest.raises(ValueError, match="is for VPG"):
         A2C("MlpPolicy", env).learn(10, callback=GradientStatisticsCallback())
+
+
+@pytest.mark.parametrize(
+    ("baseline", "expected"), [(None, [1 + 1 / 2 + 1 / 4, 1 + 1 / 2, 1]), ("value", [2.75 - 8, 3.5 - 8, 1 + 8 / 2 - 8])]
+)
+def test_the_critics_value_at_a_time_limit_counts_only_with_a_formulation_that_has_a_critic(baseline, expected):
+    # Three rewards of 1, every value 8
+    rewards, last = np.ones((3, 1)), np.array([[False], [False], [True]])
+    rollout = Rollout(rewards, 8 * rewards, 8 * rewards, last, last | True, np.arange(3)[:, None])
+    update = UpdateSpec(Formulation("reward_to_go", baseline, gamma=0.5), loss_reduction="trajectory")
+    np.testing.assert_array_equal(psi(update, rollout)[:, 0], expected)

@@ -266,7 +266,7 @@ def make_models_that_are_refused() -> list[str]:
     VPG("MlpPolicy", "CartPole-v1", n_episodes=1, estimator="reward_to_go", baseline="leave_one_out", **SMALL).learn(1)
     dist.barrier()
     dist.destroy_process_group()
-    with pytest.raises(ValueError, match="made in rank") as error:
+    with pytest.raises(ValueError, match="created in rank") as error:
         model.learn(1)
     messages.append(str(error.value))
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -275,8 +275,8 @@ def make_models_that_are_refused() -> list[str]:
 
 def test_what_cannot_work_in_several_ranks_is_refused(tmp_path):
     for rank, messages in enumerate(in_ranks(make_models_that_are_refused, folder=tmp_path / "ranks")):
-        assert "of which each of 2 ranks has a part; allowed: torch.nn.LayerNorm" in messages[0]
-        assert f"made in rank {rank} of 2, but learns in rank 0 of 1" in messages[1]
+        assert "is split across 2 ranks; allowed: torch.nn.LayerNorm" in messages[0]
+        assert f"created in rank {rank} of 2, but is trained in rank 0 of 1" in messages[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -340,7 +340,7 @@ def test_a_callback_that_stops_one_rank_stops_all(tmp_path, rank):
 def test_an_exception_in_one_rank_is_raised_in_all_and_tells_the_cause(tmp_path, rank):
     results = in_ranks(learn_until, rank, fail, folder=tmp_path / "ranks")
     assert results[rank][0] == "KeyError: 'no space left'"
-    assert results[1 - rank][0] == f"RuntimeError: The rollout has failed in rank {rank}: KeyError: 'no space left'"
+    assert results[1 - rank][0] == f"RuntimeError: The rollout failed in rank {rank}: KeyError: 'no space left'"
     assert np.array_equal(results[0][2], results[1][2])
 
 
@@ -349,14 +349,14 @@ def test_a_killed_rank_is_missed_at_once(tmp_path, rank):
     results = in_ranks(learn_until, rank, die, folder=tmp_path / "ranks", timeout=60)
     assert results[rank] == -signal.SIGKILL
     error, seconds, *_ = results[1 - rank]
-    assert error.startswith(f"RuntimeError: Rank {1 - rank} of 2 has lost the others: one of them has ended")
+    assert error.startswith(f"RuntimeError: Rank {1 - rank} of 2 lost the connection to the other ranks: one of them exited")
     assert seconds < 30
 
 
 def test_a_rank_that_hangs_is_given_up_after_the_timeout(tmp_path):
     results = in_ranks(learn_until, 1, hang, folder=tmp_path / "ranks", timeout=3)
     error, seconds, *_ = results[0]
-    assert error.startswith("RuntimeError: Rank 0 of 2 has lost the others")
+    assert error.startswith("RuntimeError: Rank 0 of 2 lost the connection")
     assert "one took longer than the timeout" in error
     assert 3 <= seconds < 9
 
@@ -374,7 +374,7 @@ def learn_with_faulty_environment(rank: int) -> str:
 def test_a_number_that_is_not_finite_in_one_rank_stops_all(tmp_path):
     own, other = in_ranks(learn_with_faulty_environment, 0, folder=tmp_path / "ranks")
     assert own.startswith("Non-finite reward in environment 1 at step ")
-    assert other == f"The rollout has failed in rank 0: ValueError: {own}"
+    assert other == f"The rollout failed in rank 0: ValueError: {own}"
 
 
 # ---------------------------------------------------------------------------------------------------------------

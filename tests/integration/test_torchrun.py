@@ -138,7 +138,7 @@ def test_an_exception_in_one_rank_ends_the_job_and_is_shown(installed: Environme
     assert process.returncode != 0
     # By the rank itself, by the other, by torchrun
     assert "KeyError: 'sensor lost'" in process.stderr
-    assert "RuntimeError: The rollout has failed in rank 1: KeyError: 'sensor lost'" in process.stderr
+    assert "RuntimeError: The rollout failed in rank 1: KeyError: 'sensor lost'" in process.stderr
     root_cause = process.stderr[process.stderr.index("Root Cause") :]
     assert "sensor lost" in root_cause
     assert left_behind("failed") == []
@@ -287,6 +287,6 @@ def test_a_link_that_is_cut_is_an_error_on_both_sides(installed: Environment, ma
             job.kill()
     for rank, (job, output) in enumerate(zip(jobs, outputs)):
         assert job.returncode != 0
-        assert f"RuntimeError: Rank {rank} of 2 has lost the others" in output
+        assert f"RuntimeError: Rank {rank} of 2 lost the connection to the other ranks" in output
         assert "or the network between them is cut" in output
     assert left_behind("cut") == []
