@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import common  # noqa: F401  one thread, before torch is imported
 import gymnasium as gym
+import harness  # noqa: F401  one thread, before torch is imported
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3 import A2C, PPO

@@ -13,7 +13,7 @@ import argparse
 import time
 from typing import Any, NamedTuple
 
-from common import in_processes, result_line
+from harness import in_processes, result_line
 
 FORMULATIONS: dict[str, dict[str, Any]] = {
     "total_return": {"estimator": "total_return"},

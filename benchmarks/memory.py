@@ -11,7 +11,7 @@ import resource
 import time
 from typing import NamedTuple
 
-from common import in_processes
+from harness import in_processes
 
 
 class Job(NamedTuple):

@@ -28,8 +28,8 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 import torch.distributed as dist
-from common import median_and_range, save
 from gymnasium import spaces
+from harness import median_and_range, save
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 

@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch as th
-from common import frames_per_second, in_processes, save
 from contestants import Setting, make_env, make_model, training
+from harness import frames_per_second, in_processes, save
 
 Measurement = tuple[str, Setting]
 

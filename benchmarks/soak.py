@@ -13,8 +13,8 @@ import os
 import tempfile
 from pathlib import Path
 
-import common  # noqa: F401  one thread, before torch is imported
 import gymnasium as gym
+import harness  # noqa: F401  one thread, before torch is imported
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, CheckpointCallback

@@ -34,9 +34,9 @@ from typing import Any, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch as th
-from common import frames_per_second, in_processes, median_and_range, save
 from contestants import CONTESTANTS, SCENARIOS, Setting, make_env, make_model, training
 from gymnasium import spaces
+from harness import frames_per_second, in_processes, median_and_range, save
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.vec_env import VecEnv

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from common import in_processes, interquartile_mean, result_line, save
+from harness import in_processes, interquartile_mean, result_line, save
 
 ROOT = Path(__file__).parent.parent
 N_EPISODES = 100

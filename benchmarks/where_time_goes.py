@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
-from common import frames_per_second, in_processes, save
 from contestants import SCENARIOS, Setting, make_model, training
+from harness import frames_per_second, in_processes, save
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 # The parts of training, and the methods of the model (or of what the path before the dot names) in which they happen

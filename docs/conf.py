@@ -32,8 +32,8 @@ autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_preserve_defaults = True
 
-# Only our own names can be looked up without a network. SelfVPG is a type variable.
-nitpick_ignore_regex = [("py:.*", r"(?!sb3_vpg).*|sb3_vpg\.vpg\.SelfVPG")]
+# Only our own names can be looked up without a network. sb3_vpg.common is not public. SelfVPG is a type variable.
+nitpick_ignore_regex = [("py:.*", r"(?!sb3_vpg).*|sb3_vpg\.common\..*|sb3_vpg\.vpg\.SelfVPG")]
 
 
 class MarkdownDocstring(SphinxDirective):

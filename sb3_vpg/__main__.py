@@ -12,22 +12,24 @@ import sys
 from sb3_vpg.distributed.launcher import launched_by_torchrun, run_in_process_group
 
 COMMANDS = {
-    "train": "rl_zoo3.train",
-    "enjoy": "rl_zoo3.enjoy",
-    "record_video": "rl_zoo3.record_video",
-    "record_training": "rl_zoo3.record_training",
-    "plot_train": "rl_zoo3.plots.plot_train",
-    "plot_from_file": "rl_zoo3.plots.plot_from_file",
-    "all_plots": "rl_zoo3.plots.all_plots",
-    "push_to_hub": "rl_zoo3.push_to_hub",
-    "load_from_hub": "rl_zoo3.load_from_hub",
-    "ablation": "sb3_vpg.study",
+    "train": ("rl_zoo3.train", "train an agent; with -optimize, search for hyperparameters"),
+    "enjoy": ("rl_zoo3.enjoy", "show a trained agent from the folder -f logs"),
+    "record_video": ("rl_zoo3.record_video", "record a video of a trained agent"),
+    "record_training": ("rl_zoo3.record_training", "record videos of the checkpoints of a training run"),
+    "plot_train": ("rl_zoo3.plots.plot_train", "plot returns during training: -a vpg"),
+    "all_plots": ("rl_zoo3.plots.all_plots", "plot evaluations and print a table of the last ones: -a vpg"),
+    "plot_from_file": ("rl_zoo3.plots.plot_from_file", "plot the results that all_plots has saved with -o"),
+    "push_to_hub": ("rl_zoo3.push_to_hub", "upload a trained agent to the Hugging Face Hub"),
+    "load_from_hub": ("rl_zoo3.load_from_hub", "download a trained agent from the Hub"),
+    "ablation": ("sb3_vpg.study", "compare formulations over environments and seeds (sb3_vpg's own command)"),
 }
+LIST_OF_COMMANDS = "\n".join(f"  {command:17}{description}" for command, (_, description) in COMMANDS.items())
 USAGE = f"""usage: python -m sb3_vpg COMMAND [ARGUMENTS]
 
-Runs a command of RL Baselines3 Zoo with VPG as an additional algorithm. VPG is also the default of --algo.
-The command `ablation` is not part of the zoo: it compares formulations over environments and seeds.
-COMMAND is one of {", ".join(COMMANDS)}.
+Runs a command of RL Baselines3 Zoo. VPG is available as an algorithm, and is the default of --algo.
+
+{LIST_OF_COMMANDS}
+
 `python -m sb3_vpg COMMAND --help` lists the arguments of a command."""
 # Commands to which `--algo vpg` is added unless --algo is given
 WITH_ALGO = ("train", "enjoy", "record_video", "record_training", "push_to_hub", "load_from_hub")
@@ -44,20 +46,20 @@ def main() -> None:
     if importlib.util.find_spec("rl_zoo3") is None:
         sys.exit("This command needs RL Baselines3 Zoo: pip install 'sb3_vpg[zoo]'")
     if command == "ablation" and importlib.util.find_spec("rliable") is None:
-        sys.exit("This command needs packages for plots: pip install 'sb3_vpg[plots]'")
+        sys.exit("This command draws plots: pip install 'sb3_vpg[plots]'")
 
     arguments = sys.argv[2:]
     if command in WITH_ALGO and not any(argument.split("=")[0] == "--algo" for argument in arguments):
         arguments = ["--algo", "vpg", *arguments]
     sys.argv = [f"sb3_vpg {command}", *arguments]
     if command == "train" and launched_by_torchrun():
-        run_in_process_group(run, COMMANDS[command])
+        run_in_process_group(run, COMMANDS[command][0])
     else:
-        run(COMMANDS[command])
+        run(COMMANDS[command][0])
 
 
 def run(module: str) -> None:
-    """Register VPG with the zoo, and run a module as a command."""
+    """Run a module as a command, with VPG in the zoo."""
     from sb3_vpg.zoo import register
 
     register()

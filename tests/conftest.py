@@ -1,12 +1,13 @@
 """Shared by all tests."""
 
 import os
-from pathlib import Path
 
 import hypothesis
 import pytest
 import torch as th
-from installed import CHECKOUT, Environment, build_wheel
+
+# So that a failing assertion in a helper shows its values, as in a test
+pytest.register_assert_rewrite("helpers")
 
 # The same cases each time, few of them; HYPOTHESIS_PROFILE=thorough tries many others, and keeps what fails
 hypothesis.settings.register_profile("default", max_examples=50, deadline=None, derandomize=True, database=None)
@@ -26,15 +27,3 @@ def no_logs_left_behind(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SB3_LOGDIR", str(tmp_path_factory.mktemp("logs")))
         yield
-
-
-@pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from the checkout."""
-    return build_wheel(CHECKOUT, tmp_path_factory.mktemp("wheel"))
-
-
-@pytest.fixture(scope="session")
-def installed(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
-    """An environment in which the wheel is installed."""
-    return Environment(tmp_path_factory.mktemp("installed"), wheel)

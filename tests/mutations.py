@@ -9,6 +9,7 @@ if all faults are caught.
 """
 
 import argparse
+import itertools
 import os
 import re
 import shutil
@@ -61,6 +62,12 @@ class Fault(NamedTuple):
         return source.replace(self.find, self.replace)
 
 
+def expanded(tests: Sequence[str]) -> list[str]:
+    """:return: the tests, with each pattern replaced by the files that match it, each file once"""
+    found = [sorted(path.relative_to(CHECKOUT).as_posix() for path in CHECKOUT.glob(t)) if "*" in t else [t] for t in tests]
+    return list(dict.fromkeys(itertools.chain.from_iterable(found)))
+
+
 def run(original: Path, tests: Sequence[str], fault: Fault | None = None) -> tuple[str, str]:
     """:return: what came of it, and the test that failed or the end of the output"""
     with tempfile.TemporaryDirectory(prefix="mutations_") as folder:
@@ -100,7 +107,10 @@ def main() -> int:
     args = parser.parse_args()
 
     table = tomllib.loads((CHECKOUT / "tests" / "mutations.toml").read_text())
-    every = [Fault(i, **{"tests": table["tests"][x["file"]], **x}) for i, x in enumerate(table["faults"], start=1)]
+    every = [
+        Fault(i, **{**x, "tests": expanded(x.get("tests", table["tests"][x["file"]]))})
+        for i, x in enumerate(table["faults"], start=1)
+    ]
     faults = [fault for fault in every if fault.number >= args.first and args.k in f"{fault.file}: {fault.what}"]
 
     if args.list:

@@ -8,12 +8,12 @@ from unittest import mock
 
 import pytest
 import yaml
-from installed import CHECKOUT
+from helpers.installed import CHECKOUT
 
 from sb3_vpg.estimators import ESTIMATORS
 
 DOCS = sorted((CHECKOUT / "docs").rglob("*.md"))
-PAGES = [CHECKOUT / "README.md", CHECKOUT / "CHANGELOG.md", *DOCS]
+PAGES = [CHECKOUT / "README.md", CHECKOUT / "CHANGELOG.md", CHECKOUT / "CONTRIBUTING.md", *DOCS]
 FENCE = re.compile(r"^(`{3,})([^\n`]*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 PYTHON = re.compile(r"^```python\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
 # Commands and scripts, run by test_tuning.py and test_torchrun.py
@@ -52,6 +52,18 @@ def test_links_are_found():
     assert "until-it-is-solved" in anchors_in(CHECKOUT / "docs" / "performance.md")
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_tests_that_a_page_names_exist(page: Path):
+    files = {path.relative_to(CHECKOUT).as_posix(): path.read_text() for path in (CHECKOUT / "tests").rglob("test_*.py")}
+    # As in `test_faults.py::test_an_exception_in_a_step_...`, or with the folder, or without the file
+    for folder, name, test, more in re.findall(r"`(tests/(?:\w+/)*)?(\w+\.py)?(?:::)?(test_\w+)?(\.\.\.)?`", page.read_text()):
+        if test or name.startswith("test_"):
+            where = [text for file, text in files.items() if file.endswith(f"{folder}{name}" if folder else f"/{name}")]
+            assert where or not name, f"{folder}{name}"
+            definition = f"def {test}" if more else f"def {test}("
+            assert not test or any(definition in text for text in where or files.values()), f"{folder}{name}::{test}"
+
+
 @pytest.mark.parametrize("code", [code for code, _ in PYTHON.findall(PAGES[0].read_text())])
 def test_the_code_in_the_readme_compiles(code: str):
     compile(code, "README.md", "exec")
@@ -60,7 +72,9 @@ def test_the_code_in_the_readme_compiles(code: str):
 @pytest.mark.parametrize(
     "page", [page for page in DOCS if PYTHON.search(page.read_text()) and page not in RUN_ELSEWHERE], ids=name_of
 )
-def test_the_code_of_a_page_runs_and_prints_what_it_says(page: Path):
+def test_the_code_of_a_page_runs_and_prints_what_it_says(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    # A page may save a model
+    monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     # A page may add an estimator
     with mock.patch.dict(ESTIMATORS):
@@ -70,17 +84,6 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(page: Path):
             with contextlib.redirect_stdout(io.StringIO()) as output:
                 exec(compile(code, page, "exec"), namespace)
             assert output.getvalue() == (block[2] or "")
-
-
-def test_the_algorithms_in_the_readme_are_those_of_the_page_that_is_run():
-    readme: dict[str, dict] = {}
-    exec(next(code for code, _ in PYTHON.findall(PAGES[0].read_text()) if "reinforce_with_baseline" in code), readme)
-    page: dict[str, dict] = {}
-    for code, _ in PYTHON.findall((CHECKOUT / "docs" / "migration.md").read_text()):
-        exec(code, page)
-    of_page = {"reinforce_with_baseline": "with_baseline", "spinning_up": "like_spinning_up", "a2c": "like_a2c"}
-    for name in ("reinforce", "reinforce_with_baseline", "actor_critic", "spinning_up", "a2c"):
-        assert readme[name] == page[of_page.get(name, name)], name
 
 
 def test_the_citation_has_the_version_of_the_package():

@@ -294,7 +294,7 @@ def valid_combinations():
     for combination in itertools.product(ESTIMATORS, BASELINES, [False, True, "episode"]):
         try:
             Formulation(*combination)
-        except ValueError:  # see test_bad_input.py
+        except ValueError:  # see test_keywords.py
             continue
         valid.append(combination)
     return valid

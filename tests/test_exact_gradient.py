@@ -5,7 +5,7 @@ loss, and the probability-weighted sum is compared with what theory says. No sam
 
 import numpy as np
 import pytest
-from mdp import (
+from helpers.mdp import (
     GAMMA,
     HORIZON,
     action_probabilities,

@@ -7,7 +7,7 @@ What must hold for any rollout: estimators, buffers and collection on random sha
 import numpy as np
 import pytest
 import torch as th
-from envs import CountingEnv
+from helpers.envs import CountingEnv
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays

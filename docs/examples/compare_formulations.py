@@ -1,18 +1,18 @@
 """
-Train with five formulations of the policy gradient, all else equal, and print how the
-return of the training episodes grows: the mean of the last 100, four times.
+Train with five formulations of the policy gradient and print how the return of the
+training episodes grows: the mean of the last 100 episodes, four times. All other
+settings are equal.
 
-The total return learns little. Leaving out the rewards of the past (reward-to-go) helps
-most. Subtracting what is to be expected anyway, a plain mean or a critic's word, helps
-on top. One seed each, so that it is done in seconds: which of the better ones comes
-first is luck.
+The total return learns little. Leaving out past rewards (reward-to-go) helps most. A
+baseline, whether a plain mean or a critic, can help further. Each formulation has one
+seed, so that the script takes only seconds. The order of the other four is chance.
 """
 
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import safe_mean
 
 from sb3_vpg import VPG
-from sb3_vpg.envs.native_vec_env import NativeVecEnv
+from sb3_vpg.envs import NativeVecEnv
 
 FORMULATIONS = {
     "total_return": {"estimator": "total_return"},
@@ -22,7 +22,7 @@ FORMULATIONS = {
     "gae": {"estimator": "gae", "gae_lambda": 0.99},
 }
 COMMON = {
-    "n_episodes": 1,  # each update uses one whole episode of each of 16 environments
+    "n_episodes": 1,  # one whole episode of each of the 16 environments per update
     "normalize_advantage": False,
     "gamma": 0.99,
     "learning_rate": 0.01,

@@ -1,11 +1,11 @@
 """
-An environment and a policy of one's own: push a cart to the origin, by a force that is
+A custom environment and a custom policy: push a cart to the origin with a force that is
 linear in position and velocity.
 
-Costs are quadratic, so control theory knows the best force and says that values are
-quadratic, too. The policy is made for that: an actor without hidden layers, a critic
-that is linear in squares and products. VPG, which knows neither the equations of motion
-nor the costs, finds nearly the same two numbers.
+The costs are quadratic. Control theory therefore gives the optimal force, and the value
+function is quadratic too. The policy has the same form: the actor has no hidden layers,
+and the critic is linear in squares and products. VPG knows neither the equations of
+motion nor the costs, and finds nearly the same two numbers.
 """
 
 import gymnasium as gym
@@ -16,7 +16,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_vpg import VPG
 
-# Position and velocity 0.2 s later: A @ state + B @ force
+# Position and velocity after 0.2 s: A @ state + B @ force
 A, B = np.array([[1.0, 0.2], [0.0, 1.0]]), np.array([[0.02], [0.2]])
 GAMMA, COST_OF_FORCE = 0.95, 0.5
 
@@ -37,7 +37,7 @@ class PushToOrigin(gym.Env):
 
 
 class Latent(th.nn.Module):
-    """What the last, linear layers of actor and critic get."""
+    """The inputs of the last, linear layers of actor and critic."""
 
     latent_dim_pi, latent_dim_vf = 2, 3
 

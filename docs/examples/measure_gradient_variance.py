@@ -1,20 +1,24 @@
 """
-How noisy is the gradient of one update, under each formulation, at one and the same
-policy?
+How noisy is the gradient of one update with each formulation? All formulations are
+measured on the same policy.
 
-256 episodes are played by a policy early in its training and dealt out into batches of
-16. For each formulation: the variance of the gradient from batch to batch, as a share
-of reward-to-go's; its signal-to-noise ratio; and the mean cosine of a batch's gradient
-with the unbiased direction, that of "value" on all other data. The TD residual has by
-far the least noise; where it points is what the critic says, and so early the critic is
-wrong.
+A policy that is early in its training plays 256 episodes, which are split into batches
+of 16. The script prints for each formulation:
+
+- the variance of the batch gradients, as a ratio to that of reward-to-go,
+- their signal-to-noise ratio,
+- the mean cosine between the gradient of a batch and the unbiased direction, which is
+  the gradient of "value" on all other data.
+
+The TD residual has by far the least noise. Its direction depends on the critic, which
+is wrong so early in training.
 """
 
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_vpg import VPG
 from sb3_vpg.diagnostics import UpdateSpec, gradient_statistics
-from sb3_vpg.envs.native_vec_env import NativeVecEnv
+from sb3_vpg.envs import NativeVecEnv
 from sb3_vpg.estimators import Formulation
 
 FORMULATIONS = {
@@ -39,8 +43,8 @@ statistics = gradient_statistics(
     seed=2,
 )
 
-whole = statistics["reward_to_go"].variance.value
+scale = statistics["reward_to_go"].variance.value
 print(f"{'':13}  variance     SNR  cosine")
 for name, one in statistics.items():
-    share, cosine = one.variance.value / whole, one.cosine_with_reference.value
+    share, cosine = one.variance.value / scale, one.cosine_with_reference.value
     print(f"{name:13}  {share:8.3f}  {one.snr.value:6.2f}  {cosine:6.2f}")

@@ -1,8 +1,8 @@
 """
-Learn to balance a pole, look at the result, save it and load it again.
+Train an agent that balances a pole, evaluate it, save it and load it again.
 
-Prints the mean return of 10 episodes, of 500 at most, before and after training. The
-loaded model plays as the saved one did.
+The script prints the mean return of 10 episodes before and after training. The maximum
+is 500. The loaded model plays exactly as the saved one.
 """
 
 import tempfile

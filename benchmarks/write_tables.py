@@ -1,0 +1,170 @@
+"""
+The tables of README.md, docs/results.md, docs/performance.md and docs/swingup.md, and the picture of learning curves, from the
+results that the other benchmarks have written.
+
+    python benchmarks/write_tables.py
+
+Reads the files in benchmarks/results, writes what stands between `<!-- table: NAME -->` and `<!-- end -->` in the documents,
+and draws docs/learning_curves.png.
+"""
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from harness import interquartile_mean, median_and_range
+from scipy.stats import trim_mean
+from time_to_solve import by_contestant, median
+from trained_agents import ENVIRONMENTS
+
+HERE = Path(__file__).parent
+RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
+DOCUMENTS = (HERE.parent / "README.md", DOCS / "results.md", DOCS / "performance.md", DOCS / "swingup.md")
+ALGORITHMS = ("vpg", "a2c", "ppo", "trpo")
+
+
+def results_of(name: str) -> Any:
+    return json.loads((RESULTS / f"{name}.json").read_text())["results"]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def where_time_goes(scenario: str) -> str:
+    columns = next(r["microseconds_per_frame"] for r in results_of("where_time_goes") if r["scenario"] == scenario)
+    parts = next(iter(columns.values()))
+    rows = [[part, *(f"{np.median(column[part]):.2f}" for column in columns.values())] for part in parts]
+    totals = [np.median(np.sum(list(column.values()), axis=0)) for column in columns.values()]
+    return table(["microseconds per frame", *columns], [*rows, ["**sum**", *(f"**{total:.2f}**" for total in totals)]])
+
+
+def throughput(scenario: str, file: str = "throughput") -> str:
+    lines = [line for line in results_of(file) if line["scenario"] == scenario]
+    speeds = {(line["contestant"], line["environments"]): np.array(line["frames_per_second"]) for line in lines}
+    kinds = list(dict.fromkeys(kind for _, kind in speeds))
+    rows = []
+    for (contestant, kind), own in speeds.items():
+        ratios = [median_and_range(own / speeds["A2C", other]) for other in kinds if other in (kind, kinds[0])]
+        rows.append([contestant, kind, f"{np.median(own):,.0f}", *ratios[::-1], *[""] * (len(kinds) - len(ratios))])
+    header = ["", "environments", "frames/s", "x A2C there", *(f"x A2C in {kind}" for kind in kinds[:1] if len(kinds) > 1)]
+    return table(header, rows)
+
+
+def time_to_solve(env_id: str) -> str:
+    groups = by_contestant(results_of("time_to_solve_" + env_id))
+    of_ppo = median(groups["PPO"], "seconds")
+    rows = []
+    for name, runs in groups.items():
+        seconds = [run["seconds"] for run in runs if run["solved"]]
+        solved, middle = f"{len(seconds)}/{len(runs)}", median(runs, "seconds")
+        figures = (
+            [interquartile_mean(seconds, digits=2), f"{min(seconds):.2f}", f"{max(seconds):.2f}"] if seconds else ["-"] * 3
+        )
+        medians = [f"{middle:.2f}", f"{median(runs, 'steps'):,.0f}", f"{middle / of_ppo:.3f}"]
+        rows.append([name, runs[0]["vec_env"], solved, *figures, *medians])
+    header = ["", "environments", "solved", "seconds, IQM [95 %]", "min", "max", "median", "median steps", "median / PPO's"]
+    return table(header, rows)
+
+
+def scaling(part: str) -> str:
+    lines = [line for line in results_of("scaling") if line["part"] == part]
+
+    def x(line: dict[str, Any]) -> int:
+        return line["width"] if part == "width" else line["n_envs"] * (line["n_steps"] if part == "memory" else 1)
+
+    def column(line: dict[str, Any]) -> str:
+        return line["contestant"] + ("" if line["native"] else ", DummyVecEnv")
+
+    values = {(x(line), column(line)): np.median(line["values"]) for line in lines}
+    columns = list(dict.fromkeys(name for _, name in values))
+    label = {"envs": "environments", "memory": "steps in a rollout", "width": "units in a layer"}[part]
+    rows = [
+        [f"{at:,}", *(f"{values[at, name]:,.0f}" if (at, name) in values else "" for name in columns)]
+        for at in dict.fromkeys(at for at, _ in values)
+    ]
+    return table([f"{label} ({lines[0]['unit']})", *columns], rows)
+
+
+def zoo_runs() -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """:return: what ``benchmarks/zoo_entries.py`` has kept, by environment and algorithm"""
+    runs: dict[str, dict[str, list[dict[str, Any]]]] = {env_id: defaultdict(list) for env_id in ENVIRONMENTS}
+    for run in map(json.loads, (RESULTS / "zoo.jsonl").read_text().splitlines()):
+        runs[run["env"]][run["algo"]].append(run)
+    return runs
+
+
+def steps_and_seconds(runs: list[dict[str, Any]]) -> tuple[str, str]:
+    return f"{runs[0]['steps'] / 1e6:.2g} M", f"{np.median([run['processor_seconds'] for run in runs]):.0f}"
+
+
+def algorithms() -> str:
+    def cell(runs: list[dict[str, Any]]) -> str:
+        steps, seconds = steps_and_seconds(runs)
+        return f"{interquartile_mean([run['score'] for run in runs])}<br>{steps}, {seconds} s"
+
+    rows = [[env_id, *(cell(of_env[algo]) for algo in ALGORITHMS)] for env_id, of_env in zoo_runs().items()]
+    return table(["return<br>steps, time", *map(str.upper, ALGORITHMS)], rows)
+
+
+def scores() -> str:
+    rows = [
+        [env_id, *(f"{trim_mean([run['score'] for run in of_env[algo]], 0.25):.1f}" for algo in ALGORITHMS)]
+        for env_id, of_env in zoo_runs().items()
+    ]
+    return table(["", *map(str.upper, ALGORITHMS)], rows)
+
+
+def algorithms_on(env_id: str, *thresholds: str) -> str:
+    rows = []
+    for algo, runs in zoo_runs()[env_id].items():
+        scores, noisy_scores, lengths = ([run[key] for run in runs] for key in ("score", "score_with_noise", "length"))
+        reached = [str(sum(score >= float(threshold) for score in scores)) for threshold in thresholds]
+        lowest, length, noisy = f"{min(scores):.0f}", f"{np.mean(lengths):.0f}", interquartile_mean(noisy_scores)
+        steps, seconds = steps_and_seconds(runs)
+        rows.append([algo.upper(), steps, interquartile_mean(scores), *reached, lowest, length, noisy, seconds])
+    at_least = [f"seeds >= {threshold}" for threshold in thresholds]
+    return table(["", "steps", "return", *at_least, "lowest seed", "length", "stochastic", "seconds"], rows)
+
+
+def draw_learning_curves(path: Path) -> None:
+    """Interquartile mean over seeds, and the range between the quartiles."""
+    figure, axes = plt.subplots(2, 4, figsize=(13.6, 5.2))
+    for ax, (env_id, of_env) in zip(axes.flat, zoo_runs().items()):
+        for algo, runs in of_env.items():
+            curves = np.array([run["curve"] for run in runs], dtype=np.float64)
+            # Where no episode of a seed has ended, it has no point
+            known = np.isfinite(curves).all(axis=0)
+            steps = ((np.arange(known.size) + 0.5) / known.size * runs[0]["steps"])[known]
+            curves = curves[:, known]
+            color = f"C{ALGORITHMS.index(algo)}"
+            ax.plot(steps, trim_mean(curves, 0.25), color=color, label=algo.upper(), linewidth=1.2)
+            ax.fill_between(steps, *np.quantile(curves, (0.25, 0.75), axis=0), color=color, alpha=0.2, linewidth=0)
+        ax.set_xscale("log")
+        ax.set_title(env_id, fontsize=10)
+        ax.grid(alpha=0.2)
+    axes.flat[-1].set_axis_off()
+    axes.flat[-1].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", frameon=False)
+    figure.supxlabel("environment steps", fontsize=9)
+    figure.supylabel("return of training episodes", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    def filled(match: re.Match[str]) -> str:
+        function, *arguments = match[1].split()
+        return f"<!-- table: {match[1]} -->\n\n{globals()[function](*arguments)}\n\n<!-- end -->"
+
+    for document in DOCUMENTS:
+        document.write_text(re.sub(r"<!-- table: (.*?) -->.*?<!-- end -->", filled, document.read_text(), flags=re.DOTALL))
+    draw_learning_curves(DOCS / "learning_curves.png")
+
+
+if __name__ == "__main__":
+    main()

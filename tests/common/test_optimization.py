@@ -1,0 +1,187 @@
+"""Parameters of actor and critic: two groups of one optimizer, frozen layers, fused steps."""
+
+import io
+
+import pytest
+import torch as th
+from helpers.models import (
+    ACTOR,
+    CRITIC,
+    SGD,
+    SMALL,
+    assert_same_weights,
+    changed,
+    learning_rates,
+    small_model,
+    spaces_envs,
+    weights,
+    with_and_without_critic,
+)
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
+from torch import nn
+
+from sb3_vpg import VPG
+
+# ---------------------------------------------------------------------------------------------------------------
+# Spaces and networks
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kwargs"),
+    [
+        (th.optim.SGD, {"momentum": 0.75, "weight_decay": 0.125}),
+        (th.optim.RMSprop, {"alpha": 0.5, "eps": 0.25}),
+        (RMSpropTFLike, {"alpha": 0.5, "eps": 0.25}),
+    ],
+)
+def test_a_custom_optimizer_keeps_its_arguments_in_both_parameter_groups(optimizer, kwargs):
+    model = small_model(policy_kwargs={**SMALL, "optimizer_class": optimizer, "optimizer_kwargs": kwargs})
+    assert type(model.policy.optimizer) is optimizer
+    groups = model.policy.optimizer.param_groups
+    assert len(groups) == 2
+    for group in groups:
+        assert {name: group[name] for name in kwargs} == kwargs
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.policy.parameters())
+    before = weights(model)
+    model.learn(20)
+    assert changed(before, weights(model)) == set(before)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The update
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@with_and_without_critic
+@pytest.mark.parametrize("frozen", [ACTOR[1], CRITIC[1]], ids=["actor", "critic"])
+def test_layers_can_be_frozen_and_thawed_at_any_time(formulation, frozen):
+    model = small_model(n_critic_updates=2, learning_rate=0.05, **formulation)
+
+    def learned():
+        before = weights(model)
+        model.learn(20)
+        return {name for name in changed(before, weights(model)) if name.startswith(frozen)}
+
+    layers = [p for name, p in model.policy.named_parameters() if name.startswith(frozen)]
+    in_use = bool(learned())
+    assert in_use == (frozen == ACTOR[1] or model.plan.uses_value_function)
+    for p in layers:
+        p.requires_grad_(False)
+    assert not learned()
+    for p in layers:
+        p.requires_grad_(True)
+    assert bool(learned()) == in_use
+
+
+@pytest.mark.parametrize("n_critic_updates", [1, 3])
+@pytest.mark.parametrize("critic_batch_size", [None, 8])
+def test_a_frozen_critic_leaves_the_actor_to_learn(n_critic_updates, critic_batch_size):
+    model = small_model(n_critic_updates=n_critic_updates, critic_batch_size=critic_batch_size)
+    for name, p in model.policy.named_parameters():
+        p.requires_grad_(not name.startswith(CRITIC))
+    before = weights(model)
+    model.learn(40)
+    assert changed(before, weights(model)) == set(weights(model, ACTOR))
+
+
+def test_a_frozen_actor_leaves_the_critic_to_learn():
+    model = small_model(n_critic_updates=3)
+    for name, p in model.policy.named_parameters():
+        p.requires_grad_(name.startswith(CRITIC))
+    before = weights(model)
+    model.learn(40)
+    assert changed(before, weights(model)) == set(weights(model, CRITIC))
+
+
+@with_and_without_critic
+def test_a_policy_with_nothing_to_train_is_refused(formulation):
+    model = small_model(**formulation)
+    model.policy.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"frozen \(requires_grad=False\)"):
+        model.learn(20)
+    assert model._n_updates == 0
+
+
+class FrozenCritic(ActorCriticPolicy):
+    """Its critic is frozen at construction."""
+
+    def _build(self, lr_schedule):
+        super()._build(lr_schedule)
+        self.value_net.requires_grad_(False)
+        self.mlp_extractor.value_net.requires_grad_(False)
+
+
+def test_a_critic_frozen_at_construction_and_thawed_later_is_the_critics():
+    model = VPG(FrozenCritic, spaces_envs(), n_steps=10, n_critic_updates=3, critic_learning_rate=0.5, policy_kwargs=SGD)
+    assert learning_rates(model) == (0.002, 0.5)
+    model.learn(20)
+    model.policy.requires_grad_(True)
+    before = weights(model)
+    model.learn(20)
+    assert changed(before, weights(model)) == set(before)
+    assert learning_rates(model) == (0.002, 0.5)
+    # Which layers are frozen is not saved, and the groups do not depend on it
+    file = io.BytesIO()
+    model.save(file)
+    file.seek(0)
+    assert learning_rates(VPG.load(file)) == (0.002, 0.5)
+
+
+@pytest.mark.parametrize("groups", ["one", "one for each parameter"])
+def test_another_optimizer_is_split_between_actor_and_critic(groups):
+    def trained(replace):
+        model = small_model(learning_rate=0.125, critic_learning_rate=0.5, n_critic_updates=2, policy_kwargs=SGD)
+        if replace:
+            params = list(model.policy.parameters())
+            params = params if groups == "one" else [{"params": [p]} for p in params]
+            model.policy.optimizer = th.optim.SGD(params, lr=1.0)
+        return model.learn(40)
+
+    model = trained(replace=True)
+    assert learning_rates(model) == (0.125, 0.5)
+    assert_same_weights(model, trained(replace=False))
+
+
+def test_a_layer_that_replaces_another_is_trained_as_what_it_is():
+    model = small_model(learning_rate=0.125, critic_learning_rate=0.5, policy_kwargs=SGD).learn(20)
+    model.policy.value_net = nn.Linear(16, 1)
+    model.policy.optimizer.add_param_group({"params": model.policy.value_net.parameters()})
+    before = weights(model)
+    model.learn(20)
+    assert changed(before, weights(model)) == set(before)
+    assert learning_rates(model) == (0.125, 0.5)
+
+
+def adam(**kwargs):
+    return {**SMALL, "optimizer_class": th.optim.Adam, "optimizer_kwargs": kwargs}
+
+
+def test_the_fused_steps_of_adam_are_those_of_the_plain_one():
+    def trained(fused):
+        model = small_model(policy_kwargs=adam(fused=fused), learning_rate=0.05)
+        assert {group["fused"] for group in model.policy.optimizer.param_groups} == {fused is None}
+        before = weights(model)
+        model.learn(100)
+        assert len(changed(before, weights(model))) == len(before)
+        return weights(model)
+
+    plain, fused = trained(False), trained(None)
+    for name, w in plain.items():
+        th.testing.assert_close(fused[name], w, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("choice", [{"foreach": True}, {"foreach": False}, {"fused": False}, {"differentiable": True}])
+def test_how_adam_takes_its_steps_can_be_chosen(choice):
+    model = small_model(policy_kwargs=adam(**choice))
+    groups = model.policy.optimizer.param_groups
+    assert all(group[name] == value for group in groups for name, value in choice.items())
+    assert not any(group["fused"] for group in groups)
+
+
+def test_other_optimizers_are_left_as_they_are():
+    for optimizer in (th.optim.SGD, th.optim.RMSprop, RMSpropTFLike):
+        model = small_model(policy_kwargs={**SMALL, "optimizer_class": optimizer, "optimizer_kwargs": {}})
+        assert not any(group.get("fused") for group in model.policy.optimizer.param_groups)

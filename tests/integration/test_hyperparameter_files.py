@@ -1,0 +1,118 @@
+"""Hyperparameter files: numbers are numbers, keys are known, and the zoo makes a model of each entry."""
+
+import inspect
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+from helpers.installed import HYPERPARAMS, Environment, output_of
+from sb3_contrib import TRPO
+from stable_baselines3 import A2C, PPO
+
+from sb3_vpg import VPG
+
+ALGORITHMS = {"vpg": VPG, "ppo": PPO, "trpo": TRPO, "a2c": A2C}
+# What the zoo takes out of an entry before the algorithm gets it
+ZOO_KEYS = {
+    *("n_timesteps", "n_envs", "normalize", "frame_stack", "env_wrapper", "vec_env_wrapper"),
+    *("env_kwargs", "monitor_kwargs", "callback"),
+}
+# What the zoo gives to the algorithm itself
+NOT_IN_ENTRIES = {"env", "seed", "verbose", "device", "tensorboard_log", "_init_setup_model"}
+
+
+class StrictLoader(yaml.SafeLoader):
+    """PyYAML's safe loader, except that a key given twice is an error: PyYAML would take the last one and say nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        assert len(keys) == len(set(keys)), f"a key is given twice in {keys}"
+        return super().construct_mapping(node, deep)
+
+
+def leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from leaves(item, f"{path}.{key}")
+    else:
+        yield path, value
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+# A study of formulations has a form of its own: tests/study/test_study.py
+ZOO_FILES = [name for name in HYPERPARAMS if not name.startswith("hyperparams/ablation/")]
+
+
+@pytest.fixture(scope="module", params=ZOO_FILES)
+def file(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def algorithm_of(file: str) -> str:
+    """Files in folders are for VPG."""
+    return file.removeprefix("hyperparams/") if file.count("/") == 1 else "vpg"
+
+
+def entries_of(file: str) -> dict[str, dict[str, Any]]:
+    return yaml.load(HYPERPARAMS[file].read_text(), Loader=StrictLoader)
+
+
+@pytest.mark.parametrize("file", HYPERPARAMS)
+def test_numbers_in_hyperparameter_files_are_numbers(file: str):
+    # PyYAML reads 1e-3 and 1e6 as strings
+    for path, value in leaves(entries_of(file), file):
+        if isinstance(value, str):
+            assert not is_number(value), f"{path}: {value!r} is a string; write it with a decimal point or with !!float"
+            if value.startswith("lin_"):
+                assert is_number(value.removeprefix("lin_")), f"{path}: {value!r} is not a linear schedule"
+
+
+def test_keys_in_hyperparameter_files_are_known(file: str):
+    known = (set(inspect.signature(ALGORITHMS[algorithm_of(file)]).parameters) | ZOO_KEYS) - NOT_IN_ENTRIES
+    for env_id, entry in entries_of(file).items():
+        assert set(entry) <= known, env_id
+        assert {"policy", "n_timesteps"} <= set(entry), env_id
+
+
+CONSTRUCT = """
+import argparse, json, sys
+import gymnasium as gym
+from rl_zoo3.exp_manager import ExperimentManager
+
+algorithm, config, *env_ids = sys.argv[1:]
+gym.register("NotListed-v0", entry_point="gymnasium.envs.classic_control:CartPoleEnv", max_episode_steps=500)
+constructed = {}
+for env_id in env_ids:
+    try:
+        gym.make(env_id).close()
+    except gym.error.Error:  # needs a package that is not here
+        continue
+    settings = dict(eval_freq=-1, config=config, device="cpu", verbose=0)
+    model, _ = ExperimentManager(argparse.Namespace(), algorithm, env_id, "construct", **settings).setup_experiment()
+    constructed[env_id] = type(model).__name__
+    model.env.close()
+print(json.dumps(constructed))
+"""
+# Environments that come with gymnasium or with the package: these must be there
+ALWAYS_THERE = ("NotListed", "CartPole", "Acrobot", "MountainCar", "Pendulum")
+
+
+def test_entries_in_hyperparameter_files_construct_a_model(installed: Environment, file: str):
+    entries, algorithm = entries_of(file), algorithm_of(file)
+    # NotListed-v0 gets the default entry
+    env_ids = {env_id.replace("default", "NotListed-v0") for env_id in entries if env_id != "atari"}
+    process = installed.run("-c", CONSTRUCT, algorithm, HYPERPARAMS[file], *sorted(env_ids))
+    output_of(process)
+    constructed = json.loads(process.stdout.splitlines()[-1])
+    assert set(constructed) >= {env_id for env_id in env_ids if env_id.startswith(ALWAYS_THERE)}
+    assert set(constructed.values()) == {ALGORITHMS[algorithm].__name__}

@@ -1,0 +1,59 @@
+"""Rollout buffers: a user's own RolloutBuffer gives the same update as VPG's, which can be derived from."""
+
+import pytest
+import torch as th
+from helpers.envs import OBSERVATION_SPACES, policy_for
+from helpers.models import ACTOR, CRITIC, SGD, assert_same_weights, changed, small_kwargs, small_model, spaces_envs, weights
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+
+from sb3_vpg import VPG
+from sb3_vpg.buffers import VPGDictRolloutBuffer, VPGRolloutBuffer
+
+
+class TaggedBuffer(RolloutBuffer):
+    def __init__(self, *args, tag, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.tag = tag
+
+
+@pytest.mark.parametrize("normalize_advantage", [False, True, "batch"])
+@pytest.mark.parametrize(
+    ("observation", "buffer_class", "buffer_kwargs"),
+    [("Box", RolloutBuffer, {}), ("Dict", DictRolloutBuffer, {}), ("Box", TaggedBuffer, {"tag": "mine"})],
+)
+def test_a_foreign_rollout_buffer_gives_the_same_update_as_ours(observation, buffer_class, buffer_kwargs, normalize_advantage):
+    space = OBSERVATION_SPACES[observation]
+    policy = policy_for(space)
+    kwargs = dict(n_steps=12, seed=0, normalize_advantage=normalize_advantage, max_grad_norm=None)
+    kwargs["policy_kwargs"] = small_kwargs(policy, optimizer_class=th.optim.SGD)
+    own = VPG(policy, spaces_envs(space), **kwargs).learn(48)
+    foreign = VPG(
+        policy, spaces_envs(space), rollout_buffer_class=buffer_class, rollout_buffer_kwargs=buffer_kwargs, **kwargs
+    ).learn(48)
+    assert type(foreign.rollout_buffer) is buffer_class
+    assert getattr(foreign.rollout_buffer, "tag", None) == buffer_kwargs.get("tag")
+    for (name, ours), theirs in zip(own.policy.named_parameters(), foreign.policy.parameters()):
+        th.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_foreign_rollout_buffer_takes_part_in_further_critic_passes():
+    kwargs = dict(rollout_buffer_class=RolloutBuffer, policy_kwargs=SGD)
+    once = small_model(n_critic_updates=1, **kwargs).learn(20)
+    for batch_size in (None, 8):
+        often = small_model(n_critic_updates=4, critic_batch_size=batch_size, **kwargs).learn(20)
+        assert_same_weights(once, often, ACTOR)
+        assert changed(weights(once, CRITIC), weights(often, CRITIC)) == set(weights(once, CRITIC))
+
+
+def test_the_buffer_class_goes_with_the_observations_and_can_be_derived_from():
+    class Mine(VPGRolloutBuffer):
+        pass
+
+    assert type(small_model().rollout_buffer) is VPGRolloutBuffer
+    dict_model = VPG(
+        "MultiInputPolicy", spaces_envs(OBSERVATION_SPACES["Dict"]), policy_kwargs=small_kwargs("MultiInputPolicy")
+    )
+    assert type(dict_model.rollout_buffer) is VPGDictRolloutBuffer
+    mine, ours = (small_model(rollout_buffer_class=c, estimator="reward_to_go").learn(20) for c in (Mine, None))
+    assert type(mine.rollout_buffer) is Mine
+    assert_same_weights(mine, ours)

@@ -1,0 +1,77 @@
+"""LogisticPolicy is the sigmoid of a linear function."""
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from helpers.envs import ACTION_SPACES, BOX, SpacesEnv
+from helpers.models import changed, weights
+from stable_baselines3 import A2C
+
+from sb3_vpg import VPG, LogisticPolicy
+
+
+def logit_weights(model):
+    return [p.detach().numpy().astype(float).flatten() for p in model.policy.action_net.parameters()]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_logistic_policy_on_cartpole_is_the_sigmoid_of_four_weights(bias):
+    model = VPG("LogisticPolicy", "CartPole-v1", n_steps=64, seed=0, learning_rate=0.1, policy_kwargs={"bias": bias})
+    assert [p.shape for p in model.policy.action_net.parameters()] == [(1, 4), (1,)][: 1 + bias]
+    assert sum(p.numel() for p in model._actor_parameters) == 4 + bias
+    model.learn(256)
+    theta, b = [*logit_weights(model), np.zeros(1)][:2]
+    assert (theta != 0).all()
+    x = np.random.default_rng(0).normal(size=(50, 4)).astype(np.float32)
+    observations = th.as_tensor(x)
+    probability = 1 / (1 + np.exp(-(x @ theta + b)))
+    distribution = model.policy.get_distribution(observations).distribution
+    np.testing.assert_allclose(distribution.probs[:, 1].numpy(force=True), probability, rtol=1e-5)
+    actions, _ = model.predict(x, deterministic=True)
+    np.testing.assert_array_equal(actions, probability > 0.5)
+
+
+def test_a_logistic_policy_without_a_critic_learns_four_numbers():
+    model = VPG("LogisticPolicy", "CartPole-v1", estimator="reward_to_go", n_episodes=4, seed=0)
+    before = weights(model)
+    model.learn(100)
+    assert changed(before, weights(model)) == {"action_net.weight"}
+
+
+def test_a_logistic_policy_can_be_saved_alone_and_within_a_model(tmp_path):
+    model = VPG("LogisticPolicy", "CartPole-v1", n_steps=32, seed=0, policy_kwargs={"bias": True}).learn(64)
+    observation = np.ones(4, np.float32)
+    expected = model.policy.get_distribution(th.as_tensor(observation)[None]).distribution.probs
+    model.policy.save(str(tmp_path / "policy"))
+    model.save(tmp_path / "model")
+    for policy in (LogisticPolicy.load(str(tmp_path / "policy")), VPG.load(tmp_path / "model").policy):
+        assert len(list(policy.action_net.parameters())) == 2
+        assert th.equal(policy.get_distribution(th.as_tensor(observation)[None]).distribution.probs, expected)
+
+
+def test_a_logistic_policy_can_be_used_with_a2c():
+    model = A2C(LogisticPolicy, "CartPole-v1", seed=0)
+    before = weights(model)
+    model.learn(10)
+    assert "action_net.weight" in changed(before, weights(model))
+
+
+@pytest.mark.parametrize(
+    "action_space", [spaces.Discrete(3), *(ACTION_SPACES[k] for k in ("Box", "MultiDiscrete", "MultiBinary"))]
+)
+def test_a_logistic_policy_refuses_other_actions(action_space):
+    with pytest.raises(ValueError, match=r"LogisticPolicy .*Discrete\(2\)"):
+        VPG("LogisticPolicy", SpacesEnv(BOX, action_space))
+
+
+def test_a_logistic_policy_takes_hidden_layers_and_other_observations():
+    model = VPG(
+        "LogisticPolicy",
+        SpacesEnv(spaces.Discrete(4), spaces.Discrete(2)),
+        n_steps=10,
+        seed=0,
+        policy_kwargs={"net_arch": {"pi": [8], "vf": []}},
+    ).learn(10)
+    assert model.policy.action_net.weight.shape == (1, 8)
+    assert model.policy.value_net.weight.shape == (1, 4)

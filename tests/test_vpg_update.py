@@ -1,0 +1,96 @@
+"""One update: entropy bonus, clipping, and gradients added up over chunks."""
+
+import numpy as np
+import pytest
+import torch as th
+from helpers.envs import BOX
+from helpers.models import ACTOR, CRITIC, SGD, SMALL, assert_same_weights, changed, small_model, weights
+from stable_baselines3.common.torch_layers import FlattenExtractor
+from torch import nn
+
+import sb3_vpg.buffers
+
+
+def test_the_entropy_bonus_raises_the_entropy_and_a_negative_one_lowers_it():
+    observations = th.as_tensor(np.stack([BOX.sample() for _ in range(50)]))
+    entropies = []
+    for ent_coef in (-1.0, 0.0, 1.0):
+        model = small_model(policy_kwargs=SGD, learning_rate=0.1, max_grad_norm=None, ent_coef=ent_coef)
+        with th.no_grad():
+            # Away from the uniform policy, which has all the entropy there is
+            model.policy.action_net.bias.copy_(th.tensor([1.0, 0.0, -1.0]))
+        model.learn(100)
+        with th.no_grad():
+            entropies.append(model.policy.get_distribution(observations).entropy().mean().item())
+    assert entropies[0] + 0.05 < entropies[1] < entropies[2] - 0.05
+
+
+def test_a_huge_value_loss_does_not_scale_the_policy_gradient_down():
+    without, huge = (small_model(policy_kwargs=SGD, vf_coef=c, max_grad_norm=0.5).learn(20) for c in (0.0, 1e6))
+    assert_same_weights(without, huge, ACTOR)
+    start = small_model(policy_kwargs=SGD)
+    # ... and is itself clipped: the length of the critic's step is learning rate times norm
+    step = [huge.policy.get_parameter(name) - w for name, w in weights(start, CRITIC).items()]
+    assert th.sqrt(sum((s**2).sum() for s in step)).item() == pytest.approx(huge.learning_rate * 0.5, rel=1e-3)
+    assert changed(weights(start, CRITIC), weights(without, CRITIC)) == set()
+
+
+def test_the_policy_gradient_is_clipped_to_the_maximum_norm():
+    start = small_model(policy_kwargs=SGD, learning_rate=0.5)
+    clipped = small_model(policy_kwargs=SGD, learning_rate=0.5, max_grad_norm=0.0625).learn(20, log_interval=None)
+    assert clipped.logger.name_to_value["train/policy_grad_norm"] > 0.0625
+    step = [clipped.policy.get_parameter(name) - w for name, w in weights(start, ACTOR).items()]
+    assert th.sqrt(sum((s**2).sum() for s in step)).item() == pytest.approx(0.5 * 0.0625, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"n_critic_updates": 3, "ent_coef": 0.1},
+        {"estimator": "reward_to_go", "loss_reduction": "trajectory", "baseline": "time"},
+        {"estimator": "total_return", "n_episodes": 3, "baseline": "value"},
+    ],
+)
+def test_gradients_added_up_over_chunks_are_those_of_the_whole_batch(keywords, monkeypatch):
+    def trained():
+        model = small_model(policy_kwargs=SGD, learning_rate=0.5, max_grad_norm=None, **keywords)
+        chunks = []
+        model.policy.action_net.register_forward_hook(
+            lambda module, args, output: chunks.append(len(output)) if model.policy.training else None
+        )
+        return model.learn(1, log_interval=None), chunks
+
+    whole, whole_chunks = trained()
+    monkeypatch.setattr(sb3_vpg.buffers, "MIN_CHUNK", 7)
+    monkeypatch.setattr(sb3_vpg.buffers, "MAX_CHUNK", 7)
+    in_chunks, chunks = trained()
+    assert len(whole_chunks) == 1
+    assert max(chunks) <= 7
+    assert sum(chunks) == whole_chunks[0] > 14
+    for name, w in weights(whole).items():
+        th.testing.assert_close(in_chunks.policy.get_parameter(name), w, rtol=1e-4, atol=1e-6)
+    logged, expected = in_chunks.logger.name_to_value, whole.logger.name_to_value
+    for name in ("policy_loss", "entropy_loss", "policy_grad_norm"):
+        assert logged[f"train/{name}"] == pytest.approx(expected[f"train/{name}"], rel=1e-4, abs=1e-6)
+
+
+class Normalised(FlattenExtractor):
+    def __init__(self, observation_space):
+        super().__init__(observation_space)
+        self.norm = nn.BatchNorm1d(self.features_dim)
+
+    def forward(self, observations):
+        return self.norm(super().forward(observations))
+
+
+def test_a_network_with_batch_normalisation_sees_the_whole_batch_at_once(monkeypatch):
+    monkeypatch.setattr(sb3_vpg.buffers, "MIN_CHUNK", 7)
+    monkeypatch.setattr(sb3_vpg.buffers, "MAX_CHUNK", 7)
+    model = small_model(policy_kwargs={**SMALL, "features_extractor_class": Normalised}, n_critic_updates=2)
+    sizes = []
+    norm = model.policy.features_extractor.norm
+    norm.register_forward_hook(lambda module, args, output: sizes.append(len(output)) if module.training else None)
+    before = norm.running_mean.clone()
+    model.learn(20)
+    assert sizes == [20, 20]
+    assert not th.equal(before, norm.running_mean)
