@@ -1,6 +1,8 @@
 """
-``python -m sb3_vpg train --env CartPole-v1``: rl_zoo3's commands with VPG registered explicitly, and as the default algorithm;
-and one of our own, ``python -m sb3_vpg ablation``.
+Command line: ``python -m sb3_vpg train --env CartPole-v1``.
+
+It runs rl_zoo3's commands with VPG registered, and with VPG as the default algorithm. One more command,
+``python -m sb3_vpg ablation``, runs ablation studies.
 """
 
 import importlib.util
@@ -10,13 +12,13 @@ import sys
 from sb3_vpg.distributed.launcher import launched_by_torchrun, run_in_process_group
 
 COMMANDS = {
-    "train": ("rl_zoo3.train", "train an agent, or search for hyperparameters: -optimize"),
-    "enjoy": ("rl_zoo3.enjoy", "watch a trained agent, in the folder -f logs"),
-    "record_video": ("rl_zoo3.record_video", "film a trained agent"),
-    "record_training": ("rl_zoo3.record_training", "film the checkpoints of a training"),
+    "train": ("rl_zoo3.train", "train an agent; with -optimize, search for hyperparameters"),
+    "enjoy": ("rl_zoo3.enjoy", "show a trained agent from the folder -f logs"),
+    "record_video": ("rl_zoo3.record_video", "record a video of a trained agent"),
+    "record_training": ("rl_zoo3.record_training", "record videos of the checkpoints of a training run"),
     "plot_train": ("rl_zoo3.plots.plot_train", "plot returns during training: -a vpg"),
-    "all_plots": ("rl_zoo3.plots.all_plots", "plot evaluations, and print a table of the last ones: -a vpg"),
-    "plot_from_file": ("rl_zoo3.plots.plot_from_file", "plot what all_plots has written with -o"),
+    "all_plots": ("rl_zoo3.plots.all_plots", "plot evaluations and print a table of the last ones: -a vpg"),
+    "plot_from_file": ("rl_zoo3.plots.plot_from_file", "plot the results that all_plots has saved with -o"),
     "push_to_hub": ("rl_zoo3.push_to_hub", "upload a trained agent to the Hugging Face Hub"),
     "load_from_hub": ("rl_zoo3.load_from_hub", "download a trained agent from the Hub"),
     "ablation": ("sb3_vpg.study", "compare formulations over environments and seeds (sb3_vpg's own command)"),
@@ -24,7 +26,7 @@ COMMANDS = {
 LIST_OF_COMMANDS = "\n".join(f"  {command:17}{description}" for command, (_, description) in COMMANDS.items())
 USAGE = f"""usage: python -m sb3_vpg COMMAND [ARGUMENTS]
 
-Runs a command of RL Baselines3 Zoo with VPG as one of its algorithms, and as the default of --algo.
+Runs a command of RL Baselines3 Zoo. VPG is available as an algorithm, and is the default of --algo.
 
 {LIST_OF_COMMANDS}
 
