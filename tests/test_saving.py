@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -107,10 +108,12 @@ def test_a_process_killed_while_saving_leaves_the_old_file(tmp_path):
         ("best_0.5", "best_0.5"),
         ("new/folder/model", "new/folder/model.zip"),
         ("folder", "folder.zip"),
+        ("archive", "archive.zip_2"),
     ],
 )
 def test_files_have_the_names_that_sb3_gives_them(name, expected, tmp_path):
-    (tmp_path / "folder").mkdir()
+    for folder in ("folder", "archive.zip"):
+        (tmp_path / folder).mkdir()
     small_model().save(str(tmp_path / name))
     assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()] == [Path(expected)]
     VPG.load(tmp_path / expected)
@@ -525,17 +528,28 @@ def test_random_states_are_plain_numbers_and_come_back():
     env = DummyVecEnv([lambda: SpacesEnv(CountingEnv().observation_space, CountingEnv().action_space)] * 2)
     env.seed(3)
     env.reset()
+    # Python draws two normal numbers at a time, and keeps the second one for the next call
+    random.gauss(0, 1)
     states = json.loads(json.dumps(get_random_states(env)))
 
     def draws():
         drawn = [generator.random() for generator in env.get_attr("np_random")]
-        return [np.random.rand(), th.rand(1).item(), *drawn]  # noqa: NPY002
+        return [random.gauss(0, 1), random.random(), np.random.rand(), th.rand(1).item(), *drawn]  # noqa: NPY002
 
     first = draws()
     env.seed(4)
     set_random_states(states, env)
     assert draws() == first
     assert env._seeds == [None, None]
+
+
+def test_environments_of_another_number_keep_their_own_random_numbers():
+    two, three = (make_vec_env("CartPole-v1", n, seed=n) for n in (2, 3))
+    for env in (two, three):
+        env.reset()
+    before = [generator.bit_generator.state for generator in three.get_attr("np_random")]
+    set_random_states(get_random_states(two), three)
+    assert [generator.bit_generator.state for generator in three.get_attr("np_random")] == before
 
 
 def test_vec_normalize_goes_on_too(tmp_path):
