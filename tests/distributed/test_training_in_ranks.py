@@ -22,7 +22,8 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 from torch import nn
 
-from sb3_vpg import VPG, distributed
+from sb3_vpg import VPG
+from sb3_vpg.common.collectives import running_statistics
 from sb3_vpg.common.policy_runner import FastPolicyRunner
 from sb3_vpg.common.progress_bar import AllRanksProgressBar
 from sb3_vpg.zoo.search_space import FORMULATIONS
@@ -141,7 +142,7 @@ def train(env_id: str, n_envs: int, timesteps: int, normalize: bool = False, **k
     model = VPG("MlpPolicy", env, learning_rate=lambda remaining: 0.001 * remaining, **SMALL, **kwargs)
     callback = OwnSteps()
     model.learn(timesteps, callback)
-    statistics = [x for one in distributed.running_statistics(model.get_vec_normalize_env()) for x in vars(one).values()]
+    statistics = [x for one in running_statistics(model.get_vec_normalize_env()) for x in vars(one).values()]
     rate = model.policy.optimizer.param_groups[0]["lr"]
     own = (callback.n_own_steps, callback.first_observation)
     return Trained(model._n_updates, model.num_timesteps, rate, weights(model), statistics, *own)

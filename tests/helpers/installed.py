@@ -1,10 +1,12 @@
 """The package as users have it: built as a wheel and installed in an environment of its own, away from the checkout."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import venv
 from collections.abc import Callable
@@ -14,6 +16,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 HYPERPARAMS = {
     path.relative_to(CHECKOUT).with_suffix("").as_posix(): path for path in sorted((CHECKOUT / "hyperparams").rglob("*.yml"))
 }
+WARM = Path(__file__).parent / "warm_python.py"
 HOOK_OFF = {"SB3_VPG_NO_ZOO_HOOK": "1"}
 
 
@@ -79,40 +82,74 @@ def build_wheel(source: Path, folder: Path) -> Path:
 
 class Environment:
     """
-    A virtual environment with the wheel in it. Dependencies come from the environment that runs the tests: its site-packages
-    stand behind the new environment's own on the path. None of the .pth files in there is run, and so an editable install of
-    the checkout is not seen.
+    A virtual environment with the wheel in it, see :meth:`make`.
 
-    :param folder: where to make it
-    :param wheel: what to install
-    :param without: start of the names in site-packages that are to be missing
+    :param folder: where it is
+    :param cwd: the folder in which its processes run: tests that write files do so there
     """
 
-    def __init__(self, folder: Path, wheel: Path, without: tuple[str, ...] = ()):
-        venv.create(folder / "env", symlinks=os.name != "nt", with_pip=False)
-        # Tests that write files do so here
-        self.cwd = folder / "cwd"
-        self.cwd.mkdir()
-        self.python = folder / "env" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    def __init__(self, folder: Path, cwd: Path):
+        self.cwd = cwd
+        self.python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
         self.site_packages = Path(self.evaluate("sysconfig.get_path('purelib')"))
+        self._warm_python: subprocess.Popen[str] | None = None
+
+    @classmethod
+    def make(cls, folder: Path, cwd: Path, wheel: Path, without: tuple[str, ...] = ()) -> "Environment":
+        """
+        Make a virtual environment. Dependencies come from the environment that runs the tests: its site-packages stand behind
+        the new environment's own on the path. None of the .pth files in there is run, and so an editable install of the
+        checkout is not seen.
+
+        :param folder: where to make it
+        :param cwd: the folder in which its processes run
+        :param wheel: what to install
+        :param without: start of the names in site-packages that are to be missing
+        """
+        venv.create(folder, symlinks=os.name != "nt", with_pip=False)
+        self = cls(folder, cwd)
         outer = [path for path in map(Path, sys.path) if path.name in ("site-packages", "dist-packages")]
         if without:
             outer = [_view(path, folder / f"view_{i}", without) for i, path in enumerate(outer)]
         (self.site_packages / "dependencies.pth").write_text("".join(f"{path}\n" for path in outer))
         pip = [sys.executable, "-m", "pip", "--python", self.python]
-        output_of(call(*pip, "install", "--no-deps", "--no-index", "--force-reinstall", wheel, cwd=self.cwd))
+        output_of(call(*pip, "install", "--no-deps", "--no-index", "--force-reinstall", wheel, cwd=cwd))
 
         for module in ("sb3_vpg", "sb3_vpg_zoo_hook"):
             found = self.evaluate(f"importlib.util.find_spec({module!r}).origin")
             assert found.startswith(str(self.site_packages)), f"{module} would be imported from {found}, not from the wheel"
         assert str(CHECKOUT) not in self.evaluate("sys.path")
+        return self
 
     def run(self, *arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         """Run the environment's Python with these arguments, in the folder ``cwd``."""
         return call(self.python, *arguments, cwd=self.cwd, env=env)
 
+    def run_warm(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        """
+        The same as :meth:`run`, without the seconds for imports: in a fork of a Python that has imported PyTorch,
+        Stable-Baselines3, Optuna and pandas before, but neither the zoo nor the package.
+
+        :param arguments: "-c" and a script, or "-m" and a module; then its arguments
+        """
+        if self._warm_python is None:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            command = [self.python, "-c", WARM.read_text()]
+            self._warm_python = subprocess.Popen(command, cwd=self.cwd, env=variables_for(), **pipes)
+        with tempfile.TemporaryDirectory() as folder:
+            files = [f"{folder}/{name}" for name in ("stdout", "stderr")]
+            self._warm_python.stdin.write(json.dumps([*files, *map(str, arguments)]) + "\n")
+            self._warm_python.stdin.flush()
+            returncode = int(self._warm_python.stdout.readline())
+            return subprocess.CompletedProcess(arguments, returncode, *(Path(file).read_text() for file in files))
+
+    def close(self) -> None:
+        """End the Python of :meth:`run_warm`."""
+        if self._warm_python is not None:
+            self._warm_python.communicate()
+
     def start(self, *arguments: str | Path, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-        """The same, without waiting for its end, by a command that runs what follows ``before``."""
+        """As :meth:`run`, without waiting for its end, by a command that runs what follows ``before``."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         command = [*before, str(self.python), *map(str, arguments)]
         return subprocess.Popen(command, cwd=self.cwd, env=variables_for(), preexec_fn=heed_interruptions, **pipes)

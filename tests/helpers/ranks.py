@@ -38,9 +38,8 @@ def in_ranks(function: Callable[..., Any], *args: Any, folder: Path, size: int =
     :return: for each rank what the function returned or raised; its exit code, if it left without either
     """
     folder.mkdir()
-    # What takes seconds to import is imported once
+    # See conftest.py: what takes seconds to import is imported once
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["stable_baselines3"])
     processes = [context.Process(target=_run, args=(rank, size, folder, timeout, function, args)) for rank in range(size)]
     deadline = time.monotonic() + DEADLINE
     try:

@@ -58,7 +58,8 @@ def without_zoo(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Enviro
     """The wheel installed where rl_zoo3, what comes with it and what the other extras add are missing."""
     # Not matplotlib and pandas, which Stable-Baselines3 itself needed before 2.9
     missing = ("rl_zoo3", "sb3_contrib", "optuna", "huggingface_sb3", "pygame", "seaborn", "scipy", "tensorboard")
-    without = Environment(tmp_path_factory.mktemp("without_zoo"), wheel, without=missing)
+    folder = tmp_path_factory.mktemp("without_zoo")
+    without = Environment.make(folder / "env", folder, wheel, without=missing)
     for module in missing:
         assert without.evaluate(f"importlib.util.find_spec({module!r})") == "None"
     return without
