@@ -74,7 +74,7 @@ TUTORIALS = {
     "logistic": Tutorial("CartPole-v0", "% of the evaluation episodes that reach 200", percent_of_200, 100, "dummy"),
     "softmax": Tutorial("CartPole-v0", PER_EPISODE, last_rollout, 200),
     "swingup": Tutorial("CartPoleSwingUp-v0", PER_EPISODE, last_rollout, 5.8),
-    "standardised": Tutorial("CartPole-v0", "mean of the last 10 episodes", last_episodes(10), 195, "dummy"),
+    "standardized": Tutorial("CartPole-v0", "mean of the last 10 episodes", last_episodes(10), 195, "dummy"),
     "value_baseline": Tutorial("CartPole-v1", "mean of the last 100 episodes", last_episodes(100), 475),
     "spinning_up": Tutorial("CartPole-v1", "mean of the last 100 episodes", last_episodes(100), 475),
 }
