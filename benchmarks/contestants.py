@@ -1,4 +1,4 @@
-"""What the benchmarks of speed and memory measure: the algorithms, and the environments they are trained in."""
+"""Algorithms and environments that the benchmarks of speed and memory measure."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ CONTESTANTS: dict[str, tuple[type[OnPolicyAlgorithm], dict[str, Any]]] = {
 
 
 class Setting(NamedTuple):
-    """Which environments, how many steps of each in a rollout, and how wide the two hidden layers of MlpPolicy are."""
+    """Environments, rollout length (``n_steps``), and width of the two hidden layers of MlpPolicy."""
 
     n_envs: int
     #: NativeVecEnv, otherwise DummyVecEnv
@@ -54,7 +54,7 @@ SCENARIOS: dict[str, list[Setting]] = {
 
 
 class Noise(gym.Env):
-    """Images of noise, drawn beforehand: an environment whose steps cost next to nothing. Episodes take about 100 steps."""
+    """Images of noise, generated in advance, so that a step costs almost nothing. Episodes have about 100 steps."""
 
     observation_space = spaces.Box(0, 255, (4, 84, 84), np.uint8)
     action_space = spaces.Discrete(4)
@@ -81,14 +81,15 @@ def make_env(setting: Setting) -> VecEnv:
 
 def make_model(setting: Setting, contestant: str, env: VecEnv | None = None, **kwargs: Any) -> OnPolicyAlgorithm:
     """
+    :param setting: environments, rollout length and network
     :param contestant: one of ``CONTESTANTS``
-    :param env: the setting's environments, if they are there already
+    :param env: environments of the setting; None to create them
     :param kwargs: further keyword arguments of the algorithm
     """
     algorithm, own_kwargs = CONTESTANTS[contestant]
     kwargs |= {"n_steps": setting.n_steps, "seed": 0, "device": "cpu", **own_kwargs}
     if algorithm is PPO:
-        # Its default, 64, for small rollouts
+        # PPO's default is 64, which would be very slow for large rollouts
         kwargs["batch_size"] = max(64, setting.n_frames // 4)
     if not setting.images:
         kwargs["policy_kwargs"] = {"net_arch": [setting.width, setting.width]}
@@ -97,7 +98,7 @@ def make_model(setting: Setting, contestant: str, env: VecEnv | None = None, **k
 
 
 def training(model: OnPolicyAlgorithm) -> Callable[[int], int]:
-    """:return: a function that trains the model for at least so many frames, and returns for how many it did"""
+    """:return: a function that trains for at least the given number of frames, and returns the actual number"""
 
     def run(n_frames: int) -> int:
         before = model.num_timesteps

@@ -1,10 +1,11 @@
 """
-Steps per second of environments alone, without a policy, in turns, one thread.
+Steps per second of environments without a policy, on one thread.
 
     python benchmarks/environment_speed.py
 
-For each environment and number of environments N: gymnasium's vectorised form, the same through NativeVecEnv, and SB3's
-DummyVecEnv over N single environments; medians over the rounds, and the median of the rounds' ratios to DummyVecEnv.
+For each environment and number of environments N: gymnasium's vectorized form, the same in a NativeVecEnv, and N single
+environments in SB3's DummyVecEnv. Each round measures all three. Output: medians over the rounds, and the median of the
+ratios to DummyVecEnv within a round.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from sb3_vpg.envs.native_vec_env import NativeVecEnv
 
 WAYS: dict[str, Callable[[str, int], Any]] = {
-    "vectorised": lambda env_id, n: gym.make_vec(env_id, num_envs=n, vectorization_mode="vector_entry_point"),
+    "vectorized": lambda env_id, n: gym.make_vec(env_id, num_envs=n, vectorization_mode="vector_entry_point"),
     "NativeVecEnv": lambda env_id, n: make_vec_env(env_id, n, vec_env_cls=NativeVecEnv),
     "DummyVecEnv": make_vec_env,
 }
@@ -45,7 +46,7 @@ def main() -> None:
     parser.add_argument("--env", nargs="+", default=["CartPoleSwingUp-v1", "CartPole-v1"])
     parser.add_argument("--n-envs", nargs="+", type=int, default=[8, 256, 2048])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=0.5, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=0.5, help="duration of each measurement")
     args = parser.parse_args()
 
     for env_id in args.env:

@@ -1,11 +1,11 @@
 """
-What it costs to look whether observations, actions, rewards and values are finite.
+Cost of the checks that observations, actions, rewards and values are finite.
 
     python benchmarks/finite_checks_cost.py
 
-Training with the checks, as a ratio to training with these checks taken out: seconds per frame, median [lowest, highest] of
-the rounds, each of which measures both in turns, at learning rate 0. (That losses and gradients are finite is looked at in
-numbers that are computed anyway.)
+Output: seconds per frame of training with these checks, divided by those without; median [minimum, maximum] over the rounds.
+Each round measures both, at learning rate 0. (The checks of losses and gradients are not measured: they use numbers that are
+computed anyway.)
 """
 
 import argparse
@@ -23,7 +23,7 @@ CHECKS = ("_check_finite", "_check_finite_rows")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement, roughly")
+    parser.add_argument("--seconds", type=float, default=2.0, help="approximate duration of each measurement")
     parser.add_argument("--contestant", default="VPG, gae")
     args = parser.parse_args()
     for scenario, settings in SCENARIOS.items():

@@ -1,10 +1,10 @@
 """
-What gradient statistics cost during training.
+Cost of gradient statistics during training.
 
     python benchmarks/gradient_statistics_cost.py
 
-Processor time of a training with `GradientStatisticsCallback`, as a ratio to that without it: median [lowest, highest] of the
-rounds, each of which trains with and without.
+Output: processor time of training with `GradientStatisticsCallback`, divided by that without; median [minimum, maximum] over
+the rounds. Each round trains with and without the callback.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def seconds(n_envs: int, timesteps: int, kwargs: dict[str, Any], every_n_rollout
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--every", type=int, nargs="+", default=[1, 10], help="rollouts")
+    parser.add_argument("--every", type=int, nargs="+", default=[1, 10], help="computed every n rollouts")
     args = parser.parse_args()
     for name, setting in SETTINGS.items():
         ratios: dict[int, list[float]] = {every: [] for every in args.every}

@@ -1,8 +1,8 @@
-"""What the benchmarks share: processes, statistics, speed, results in a file; one thread unless told otherwise."""
+"""Functions that the benchmarks share: processes, statistics, speed and result files. The default is one thread."""
 
 import os
 
-# Before NumPy and torch are imported: the networks are small, more threads only wait for each other
+# Set before NumPy and torch are imported. For small networks, one thread is faster than several
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
@@ -25,8 +25,8 @@ T = TypeVar("T")
 
 def interquartile_mean(scores: Sequence[float], digits: int = 1) -> str:
     """
-    Interquartile mean over seeds, and its 95 % percentile bootstrap interval
-    (Agarwal et al., 2021, https://arxiv.org/abs/2108.13264).
+    :return: interquartile mean over seeds, and its 95 % percentile bootstrap interval
+        (Agarwal et al., 2021, https://arxiv.org/abs/2108.13264)
     """
     x = np.asarray(scores, dtype=np.float64)
     mean = trim_mean(x, 0.25)
@@ -46,11 +46,12 @@ def result_line(
     name: str, scores: Sequence[float], seconds: Sequence[float], threshold: float | None = None, details: str = ""
 ) -> str:
     """
-    :param scores: one for each seed
-    :param seconds: of training, one for each seed
-    :param details: to stand between the scores and the seconds
-    :return: name, interquartile mean [interval], how many seeds reach the threshold, the details, median seconds, the seeds'
-        scores
+    :param scores: score of each seed
+    :param seconds: seconds of training of each seed
+    :param threshold: the number of seeds that reach it is shown
+    :param details: text between the scores and the seconds
+    :return: name, interquartile mean [interval], number of seeds that reach the threshold, details, median seconds, and the
+        score of each seed
     """
     reached = "" if threshold is None else f">= {threshold}: {sum(s >= threshold for s in scores)}/{len(scores)}"
     each = " ".join(f"{score:.0f}" for score in scores)
@@ -59,18 +60,19 @@ def result_line(
 
 
 def in_processes(function: Callable[[Any], T], jobs: list[Any], n_processes: int) -> Iterator[T]:
-    """Results of ``function`` for all jobs, in order, computed in fresh processes."""
+    """Yield the results of ``function`` for all jobs, in order. Each job runs in a new process."""
     with mp.get_context("spawn").Pool(n_processes, maxtasksperchild=1) as pool:
         yield from pool.imap(function, jobs, chunksize=1)
 
 
 def frames_per_second(run: Callable[[int], int], n_frames: int, seconds: float) -> float:
     """
-    Speed of ``run``, after a first call that does not count.
+    Measure the speed of ``run``. A first call, which is not measured, warms up.
 
-    :param run: goes on for at least so many frames, returns for how many it did
-    :param n_frames: the fewest that make sense, such as one rollout
-    :param seconds: how long to measure, roughly
+    :param run: runs for at least the given number of frames, and returns the actual number
+    :param n_frames: minimum number of frames of a call, such as one rollout
+    :param seconds: approximate duration of the measurement
+    :return: frames per second
     """
     gc.collect()
     run(n_frames)
@@ -80,12 +82,12 @@ def frames_per_second(run: Callable[[int], int], n_frames: int, seconds: float) 
         elapsed = time.perf_counter() - start
         if elapsed > seconds / 2:
             return n_done / elapsed
-        # At least twice as many next time
+        # Too short for a measurement: at least twice as many frames in the next call
         n_frames = int(n_done * max(2.0, seconds / elapsed))
 
 
 def machine() -> dict[str, Any]:
-    """Processor and versions, to stand beside results."""
+    """:return: processor and versions of packages, saved with the results"""
     cpu, cpu_info = platform.processor(), Path("/proc/cpuinfo")
     if cpu_info.exists():
         fields = (line.partition(":") for line in cpu_info.read_text().splitlines())
@@ -96,7 +98,7 @@ def machine() -> dict[str, Any]:
 
 
 def save(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
-    """Write the results to ``args.output``, a JSON file, with the machine and the other arguments."""
+    """Write results, machine and arguments to the JSON file ``args.output``."""
     settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
     text = json.dumps({"machine": machine(), "settings": settings, "results": results}, indent=1)
     args.output.write_text(text + "\n")

@@ -1,12 +1,12 @@
 """
-Deterministic return after training, over seeds: SB3-style one-liners with constructor defaults, no zoo.
+Deterministic return after training with the constructor's defaults, over seeds.
 
     python benchmarks/learning.py --env CartPole-v1                      # the quickstart
-    python benchmarks/learning.py --env CartPole-v1 --algo VPG A2C PPO   # beside SB3's own defaults
+    python benchmarks/learning.py --env CartPole-v1 --algo VPG A2C PPO   # compared with SB3's defaults
     python benchmarks/learning.py --env CartPole-v1 --formulations       # one line per formulation
 
-Each line: interquartile mean over the seeds of the mean return of 100 evaluation episodes [95 % bootstrap interval], the
-seeds' returns in order, how many reach the threshold, median seconds of training.
+Each line: interquartile mean over seeds of the mean return of 100 evaluation episodes [95 % bootstrap interval], number of
+seeds that reach the threshold, median seconds of training, and the return of each seed.
 """
 
 import argparse
@@ -64,7 +64,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", default="CartPole-v1")
     parser.add_argument("--algo", nargs="+", default=["VPG"], choices=["VPG", "A2C", "PPO"])
-    parser.add_argument("--formulations", action="store_true", help="VPG with each formulation, gamma 0.99, all else default")
+    parser.add_argument(
+        "--formulations", action="store_true", help="VPG with each formulation, gamma 0.99, other keywords at their defaults"
+    )
     parser.add_argument("--timesteps", type=int, default=100_000)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--episodes", type=int, default=100)

@@ -1,9 +1,9 @@
 """
-Peak memory of a rollout of n_steps 2048 x 8 image observations (84 x 84 x 4, uint8) and of the update on it, VPG against A2C.
+Peak memory of a rollout and its update, VPG compared with A2C: 2048 steps x 8 environments of 84 x 84 x 4 images (uint8).
 
     python benchmarks/memory.py
 
-Each in a fresh process; the peak resident set size of the process as the operating system counts it, in MiB.
+Each algorithm runs in a new process. Output: peak resident set size of the process, in MiB.
 """
 
 import argparse

@@ -1,17 +1,18 @@
 """
-Data-parallel training: how much faster two processes are than one with as many environments in all, and what they send.
+Data-parallel training: speed of two processes compared with one process, and cost of their communication.
 
     python benchmarks/parallel.py --output benchmarks/results/parallel.json
 
-Scenarios: CartPole-v1 x 256 in one array, with a critic and without, 32 steps of each environment for an update or 128; and an
-environment whose step takes 1 ms of processor time, x 8. One process and several take turns, each time in new processes. For
-each scenario: frames per second of both, ratio of each pair (median and range), what a rank sends and waits in an update, and
-from that an estimate for more machines with as many environments in all:
+Scenarios: 256 CartPole-v1 environments in one array, with and without a critic, 32 or 128 steps of each environment per
+update; and 8 environments whose step takes 1 ms of processor time. One process and several processes are measured in turns,
+each time in new processes. Output for each scenario: frames per second of both, ratio of each pair (median and range), bytes
+and waiting time of a rank per update, and an estimate of the speed-up on k machines with the same total number of
+environments:
 
     T(k) = T_1 / k + T_s(k),   T_s(k) = n_s (2 (k - 1) (latency + bytes / (k n_s bandwidth)) + t_s)
 
-T_1 is the measured time of an update in one process. Each of its n_s sums takes 2 (k - 1) messages (a ring), and t_s on this
-machine, where there is no network. Environments that take unequally long are not in it.
+T_1 is the measured time of an update in one process, and n_s its number of sums. Each sum takes 2 (k - 1) messages (a ring)
+and the time t_s, measured on this machine without a network. The estimate assumes that all environments take the same time.
 """
 
 import argparse
@@ -36,12 +37,12 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from sb3_vpg import VPG
 from sb3_vpg.envs.native_vec_env import NativeVecEnv
 
-#: Of one message between two machines of the estimate, seconds; of the network, bytes per second (10 Gbit/s)
+#: Assumptions of the estimate: latency of a message in seconds, bandwidth in bytes per second (10 Gbit/s)
 LATENCY, BANDWIDTH = 50e-6, 1.25e9
 
 
 class MillisecondEnv(gym.Env):
-    """A step takes 1 ms of processor time; episodes of 100 steps."""
+    """An environment whose step takes 1 ms of processor time. Episodes have 100 steps."""
 
     observation_space = spaces.Box(-1.0, 1.0, (4,), np.float32)
     action_space = spaces.Discrete(2)
@@ -66,12 +67,12 @@ class Scenario(NamedTuple):
     env: str | Callable[[], gym.Env]
     vec_env_class: type[VecEnv]
     n_envs: int
-    #: whether so many are in each process; else they are dealt out
+    #: whether n_envs is the number in each process; otherwise, n_envs environments are split across the processes
     in_each: bool
     kwargs: dict[str, Any]
 
 
-# All go on acting as an untrained policy: whoever learns has longer episodes, and fewer resets
+# With learning rate 0, all policies stay untrained. Otherwise policies that learn would have longer episodes and fewer resets
 COMMON = {"n_steps": 32, "learning_rate": 0.0}
 CRITIC = {**COMMON, "n_critic_updates": 1}
 NO_CRITIC = {**COMMON, "estimator": "reward_to_go", "partial_episodes": "truncate"}
@@ -87,11 +88,11 @@ SCENARIOS = {
 }
 
 
-class UpdateSpec(NamedTuple):
+class Measurement(NamedTuple):
     frames_per_second: float
     #: of one update and its rollout
     seconds_per_update: float
-    #: of a rank and update: sums and what they add up, time from its call of them to their end
+    #: number of sums of a rank per update, their bytes, and the time that the rank spends in them
     sums: float
     bytes: float
     seconds_in_sums: float
@@ -104,7 +105,7 @@ class Counted(NamedTuple):
 
 @contextmanager
 def counting() -> Iterator[Counted]:
-    """:return: sizes in bytes of what is summed and gathered in this context, and how long that took"""
+    """Context that records the size in bytes and the duration of each collective operation."""
     counted = Counted([], [])
 
     def count(name: str) -> Callable[..., Any]:
@@ -127,7 +128,7 @@ def counting() -> Iterator[Counted]:
             setattr(dist, name, original)
 
 
-def run(scenario: str, seconds: float, rank: int, size: int, folder: str) -> UpdateSpec:
+def run(scenario: str, seconds: float, rank: int, size: int, folder: str) -> Measurement:
     th.set_num_threads(1)
     if size > 1:
         store = f"file://{folder}/store"
@@ -151,21 +152,19 @@ def run(scenario: str, seconds: float, rank: int, size: int, folder: str) -> Upd
         elapsed = learn(n_updates[0])
     if size > 1:
         dist.destroy_process_group()
-    of_one_update = (len(counted.bytes), sum(counted.bytes), sum(counted.seconds))
+    totals = (len(counted.bytes), sum(counted.bytes), sum(counted.seconds))
     seconds_per_update = elapsed / n_updates[0]
-    return UpdateSpec(
-        frames_per_update / seconds_per_update, seconds_per_update, *(total / n_updates[0] for total in of_one_update)
-    )
+    return Measurement(frames_per_update / seconds_per_update, seconds_per_update, *(total / n_updates[0] for total in totals))
 
 
-def measure(scenario: str, seconds: float, size: int) -> UpdateSpec:
-    """:return: what rank 0 of ``size`` new processes measured"""
+def measure(scenario: str, seconds: float, size: int) -> Measurement:
+    """:return: the measurement of rank 0, in ``size`` new processes"""
     with tempfile.TemporaryDirectory() as folder, mp.get_context("spawn").Pool(size, maxtasksperchild=1) as pool:
         return pool.starmap(run, [(scenario, seconds, rank, size, folder) for rank in range(size)], chunksize=1)[0]
 
 
 def estimated_speed_up(k: int, seconds_per_update: float, n_sums: float, n_bytes: float, seconds_per_sum: float) -> float:
-    """:return: of k machines against one, with as many environments in all"""
+    """:return: estimated speed-up of k machines over one, with the same total number of environments"""
     sums = n_sums * (2 * (k - 1) * (LATENCY + n_bytes / (k * n_sums * BANDWIDTH)) + seconds_per_sum)
     return seconds_per_update / (seconds_per_update / k + sums)
 
@@ -175,7 +174,7 @@ def main() -> None:
     parser.add_argument("--scenario", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=4.0, help="of each measurement, roughly")
+    parser.add_argument("--seconds", type=float, default=4.0, help="approximate duration of each measurement")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
 
@@ -192,7 +191,7 @@ def main() -> None:
         n_sums, n_bytes, waiting = (float(np.median([m[i] for m in several])) for i in (2, 3, 4))
         seconds = float(np.median([m.seconds_per_update for m in one]))
         print(f"  update: {1000 * seconds:.1f} ms alone; {n_sums:.1f} sums of {n_bytes:.0f} bytes in {1000 * waiting:.2f} ms")
-        # The shortest of them: without waiting for the other rank
+        # The minimum is the time without waiting for the other rank
         per_sum = min(m.seconds_in_sums / m.sums for m in several)
         machines = [2, 4, 8, 16, 32, 64]
         speed_ups = {k: estimated_speed_up(k, seconds, n_sums, n_bytes, per_sum) for k in machines}

@@ -1,13 +1,13 @@
 """
-Reward-to-go of a batch of episodes: the doubling scan of sb3_vpg.estimators against
+Speed of the doubling scan of sb3_vpg.estimators, for the reward-to-go of a batch of episodes. It is compared with
 
-- a plain Python loop over time steps, vectorised over environments (as in SB3's buffer),
-- one product with the Toeplitz matrix of discounts per episode,
-- scipy.signal.lfilter per episode.
+- a Python loop over time steps, vectorized over environments (as in SB3's buffer),
+- a product with the Toeplitz matrix of discounts, for each episode,
+- scipy.signal.lfilter, for each episode.
 
     python benchmarks/returns_scan_speed.py
 
-Prints the median time of each, and its ratio to the scan. All are checked to give the same numbers first.
+Output: median time of each method, and its ratio to the scan. Before the measurement, the results of all methods are compared.
 """
 
 import time
@@ -63,7 +63,7 @@ METHODS = {"scan": scan, "loop": loop, "Toeplitz": toeplitz_product, "lfilter": 
 
 
 def median_times(rewards: np.ndarray, last: np.ndarray) -> dict[str, float]:
-    """Median seconds of each method, measured in turns."""
+    """:return: median seconds of each method; the methods are measured in turns"""
     times: dict[str, list[float]] = {name: [] for name in METHODS}
     for _ in range(N_REPEATS):
         for name, method in METHODS.items():

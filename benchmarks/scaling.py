@@ -1,18 +1,18 @@
 """
-How the cost of training grows: VPG beside A2C, MlpPolicy on CartPole-v1, one thread.
+Scaling of the cost of training: VPG compared with A2C, MlpPolicy on CartPole-v1, one thread.
 
     python benchmarks/scaling.py --output scaling.json --plot scaling.png
     python benchmarks/scaling.py --part memory
 
 - envs: frames per second with 1 to 4096 environments in a NativeVecEnv, and up to 256 in a DummyVecEnv; 32 steps of each per
   rollout, two hidden layers of 64.
-- memory: what training adds to the peak memory of a process (resident set, as Linux counts it), with rollouts of 32 x 8,
-  32 x 256, 128 x 256, 128 x 2048 and 512 x 2048 steps. Each in a fresh process, in which a small model has been trained
-  before, so that what the libraries take once does not count.
+- memory: increase of the peak memory of a process (resident set size on Linux) by training, with rollouts of 32 x 8, 32 x 256,
+  128 x 256, 128 x 2048 and 512 x 2048 steps. Each measurement runs in a new process. A small model is trained there first, so
+  that one-time allocations of the libraries are not included.
 - width: frames per second with two hidden layers of 64 to 1024; 256 environments in a NativeVecEnv, 32 steps of each.
 
-VPG with gae and one critic pass, as A2C, and without a critic (reward_to_go). Measured in turns, medians over the rounds. The
-learning rate is 0, for the reason told in throughput.py.
+VPG runs with gae and one critic pass, like A2C, and without a critic (reward_to_go). The algorithms are measured in turns;
+output is the median over the rounds. The learning rate is 0; throughput.py explains why.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class Part(NamedTuple):
     x_label: str
     x: Callable[[Setting], int]
     x_ticks: list[int]
-    #: what is measured in turns, for each x
+    #: measurements for each x; those of a group are made in turns
     groups: list[list[Measurement]]
 
 
@@ -48,7 +48,7 @@ class Result(NamedTuple):
     part: str
     contestant: str
     setting: Setting
-    #: one for each round
+    #: value of each round
     values: list[float]
 
 
@@ -97,19 +97,19 @@ def speed(measurement: Measurement, seconds: float) -> float:
 
 
 def resident(field: str) -> float:
-    """:return: MiB of this process that are in memory now (``VmRSS``), or were at the peak (``VmHWM``)"""
+    """:return: present (``VmRSS``) or peak (``VmHWM``) resident set size of this process, in MiB"""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) / 1024
 
 
 def memory(measurement: Measurement) -> float:
-    """:return: MiB that training adds to the peak memory of this process"""
+    """:return: increase of the peak memory of this process by training, in MiB"""
     th.set_num_threads(1)
     contestant, setting = measurement
     make_model(Setting(2), contestant, learning_rate=0.0).learn(128)
     env = make_env(setting)
-    # Forget earlier peaks
+    # Reset the peak
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     make_model(setting, contestant, env, learning_rate=0.0).learn(2 * setting.n_frames)
@@ -121,7 +121,7 @@ def line_of(contestant: str, setting: Setting) -> str:
 
 
 def run(name: str, n_rounds: int, seconds: float) -> list[Result]:
-    """Measure one part, print medians, return all."""
+    """Measure one part and print the medians."""
     part = PARTS[name]
     print(f"{part.title}: {part.unit}, median of {n_rounds} rounds")
     print(f"{part.x_label:>26}" + "".join(f"{line_of(*measurement):>18}" for measurement in part.groups[0]), flush=True)
@@ -136,7 +136,7 @@ def run(name: str, n_rounds: int, seconds: float) -> list[Result]:
 
 
 def short(number: float, position: int | None = None) -> str:
-    """:return: 64, 4096, 20k, 1M, as matplotlib asks for it"""
+    """:return: text such as 64, 4096, 20k or 1M; a formatter for matplotlib"""
     for factor, suffix in ((10**6, "M"), (1000, "k")):
         if number > 1 and round(number) % factor == 0:
             return f"{round(number) // factor}{suffix}"
@@ -159,7 +159,7 @@ def plot(path: Path, results: list[Result]) -> None:
                 lines[line].append((part.x(result.setting), float(np.median(result.values))))
         values = [y for points in lines.values() for _, y in points]
         line_height = (max(values) / min(values)) ** 0.065
-        # Where the texts beside the ends of lines are, from below; no text over another
+        # Heights of the labels beside the ends of lines, from bottom to top, without overlap
         heights: dict[int, float] = defaultdict(float)
         for (contestant, setting), points in sorted(lines.items(), key=lambda item: item[1][-1][1]):
             ax.loglog(*zip(*points), "o-" if setting.native else "o--", color=COLORS[contestant], markersize=4)
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--part", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--seconds", type=float, default=1.0, help="of each measurement of speed, roughly; at least one rollout"
+        "--seconds", type=float, default=1.0, help="approximate duration of a measurement of speed; at least one rollout"
     )
     parser.add_argument("--output", type=Path, help="JSON file for all results")
     parser.add_argument("--plot", type=Path, help="PNG file")

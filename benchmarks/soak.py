@@ -1,11 +1,11 @@
 """
-Thousands of updates with episodes of random length, checkpoints and reloads: do memory, open files and processes stay as few?
+Stability over thousands of updates: do memory, open files and processes stay constant?
 
     python benchmarks/soak.py --updates 20000
 
-Trains with whole episodes, whose number of steps is another one in each rollout; saves the model about every 20 updates, and
-every 200 goes on with what a file gives, in new environments. Draws docs/soak.png and prints how much memory grows, by a
-straight line through its second half.
+Trains with whole episodes of random length, so that rollouts differ in size. The model is saved about every 20 updates. Every
+200 updates, it is loaded from a file and training continues in new environments. Output: docs/soak.png, and the growth of
+memory (slope of a line fitted to the second half).
 """
 
 import argparse
@@ -27,7 +27,7 @@ N_ENVS = 4
 
 
 class RandomLengths(gym.Env):
-    """Noise; each episode ends, by termination or a time limit, after 1 to 60 steps."""
+    """Random observations. Each episode ends after 1 to 60 steps, by termination or by a time limit."""
 
     observation_space = spaces.Box(-1.0, 1.0, (4,), np.float32)
     action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
@@ -47,7 +47,13 @@ class RandomLengths(gym.Env):
 
 
 class Gauge(BaseCallback):
-    """Reads memory [MiB], open files and processes every so many updates, and stops at the last one."""
+    """
+    Records memory [MiB], open files and processes.
+
+    :param until: number of updates after which training stops
+    :param every: number of updates between two readings
+    :param readings: list to which readings are appended
+    """
 
     def __init__(self, until: int, every: int, readings: list[tuple[int, float, int, int]]):
         super().__init__()
@@ -81,8 +87,8 @@ def plot(readings: np.ndarray, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--updates", type=int, default=20_000)
-    parser.add_argument("--every", type=int, default=20, help="updates between two readings")
-    parser.add_argument("--reload-every", type=int, default=200, help="updates")
+    parser.add_argument("--every", type=int, default=20, help="number of updates between two readings")
+    parser.add_argument("--reload-every", type=int, default=200, help="number of updates between two reloads")
     parser.add_argument("--plot", type=Path, default=Path(__file__).parent.parent / "docs" / "soak.png")
     args = parser.parse_args()
 
@@ -92,7 +98,7 @@ def main() -> None:
         env = make_vec_env(RandomLengths, N_ENVS, seed=0)
         model = VPG("MlpPolicy", env, n_episodes=1, policy_kwargs={"net_arch": [32]}, seed=0, device="cpu")
         for until in range(args.reload_every, args.updates + 1, args.reload_every):
-            # An update has 34 steps on average, of each environment, and those of the longest episode count
+            # Timesteps count up to the end of the longest of the four episodes of an update: 47 per environment on average
             checkpoints = CheckpointCallback(20 * 47, folder)
             callbacks = CallbackList([Gauge(until, args.every, readings), checkpoints, GradientStatisticsCallback(10)])
             model.learn(10**9, callback=callbacks, reset_num_timesteps=False, log_interval=10**9)

@@ -1,6 +1,7 @@
 """
-The search spaces of RL Baselines3 Zoo for VPG, PPO and A2C, made comparable on the swing-up: rollouts of 8 to 512 steps,
-minibatches of 256 to 2048 (smaller ones of PPO would take hours), and the initial noise. To be imported by the zoo:
+Comparable search spaces for VPG, PPO and A2C on the swing-up. They change the search spaces of RL Baselines3 Zoo: rollouts
+have 8 to 512 steps, minibatches 256 to 2048 steps (smaller minibatches of PPO would take hours), and the initial standard
+deviation of the actions is added. The zoo imports this module:
 
     PYTHONPATH=benchmarks timeout 15m python -m rl_zoo3.train --gym-packages swingup_search --algo vpg \
         --env CartPoleSwingUp-v0 -optimize -n 1000000 --n-trials 1000 --n-evaluations 2 --n-eval-envs 20 --eval-episodes 20 \
@@ -18,7 +19,7 @@ CHOICES = {"n_steps": [8, 16, 32, 64, 128, 256, 512]}
 
 
 class BoundedTrial:
-    """A trial that draws some parameters from other ranges."""
+    """A trial that samples some parameters from other ranges."""
 
     def __init__(self, trial: optuna.Trial):
         self.trial = trial

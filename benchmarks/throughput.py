@@ -1,24 +1,26 @@
 """
-Frames per second of training: VPG beside A2C, PPO and Tianshou's Reinforce, and beside what bounds them all.
+Frames per second of training: VPG compared with A2C, PPO, Tianshou's Reinforce, and two upper bounds.
 
     python benchmarks/throughput.py
     python benchmarks/throughput.py --scenario b c --threads 1 2 --output throughput.json
 
 Scenarios, all with 32 steps of each environment per rollout: MlpPolicy, two hidden layers of 64, on CartPole-v1 with (a) 8
 environments in a DummyVecEnv, (b) 256 in a DummyVecEnv and in a NativeVecEnv, (c) 2048 in a NativeVecEnv; and (d) CnnPolicy on
-84 x 84 x 4 images that cost next to nothing, 8 in a DummyVecEnv.
+84 x 84 x 4 images whose generation costs almost nothing, 8 in a DummyVecEnv.
 
-- A2C, PPO: Stable-Baselines3's, default hyperparameters but n_steps. PPO makes 10 passes over each rollout where A2C makes
-  one, in minibatches of 64 (a, d), 2048 (b) or 16384 (c).
-- VPG, gae: one critic pass, as A2C. With the default critic: further passes of the value regression. reward_to_go: no critic.
-- Tianshou Reinforce, where Tianshou 2 is installed (a, b): one gradient step per rollout, no critic, the same layers,
-  Tianshou's own DummyVectorEnv.
-- bare loop: forward pass of the actor, sampling, step of the environments, nothing else. Environments alone: random actions.
+- A2C, PPO: those of Stable-Baselines3 with default hyperparameters, except n_steps. A2C makes one pass over each rollout. PPO
+  makes 10, in minibatches of 64 (a, d), 2048 (b) or 16384 (c).
+- VPG, gae: one critic pass, like A2C. With the default critic: further passes of the value regression. reward_to_go: no
+  critic.
+- Tianshou Reinforce, if Tianshou 2 is installed (a, b): one gradient step per rollout, no critic, the same layers, Tianshou's
+  own DummyVectorEnv.
+- bare loop: only the forward pass of the actor, sampling, and the step of the environments.
+- environments alone: random actions.
 
-Measured in turns, in a fresh process for each scenario and number of threads. Medians over the rounds; ratios to A2C are taken
-within each round, of which the median is told and [the lowest, the highest]. The learning rate is 0 without --learn: updates
-are computed in full, but all go on acting as an untrained policy does. Otherwise those that learn sooner would have longer
-episodes, and so fewer of the resets that cost time.
+Each scenario and number of threads has a new process, in which the contestants are measured in turns. Output: median over the
+rounds, and ratio to A2C within a round as median [minimum, maximum]. Without --learn, the learning rate is 0: updates are
+computed in full, but all policies stay untrained. Otherwise policies that learn faster would have longer episodes, and thus
+fewer resets, which cost time.
 """
 
 import argparse
@@ -41,7 +43,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.vec_env import VecEnv
 
-# Goes on for at least so many frames, returns for how many it did
+# Runs for at least the given number of frames, and returns the actual number
 Run = Callable[[int], int]
 
 
@@ -95,7 +97,7 @@ def bare_loop(setting: Setting) -> Run:
     @th.inference_mode()
     def sample_actions(obs: np.ndarray) -> np.ndarray:
         logits = actor(preprocess_obs(th.as_tensor(obs), policy.observation_space))
-        # The largest of logits + Gumbel noise is a sample of their softmax
+        # The index of the maximum of logits + Gumbel noise is a sample from the softmax
         return (logits - th.empty_like(logits).exponential_().log_()).argmax(dim=1).numpy()
 
     return stepping(env, sample_actions)
@@ -125,7 +127,7 @@ def tianshou_reinforce(setting: Setting, learning_rate: float = 1e-3) -> Run:
             max_epochs=1,
             epoch_num_steps=n_frames,
             collection_step_num_env_steps=setting.n_frames,
-            # All of the rollout
+            # The whole rollout
             batch_size=None,
             verbose=False,
             show_progress=False,
@@ -140,7 +142,7 @@ def has_tianshou() -> bool:
 
 
 def entries(scenario: str, learn: bool) -> list[Entry]:
-    """The lines of the scenario's table."""
+    """:return: the lines of the scenario's table"""
     kwargs = {} if learn else {"learning_rate": 0.0}
     result = []
     for setting in SCENARIOS[scenario]:
@@ -153,7 +155,7 @@ def entries(scenario: str, learn: bool) -> list[Entry]:
 
 
 def measure(job: Job) -> list[dict[str, Any]]:
-    """:return: each line of the scenario's table, with its frames per second in each round"""
+    """:return: the lines of the scenario's table, with the frames per second of each round"""
     th.set_num_threads(job.threads)
     n_frames = SCENARIOS[job.scenario][0].n_frames
     lines = entries(job.scenario, job.learn)
@@ -189,16 +191,18 @@ def main() -> None:
     parser.add_argument("--scenario", nargs="+", default=list(SCENARIOS), choices=list(SCENARIOS))
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement, roughly; at least one rollout")
-    parser.add_argument("--learn", action="store_true", help="at the default learning rates")
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="approximate duration of a measurement; at least one rollout"
+    )
+    parser.add_argument("--learn", action="store_true", help="train with the default learning rates")
     parser.add_argument("--output", type=Path, help="JSON file for all results")
     args = parser.parse_args()
 
     if not has_tianshou():
-        print("Tianshou is not installed: left out")
+        print("Tianshou is not installed and not measured")
     results = []
     for threads in args.threads:
-        # For the processes to come, before they import NumPy and torch
+        # Inherited by the new processes, which import NumPy and torch afterwards
         os.environ["OMP_NUM_THREADS"] = str(threads)
         jobs = [Job(scenario, threads, args.rounds, args.seconds, args.learn) for scenario in args.scenario]
         for job, lines in zip(jobs, in_processes(measure, jobs, 1)):

@@ -2,30 +2,29 @@
 Wall-clock seconds and environment steps until an environment is solved: VPG, PPO and A2C, each with its entry in the zoo.
 
     python benchmarks/time_to_solve.py --output solve.json --plot solve.png
-    python benchmarks/time_to_solve.py --results solve.json --plot solve.png    # table and plot again, nothing is run
+    python benchmarks/time_to_solve.py --results solve.json --plot solve.png    # only table and plot of earlier results
 
-Solved: the mean return of 100 episodes, acted with the policy's noise, reaches the reward threshold of gymnasium's registry
-(CartPole-v1: 475, CartPoleSwingUp-v0: 300) for the first time; what would come after is not looked at. Returns are the
-environment's own, not normalised. Which 100 episodes:
+An environment is solved when the mean return of 100 episodes of the stochastic policy first reaches the reward threshold of
+gymnasium's registry (CartPole-v1: 475, CartPoleSwingUp-v0: 300). Returns are not normalized. Which 100 episodes?
 
-- CartPole-v1: the last 100 training episodes (`ep_info_buffer`), looked at whenever one has ended.
-- The swing-ups, whose entries have ExploringStarts: training episodes begin anywhere there and say little about the task. So
-  after every 1/40 of the budget, at the end of a rollout, the policy that collected it plays 100 episodes of the environment
-  itself, with the noise of gSDE drawn as often as in training. The clock stands still meanwhile and the training goes on as if
-  nothing had been. The time is that of the rollout's end, and never finer than 1/40 of the budget.
+- CartPole-v1: the last 100 training episodes (`ep_info_buffer`), checked after each episode.
+- The swing-ups: their entries have ExploringStarts, so training episodes do not show the return of the task. After every 1/40
+  of the budget, at the end of a rollout, the policy that collected it runs 100 episodes of the environment itself, with the
+  noise of gSDE resampled as often as in training. The clock is paused during this evaluation, and training is not affected.
+  The recorded time is the end of the rollout, so its resolution is 1/40 of the budget.
 
-Training stops when it is solved, or as not solved when the entry's budget is used up (schedules and exploring starts refer to
-the budget, so that it is not shortened). Seconds are those of training, from the call of `learn()` on: without imports and the
-construction of model and environments; with the monitor files and whatever callbacks the entry has. Steps are those of all
-environments, with those that VPG spends waiting for episodes to end. Each run has a fresh process and one thread; the
+Training stops when the environment is solved, or when the entry's budget is used up (not solved). The budget is that of the
+entry, since schedules and exploring starts depend on it. Seconds are those of `learn()`, including monitor files and the
+entry's callbacks, without imports and the construction of model and environments. Steps are those of all environments,
+including the steps that VPG does not record while it waits for episodes to end. Each run has a new process and one thread. The
 contestants take turns, seed by seed.
 
-"VPG", "PPO", "A2C": as `python -m rl_zoo3.train` makes them. On CartPole-v1 VPG then has NativeVecEnv, the others DummyVecEnv.
-The contestants that name a VecEnv differ from these in that alone, so that the environment's speed can be told from the
-algorithm's. On the swing-ups all three have NativeVecEnv.
+"VPG", "PPO" and "A2C" are configured as by `python -m rl_zoo3.train`. On CartPole-v1, VPG then uses NativeVecEnv, and the
+others use DummyVecEnv. Contestants with the name of a VecEnv differ only in that VecEnv, to separate the speed of the
+environment from that of the algorithm. On the swing-ups, all three use NativeVecEnv.
 
-Interquartile mean [95 % bootstrap interval], minimum and maximum are those of the seeds that solved it; medians count a seed
-that did not as infinite. The ratio is that of the medians, to PPO as in the zoo.
+Interquartile mean [95 % bootstrap interval], minimum and maximum are over the seeds that solved the environment. In medians,
+the other seeds count as infinite. The ratio is that of the medians, relative to PPO as in the zoo.
 """
 
 import argparse
@@ -55,7 +54,7 @@ from sb3_vpg.zoo import register
 N_EPISODES = 100
 EVALUATIONS_PER_BUDGET = 40
 POINTS_PER_CURVE = 200
-# The zoo's name of the algorithm; the environments, None for what the zoo takes
+# The zoo's name of the algorithm, and the class of the VecEnv; None for the zoo's choice
 CONTESTANTS: dict[str, tuple[str, type[VecEnv] | None]] = {
     "VPG": ("vpg", None),
     "PPO": ("ppo", None),
@@ -75,13 +74,13 @@ class Job(NamedTuple):
 
 class UntilSolved(BaseCallback):
     """
-    Ends the training once the mean return of 100 episodes reaches the threshold. Subclasses say which episodes.
+    Stops training when the mean return of 100 episodes reaches the threshold. Subclasses choose the episodes.
 
-    :param threshold: what to reach
-    :param interval: environment steps between two points of the learning curve
+    :param threshold: mean return to reach
+    :param interval: number of environment steps between two points of the learning curve
     """
 
-    #: which episodes, in words
+    #: description of the episodes
     episodes: str
 
     def __init__(self, threshold: float, interval: float):
@@ -100,10 +99,12 @@ class UntilSolved(BaseCallback):
     def seconds(self) -> float:
         return time.perf_counter() - self._start
 
-    def look_at(self, returns: list[float], seconds: float) -> None:
+    def check(self, returns: list[float], seconds: float) -> None:
         """
-        :param returns: of up to 100 episodes
-        :param seconds: when they had ended
+        Check whether the environment is solved, and record a point of the learning curve.
+
+        :param returns: returns of up to 100 episodes
+        :param seconds: time at which the last of them ended
         """
         mean = sum(returns) / len(returns)
         self.solved = len(returns) == N_EPISODES and mean >= self.threshold
@@ -116,7 +117,7 @@ class UntilSolved(BaseCallback):
 
 
 class LastTrainingEpisodes(UntilSolved):
-    """Looks at the last training episodes, whenever one has ended."""
+    """Checks the last training episodes after each episode."""
 
     episodes = "the last 100 training episodes"
     _last_episode: dict[str, Any] | None = None
@@ -126,7 +127,7 @@ class LastTrainingEpisodes(UntilSolved):
         return super()._on_step()
 
     def _on_rollout_end(self) -> None:
-        # The buffer is filled after _on_step: this is for the episodes that ended in the last step
+        # The buffer is filled after _on_step, so episodes that ended in the last step are checked here
         self._look()
 
     def _look(self) -> None:
@@ -134,14 +135,16 @@ class LastTrainingEpisodes(UntilSolved):
         if self.solved or not buffer or buffer[-1] is self._last_episode:
             return
         self._last_episode = buffer[-1]
-        self.look_at([episode["r"] for episode in buffer], self.seconds())
+        self.check([episode["r"] for episode in buffer], self.seconds())
 
 
 class FreshEpisodes(UntilSolved):
     """
-    Lets the policy play episodes of the environment itself at regular intervals, while the clock stands still.
+    Evaluates the stochastic policy in the environment itself at regular intervals. The clock is paused during evaluations.
 
-    :param env: as many environments as episodes
+    :param threshold: mean return to reach
+    :param interval: number of environment steps between two evaluations
+    :param env: as many environments as evaluation episodes
     """
 
     episodes = "100 fresh episodes"
@@ -156,14 +159,14 @@ class FreshEpisodes(UntilSolved):
         seconds = self.seconds()
         sync_envs_normalization(self.training_env, self.env)
         with th.random.fork_rng(devices=[]):
-            returns, _ = evaluate_policy(WithNoise(self.model), self.env, N_EPISODES, return_episode_rewards=True)
-        self.look_at(returns, seconds)
-        # The clock goes on from where it was
+            returns, _ = evaluate_policy(StochasticPolicy(self.model), self.env, N_EPISODES, return_episode_rewards=True)
+        self.check(returns, seconds)
+        # Continue the clock from the time before the evaluation
         self._start = time.perf_counter() - seconds
 
 
-class WithNoise:
-    """The policy of a model as it acts in training: the noise of gSDE is drawn anew as often, for each environment."""
+class StochasticPolicy:
+    """The policy of a model as in training: the noise of gSDE is resampled as often, for each environment."""
 
     def __init__(self, model: OnPolicyAlgorithm):
         self.policy = model.policy
@@ -197,7 +200,7 @@ def run(job: Job) -> dict[str, Any]:
         manager = ExperimentManager(argparse.Namespace(), algo, job.env, folder, **settings)
         if vec_env_class is not None:
             manager.vec_env_class = vec_env_class
-        # It prints the hyperparameters whatever `verbose` is
+        # setup_experiment() prints the hyperparameters even if verbose is 0
         with contextlib.redirect_stdout(io.StringIO()):
             model, _ = manager.setup_experiment()
         vec_env = type(model.get_env().unwrapped).__name__
@@ -225,7 +228,7 @@ def by_contestant(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any
 
 
 def median(runs: list[dict[str, Any]], what: str) -> float:
-    """Median of seconds or steps, infinite for a run that has not solved it."""
+    """:return: median of seconds or steps; a run that has not solved the environment counts as infinite"""
     return float(np.median([result[what] if result["solved"] else np.inf for result in runs]))
 
 
@@ -250,9 +253,9 @@ def print_table(env_id: str, results: list[dict[str, Any]]) -> None:
 
 def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """
-    Learning curves against wall-clock seconds, one line for each seed.
+    Draw learning curves over wall-clock seconds, one line for each seed.
 
-    :param results: for each environment
+    :param results: results of each environment
     :param path: image file
     """
     import matplotlib.pyplot as plt
@@ -266,7 +269,7 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
             for result in groups[name]:
                 seconds, _, means = zip(*result["curve"])
                 axes.plot(seconds, means, color=color, linewidth=0.7, alpha=0.7)
-            # Each label has a row of its own above the axes, and stands where the median seed ends
+            # Each label has its own row above the axes, at the time at which the median seed ends
             position = {"xy": (ends[name], 1), "xytext": (0, 5 + 13 * row), "textcoords": "offset points"}
             line = {"arrowstyle": "-", "color": color, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0)}
             middle = median(groups[name], "seconds")
@@ -274,7 +277,7 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
             axes.annotate(label, **position, xycoords=axes.get_xaxis_transform(), color=color, arrowprops=line)
         axes.axhline(env_results[0]["threshold"], color="black", linewidth=1, linestyle="--")
         axes.set(xlabel="wall-clock seconds of training", ylabel=f"mean return of {env_results[0]['episodes']}")
-        # What happens before hardly differs
+        # The curves hardly differ before
         axes.set(xscale="log", xlim=(min(ends.values()) / 10, None))
         axes.set_title(env_id, loc="left", pad=15 + 13 * len(groups))
     figure.savefig(path, dpi=150)
@@ -283,12 +286,12 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", nargs="+", default=["CartPole-v1", "CartPoleSwingUp-v0"])
-    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, help="default: all that differ")
+    parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, help="default: all that differ in the environment")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=1, help="more than 1 makes the wall-clock less telling")
+    parser.add_argument("--processes", type=int, default=1, help="parallel runs; with more than 1, times are less accurate")
     parser.add_argument("--output", type=Path, help="JSON file, written after each run")
-    parser.add_argument("--results", type=Path, help="take the results from this JSON file, run nothing")
+    parser.add_argument("--results", type=Path, help="read the results from this JSON file, do not train")
     parser.add_argument("--plot", type=Path, help="image file")
     args = parser.parse_args()
 

@@ -1,16 +1,16 @@
 """
-The trained agents in `rl-trained-agents`: trained by the zoo's own command, then slimmed down to what the zoo's `enjoy`,
-`record_video`, `push_to_hub` and plot scripts read.
+Create the trained agents in `rl-trained-agents`: train them with the zoo's command, and keep only the files that the zoo's
+`enjoy`, `record_video`, `push_to_hub` and plot scripts read.
 
-    python benchmarks/trained_agents.py --train     # some ten minutes on one core
-    python benchmarks/trained_agents.py             # only collects, from the logs of an earlier training
+    python benchmarks/trained_agents.py --train     # about ten minutes on one core
+    python benchmarks/trained_agents.py             # only collect, from the logs of an earlier training
 
-For each environment: mean return of the last evaluation during training (20 deterministic episodes), size in kB.
+Output for each environment: mean return of the last evaluation during training (20 deterministic episodes), and size in kB.
 
-The model is the final one, except where `BEST_EVALUATED` says otherwise. What is left out: the other one of the two, the
-optimizer's moments, what a model needs to go on exactly where it stopped (random states, last observations). Training goes on
-from such a model (`-i`) with fresh moments. The episodes of all environments are in one monitor file, in the order of their
-end, with whole returns and hundredths of a second.
+The agent is the final model, or the best evaluated model for the environments in `BEST_EVALUATED`. The optimizer's moments and
+the attributes that exact resuming needs (random states, last observations) are removed. Training can continue from such a
+model (`-i`), with new moments. One monitor file has the episodes of all environments, ordered by their end, with returns
+rounded to integers and times to hundredths of a second.
 """
 
 import argparse
@@ -37,11 +37,12 @@ ENVIRONMENTS = (
     "CartPoleSwingUp-v0",
     "CartPoleSwingUp-v1",
 )
-#: Where the final model is clearly worse: 151 against 250 on LunarLander (100 episodes, other seeds than in the evaluations)
+#: Environments whose final model is clearly worse than the best evaluated one. On LunarLander: 151 compared with 250 (100
+#: episodes, other seeds than in the evaluations)
 BEST_EVALUATED = ("LunarLander-v3",)
 SETTINGS = "--seed 0 --eval-freq 50000 --n-eval-envs 5 --eval-episodes 20 --num-threads 1 --device cpu"
-#: Attributes that only matter to a training that goes on, and that a model has without them
-OF_THE_TRAINING = (
+#: Attributes that are needed only to resume training
+RESUMING_ATTRIBUTES = (
     "_random_states",
     "_last_obs",
     "_last_original_obs",
@@ -49,12 +50,12 @@ OF_THE_TRAINING = (
     "ep_info_buffer",
     "ep_success_buffer",
 )
-#: What the archive says of the versions is kept, but not this line
+#: This line is removed from the archive's description of versions
 OPERATING_SYSTEM = re.compile(rb"^- OS: .*\n", re.MULTILINE)
 
 
 def train(env_id: str, logs: Path) -> None:
-    """Run ``rl_zoo3.train``; the run becomes number 1 of its environment."""
+    """Run ``rl_zoo3.train``. An earlier run number 1 of the environment is replaced."""
     shutil.rmtree(logs / "vpg" / f"{env_id}_1", ignore_errors=True)
     command = [sys.executable, "-m", "rl_zoo3.train", "--algo", "vpg", "--env", env_id, "-f", str(logs), *SETTINGS.split()]
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
@@ -62,9 +63,12 @@ def train(env_id: str, logs: Path) -> None:
 
 def collect(source: Path, target: Path, env_id: str, logs: Path) -> None:
     """
+    Copy a run, reduced to the files of a trained agent.
+
     :param source: folder of the run
-    :param target: folder to write, replaced if it is there
-    :param logs: the log folder, as the run was told it
+    :param target: folder to write; an existing folder is replaced
+    :param env_id: id of the environment
+    :param logs: the log folder of the run, replaced by "logs" in the files
     """
     shutil.rmtree(target, ignore_errors=True)
     (target / env_id).mkdir(parents=True)
@@ -81,10 +85,10 @@ def collect(source: Path, target: Path, env_id: str, logs: Path) -> None:
 
 
 def save_weights(model: VPG, path: Path) -> None:
-    """Save the model without the optimizer's moments and what belongs to its training, compressed."""
+    """Save the model, compressed, without the optimizer's moments and the attributes for resuming."""
     model.policy.optimizer.state.clear()
     content = io.BytesIO()
-    model.save(content, exclude=OF_THE_TRAINING)
+    model.save(content, exclude=RESUMING_ATTRIBUTES)
     with zipfile.ZipFile(content) as saved, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as compressed:
         for name in saved.namelist():
             member = saved.read(name)
@@ -93,10 +97,12 @@ def save_weights(model: VPG, path: Path) -> None:
 
 def merge_monitor_files(source: Path, path: Path, env_id: str) -> None:
     """
-    Write one monitor file in place of many. Summed up, the lengths of its episodes are the steps of all environments.
+    Merge the monitor files of all environments into one. The sum of the lengths of its episodes is the number of steps of all
+    environments.
 
     :param source: folder with the monitor files
     :param path: the file to write
+    :param env_id: id of the environment
     """
     episodes = load_results(str(source)).sort_values("t", kind="stable")
     starts = [json.loads(file.read_text().partition("\n")[0][1:])["t_start"] for file in source.glob("*.monitor.csv")]
@@ -107,7 +113,7 @@ def merge_monitor_files(source: Path, path: Path, env_id: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", nargs="+", default=ENVIRONMENTS)
-    parser.add_argument("--train", action="store_true", help="train first, in place of what is in the log folder")
+    parser.add_argument("--train", action="store_true", help="train first; replaces earlier runs in the log folder")
     parser.add_argument("--logs", type=Path, default=Path("build/agents"), help="log folder of the training")
     parser.add_argument("--output", type=Path, default=Path("rl-trained-agents"))
     args = parser.parse_args()

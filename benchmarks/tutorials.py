@@ -1,12 +1,12 @@
 """
-The tutorials that the package grew out of, hyperparams/tutorials, each beside the number that the tutorial reports.
+Reproduce the tutorials in hyperparams/tutorials, and compare the results with the numbers that the tutorials report.
 
-    python benchmarks/tutorials.py                      # all of them
-    python benchmarks/tutorials.py logistic --plots     # the two pictures of docs/tutorials.md
+    python benchmarks/tutorials.py                      # all tutorials
+    python benchmarks/tutorials.py logistic --plots     # the two figures of docs/tutorials.md
     python benchmarks/tutorials.py swingup -params normalize_advantage:True
 
-For each: interquartile mean over seeds, and its 95 % bootstrap interval, of the number as the tutorial counts it, of the mean
-return with the noise of the policy and of the deterministic one, 100 episodes each; how many seeds reach what is claimed;
+Output for each tutorial: interquartile mean over seeds [95 % bootstrap interval] of the tutorial's number, of the mean return
+of the stochastic policy and of the deterministic policy (100 episodes each); number of seeds that reach the reported number;
 median seconds of training.
 """
 
@@ -28,10 +28,10 @@ N_EPISODES = 100
 
 class Outcome(NamedTuple):
     """
-    :param last_rollout: rewards of the last rollout / episodes that ended in it; None where a callback has cut it short
-    :param training: returns of the training's episodes, in order
-    :param sampled: returns of the trained policy, with its noise
-    :param deterministic: returns of the trained policy, without
+    :param last_rollout: rewards of the last rollout / episodes that ended in it; None if a callback ended it early
+    :param training: returns of the training episodes, in order
+    :param sampled: returns of the trained policy, stochastic
+    :param deterministic: returns of the trained policy, deterministic
     """
 
     last_rollout: float | None
@@ -44,10 +44,10 @@ class Outcome(NamedTuple):
 
 class Tutorial(NamedTuple):
     """
-    :param counts: what the tutorial's number is, in words
-    :param count: the number as the tutorial counts it
-    :param claim: what the tutorial reports or, where it reports nothing, the return at which the environment counts as solved
-    :param vec_env: for --vec-env; one environment alone is faster without arrays
+    :param counts: description of the tutorial's number
+    :param count: computes the tutorial's number
+    :param claim: the reported number; if there is none, the return at which the environment is solved
+    :param vec_env: value of --vec-env; a single environment is faster without arrays
     """
 
     env: str
@@ -74,7 +74,7 @@ TUTORIALS = {
     "logistic": Tutorial("CartPole-v0", "% of the evaluation episodes that reach 200", percent_of_200, 100, "dummy"),
     "softmax": Tutorial("CartPole-v0", PER_EPISODE, last_rollout, 200),
     "swingup": Tutorial("CartPoleSwingUp-v0", PER_EPISODE, last_rollout, 5.8),
-    "standardised": Tutorial("CartPole-v0", "mean of the last 10 episodes", last_episodes(10), 195, "dummy"),
+    "standardized": Tutorial("CartPole-v0", "mean of the last 10 episodes", last_episodes(10), 195, "dummy"),
     "value_baseline": Tutorial("CartPole-v1", "mean of the last 100 episodes", last_episodes(100), 475),
     "spinning_up": Tutorial("CartPole-v1", "mean of the last 100 episodes", last_episodes(100), 475),
 }
@@ -117,7 +117,7 @@ def run(job: Job) -> Outcome:
 
 
 def plot(outcome: Outcome, seed: int) -> None:
-    """Draw the pictures of the first tutorial: returns over the training, and those of the evaluation."""
+    """Draw the figures of the first tutorial: returns during training and in the evaluation."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
@@ -130,7 +130,7 @@ def plot(outcome: Outcome, seed: int) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
     axes.hist(outcome.sampled, bins=np.linspace(0, 205, 42))
-    axes.set(xlabel="return", ylabel="episodes", title=f"{N_EPISODES} evaluation episodes after it, actions sampled")
+    axes.set(xlabel="return", ylabel="episodes", title=f"{N_EPISODES} evaluation episodes of the trained policy, stochastic")
     figure.savefig(ROOT / "docs" / "tutorial_logistic_evaluation.png", dpi=100)
 
 
@@ -141,9 +141,9 @@ def main() -> None:
     parser.add_argument("tutorials", nargs="*", default=list(TUTORIALS), help=f"of {', '.join(TUTORIALS)}")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=1, help="more than 1 makes the seconds less telling")
+    parser.add_argument("--processes", type=int, default=1, help="parallel runs; with more than 1, times are less accurate")
     parser.add_argument("-params", "--hyperparams", nargs="+", action=StoreDict, default={}, help="as for rl_zoo3.train")
-    parser.add_argument("--plots", action="store_true", help="draw the first seed of the logistic policy, into docs/")
+    parser.add_argument("--plots", action="store_true", help="draw the first seed of the logistic policy, in docs/")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/tutorials.json")
     args = parser.parse_args()
 

@@ -1,12 +1,12 @@
 """
-Where the time of training goes: microseconds per frame spent in each part of the loop, one thread.
+Profile of training: microseconds per frame in each part of the training loop, one thread.
 
     python benchmarks/where_time_goes.py
 
 Scenarios, all with n_steps 32: (a) CartPole-v1 on DummyVecEnv x 8, (b) NativeVecEnv x 256, (c) NativeVecEnv x 2048, (d)
-CnnPolicy on 84 x 84 x 4 images, DummyVecEnv x 8. The methods of a model are wrapped in stopwatches that count what is spent in
-them and not in other wrapped methods, so that the parts add up to the wall-clock. A2C's update has no parts to tell apart. The
-learning rate is 0: see throughput.py.
+CnnPolicy on 84 x 84 x 4 images, DummyVecEnv x 8. Methods of the model are wrapped in stopwatches. A stopwatch does not count
+the time in other wrapped methods, so the parts add up to the wall-clock time. A2C's update is a single part. The learning rate
+is 0; throughput.py explains why.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from contestants import SCENARIOS, Setting, make_model, training
 from harness import frames_per_second, in_processes, save
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-# The parts of training, and the methods of the model (or of what the path before the dot names) in which they happen
+# The parts of training, and their methods: methods of the model, or of the attribute before the dot
 PARTS: dict[str, list[str]] = {
     "environment": ["env.step"],
     "sampling actions": ["policy.forward", "_sample_actions"],
@@ -44,7 +44,7 @@ class Job(NamedTuple):
 
 
 class Stopwatches:
-    """Wall-clock seconds of each part, without what is spent in another part called from it."""
+    """Wall-clock seconds of each part, without the time in other parts that it calls."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
@@ -89,9 +89,9 @@ def measure(setting: Setting, contestant: str, seconds: float) -> dict[str, floa
 
 
 def measure_scenario(job: Job) -> dict[str, dict[str, list[float]]]:
-    """:return: for each contestant, the microseconds of each part in all rounds"""
+    """:return: microseconds per frame of each contestant, part and round"""
     th.set_num_threads(1)
-    # DummyVecEnv is measured for comparison elsewhere
+    # The last setting of a scenario; throughput.py also measures the others
     setting = SCENARIOS[job.scenario][-1]
     rounds = [{name: measure(setting, name, job.seconds) for name in CONTESTANTS} for _ in range(job.rounds)]
     return {name: {part: [r[name][part] for r in rounds] for part in PARTS} for name in CONTESTANTS}
@@ -100,8 +100,8 @@ def measure_scenario(job: Job) -> dict[str, dict[str, list[float]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenario", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
-    parser.add_argument("--rounds", type=int, default=5, help="in turns; the medians count")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, in which contestants take turns; output is the median")
+    parser.add_argument("--seconds", type=float, default=1.0, help="duration of each measurement")
     parser.add_argument("--output", type=Path, help="JSON file")
     args = parser.parse_args()
 

@@ -1,10 +1,10 @@
 """
-The tables of README.md, docs/results.md, docs/performance.md and docs/swingup.md, and the picture of learning curves, from the
-results that the other benchmarks have written.
+Write the tables of README.md, docs/results.md, docs/performance.md and docs/swingup.md, and the figure of learning curves,
+from the results of the other benchmarks.
 
     python benchmarks/write_tables.py
 
-Reads the files in benchmarks/results, writes what stands between `<!-- table: NAME -->` and `<!-- end -->` in the documents,
+Reads the files in benchmarks/results. Replaces the text between `<!-- table: NAME -->` and `<!-- end -->` in the documents,
 and draws docs/learning_curves.png.
 """
 
@@ -92,7 +92,7 @@ def scaling(part: str) -> str:
 
 
 def zoo_runs() -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """:return: what ``benchmarks/zoo_entries.py`` has kept, by environment and algorithm"""
+    """:return: results of ``benchmarks/zoo_entries.py``, by environment and algorithm"""
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {env_id: defaultdict(list) for env_id in ENVIRONMENTS}
     for run in map(json.loads, (RESULTS / "zoo.jsonl").read_text().splitlines()):
         runs[run["env"]][run["algo"]].append(run)
@@ -133,12 +133,12 @@ def algorithms_on(env_id: str, *thresholds: str) -> str:
 
 
 def draw_learning_curves(path: Path) -> None:
-    """Interquartile mean over seeds, and the range between the quartiles."""
+    """Draw the interquartile mean over seeds, and the range between the quartiles."""
     figure, axes = plt.subplots(2, 4, figsize=(13.6, 5.2))
     for ax, (env_id, of_env) in zip(axes.flat, zoo_runs().items()):
         for algo, runs in of_env.items():
             curves = np.array([run["curve"] for run in runs], dtype=np.float64)
-            # Where no episode of a seed has ended, it has no point
+            # A point is drawn only if episodes have ended in all seeds
             known = np.isfinite(curves).all(axis=0)
             steps = ((np.arange(known.size) + 0.5) / known.size * runs[0]["steps"])[known]
             curves = curves[:, known]

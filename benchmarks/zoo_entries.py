@@ -1,13 +1,13 @@
 """
-RL Baselines3 Zoo's own training command, algorithm against algorithm: each with its entry in the zoo's hyperparameters.
+Compare algorithms with their entries in the zoo's hyperparameter files, trained by the zoo's own command.
 
     python benchmarks/zoo_entries.py --env CartPole-v1 --algo vpg ppo a2c --seeds 10
 
-For each algorithm: interquartile mean over seeds of the mean return of the final model (deterministic, 100 episodes of the
-environment itself: no keyword arguments of the entry, no normalised reward) [95 % bootstrap interval], mean length of these
-episodes, the return of the policy with its noise, environment steps of the training, median processor seconds of
-`rl_zoo3.train` as a whole process (wall-clock, if nothing else runs). `--output runs.jsonl` keeps what each run gave, with its
-learning curve, as it ends; called again, only what is missing there is run.
+Output for each algorithm: interquartile mean over seeds [95 % bootstrap interval] of the mean return of the final model
+(deterministic, 100 episodes, without the entry's environment arguments and without normalized rewards), mean length of these
+episodes, return of the stochastic policy, environment steps of training, and median processor seconds of the `rl_zoo3.train`
+process (equal to the wall-clock time if nothing else runs). `--output runs.jsonl` saves the result and the learning curve of
+each run when it ends. A second call with the same file executes only the missing runs.
 """
 
 import argparse
@@ -41,12 +41,12 @@ class Result(NamedTuple):
     score_with_noise: float
     steps: int
     processor_seconds: float
-    #: mean return of the episodes that ended in each hundredth of the training; None where none did
+    #: mean return of the episodes that ended in each hundredth of training; None if no episode ended
     curve: list[float | None]
 
 
 def train(job: Job, folder: str) -> None:
-    """Run ``rl_zoo3.train`` without evaluations, on one thread."""
+    """Run ``rl_zoo3.train`` on one thread, without evaluations."""
     settings = {"algo": job.algo, "env": job.env, "seed": job.seed, "log-folder": folder, "eval-freq": -1}
     settings |= {"num-threads": 1, "device": "cpu", "verbose": 0}
     command = [sys.executable, "-m", "rl_zoo3.train", *(f"--{name}={value}" for name, value in settings.items())]
@@ -56,7 +56,7 @@ def train(job: Job, folder: str) -> None:
 
 
 def learning_curve(folder: str) -> list[float | None]:
-    """:return: from the monitor files of a training, see :class:`Result`"""
+    """:return: the learning curve, computed from the monitor files of a training run; see :class:`Result`"""
     from stable_baselines3.common.monitor import load_results
     from stable_baselines3.common.results_plotter import ts2xy
 
@@ -93,7 +93,9 @@ def run(job: Job, n_episodes: int = 100) -> Result:
 
 def results_of(jobs: list[Job], processes: int, output: Path | None) -> Iterator[Result]:
     """
-    :param output: where the results are kept, one JSON object in a line; those that are there already are taken from it
+    :param jobs: the runs
+    :param processes: number of parallel runs
+    :param output: file of the results, one JSON object per line; runs with a result in the file are not executed again
     :return: the results of the jobs, in order
     """
     kept: dict[Job, Result] = {}
@@ -120,9 +122,9 @@ def main() -> None:
     parser.add_argument("--algo", nargs="+", default=["vpg", "ppo", "a2c"])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--threshold", type=float, help="count the seeds that reach it")
-    parser.add_argument("--processes", type=int, default=1, help="runs at a time")
-    parser.add_argument("--output", type=Path, help="keep the results in this file, and do not run again what it has")
+    parser.add_argument("--threshold", type=float, help="return; the number of seeds that reach it is shown")
+    parser.add_argument("--processes", type=int, default=1, help="number of parallel runs")
+    parser.add_argument("--output", type=Path, help="save results in this file, and skip the runs that it has")
     parser.add_argument("--train-arguments", default="", help="further arguments of rl_zoo3.train, in one string")
     args = parser.parse_args()
 
@@ -133,7 +135,7 @@ def main() -> None:
     print(f"{args.seeds} seeds {args.train_arguments}")
     for (env, algo), jobs in groups.items():
         scores, lengths, noisy_scores, steps, seconds, _ = zip(*(next(results) for _ in jobs))
-        details = f"length {np.mean(lengths):.0f}, with noise {interquartile_mean(noisy_scores)}, {steps[0] / 1e6:.3g} M steps"
+        details = f"length {np.mean(lengths):.0f}, stochastic {interquartile_mean(noisy_scores)}, {steps[0] / 1e6:.3g} M steps"
         print(result_line(f"{env} {algo}", scores, seconds, args.threshold, details), flush=True)
 
 

@@ -116,7 +116,7 @@ class RolloutCollector(ResumableAlgorithm):
         recorder = self.recorder = adapt_buffer(rollout_buffer, self.plan.formulation, self.policy)
         runner = make_policy_runner(self.policy)
         fast_runner = runner if isinstance(runner, FastPolicyRunner) and not recorder.needs_log_probs else None
-        # Values are computed in one batch after the rollout, unless actor and critic share features, computed at each step
+        # Values are computed in one batch after the rollout, unless features that actor and critic share are computed anyway
         values_at_each_step = self.plan.uses_value_function and (fast_runner is None or fast_runner.shares_features)
         self._start_rollout(env)
 
@@ -142,7 +142,7 @@ class RolloutCollector(ResumableAlgorithm):
 
             callback.update_locals(locals())
             if not callback.on_step():
-                # SB3 returns without these; they allow training to continue from here
+                # SB3 does not store the state here. With it, training can continue from this step
                 self._advance(new_obs, dones)
                 return self._end_rollout(False, (n_steps + 1) * env.num_envs)
 

@@ -62,7 +62,7 @@ class VPG(RolloutCollector):
     :param ent_coef: Entropy coefficient for the loss calculation. Typical: 0 to 0.01. Larger: more exploration.
     :param vf_coef: Value function coefficient for the loss calculation, >= 0. Typical: 0.25 to 1.
     :param max_grad_norm: Maximum norm of the gradient, clipped separately for actor and critic. Typical: 0.5 to 2; None for
-        no clipping. Smaller: smaller steps after outliers.
+        no clipping. Smaller: less influence of outliers.
     :param use_sde: Whether to use generalized State Dependent Exploration (gSDE) instead of action noise exploration
     :param sde_sample_freq: Sample a new noise matrix every n steps when using gSDE
         Default: -1 (only sample at the beginning of the rollout)
@@ -196,8 +196,8 @@ class VPG(RolloutCollector):
 
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()
-        own = self.critic_learning_rate is not None
-        self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate) if own else self.lr_schedule  # type: ignore[arg-type]
+        separate = self.critic_learning_rate is not None
+        self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate) if separate else self.lr_schedule  # type: ignore[arg-type]
         self._learning_rates(1.0)
 
     def _excluded_save_params(self) -> list[str]:

@@ -39,7 +39,7 @@ if dist.is_available():
 
 Array = np.ndarray
 
-#: Below this size, summed over all ranks, all_gather and a local sum are faster than all_reduce with Gloo
+#: Up to this total size over all ranks, Gloo's all_gather with a local sum is faster than its all_reduce
 MAX_ALL_GATHER_BYTES = 2**20
 
 

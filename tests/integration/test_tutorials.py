@@ -82,7 +82,7 @@ SHORT = {
     "logistic": ("CartPole-v0", until(4)),
     "softmax": ("CartPole-v0", {"n_timesteps": 64_000}),
     "swingup": ("CartPoleSwingUp-v0", {"n_timesteps": 256_000}),
-    "standardised": ("CartPole-v0", until(4)),
+    "standardized": ("CartPole-v0", until(4)),
     "value_baseline": ("CartPole-v1", {"n_timesteps": 500}),
     "spinning_up": ("CartPole-v1", {"n_timesteps": 8000}),
 }
@@ -109,7 +109,7 @@ def test_no_tutorial_is_left_out():
         ("softmax", "Adam", 4 * 2 + 2, 0.1),
         # One standard deviation
         ("swingup", "Adam", (5 * 64 + 64) + (64 * 64 + 64) + (64 + 1) + 1, 0.01),
-        ("standardised", "Adam", (4 * 128 + 128) + (128 * 2 + 2), 0.0003),
+        ("standardized", "Adam", (4 * 128 + 128) + (128 * 2 + 2), 0.0003),
         ("value_baseline", "Adam", (4 * 64 + 64) + (64 * 2 + 2), 0.005),
         ("spinning_up", "Adam", (4 * 64 + 64) + (64 * 64 + 64) + (64 * 2 + 2), 0.0003),
     ],
@@ -119,7 +119,7 @@ def test_the_policy_is_the_tutorials(facts: dict[str, Any], name: str, optimizer
     assert facts[name]["actor"] == {"parameters": actor, "learning rate": learning_rate, "moved": True}
 
 
-@pytest.mark.parametrize("name", ["logistic", "softmax", "swingup", "standardised"])
+@pytest.mark.parametrize("name", ["logistic", "softmax", "swingup", "standardized"])
 def test_a_tutorial_without_value_function_trains_none(facts: dict[str, Any], name: str):
     assert not facts[name]["critic"]["moved"]
 
@@ -132,14 +132,14 @@ def test_the_value_network_is_one_of_its_own(facts: dict[str, Any], name: str, c
     assert facts[name]["critic"] == {"parameters": critic, "learning rate": learning_rate, "moved": True}
 
 
-@pytest.mark.parametrize(("name", "n_episodes"), [("logistic", 1), ("standardised", 1), ("value_baseline", 8)])
+@pytest.mark.parametrize(("name", "n_episodes"), [("logistic", 1), ("standardized", 1), ("value_baseline", 8)])
 def test_each_update_has_its_whole_episodes(facts: dict[str, Any], name: str, n_episodes: int):
     for update in facts[name]["updates"]:
         assert update["pieces"] == update["episodes"] == n_episodes
         assert update["first"] == 0
 
 
-@pytest.mark.parametrize("name", ["logistic", "standardised"])
+@pytest.mark.parametrize("name", ["logistic", "standardized"])
 def test_the_training_stops_before_the_update_of_its_last_episode(facts: dict[str, Any], name: str):
     # Hence 2001 and 5001 episodes in the files: 2000 and 5000 updates
     assert facts[name]["n_updates"] == len(facts[name]["updates"]) == 3
@@ -159,10 +159,10 @@ def test_each_update_has_its_steps_and_episodes_go_on_in_the_next(
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_returns_are_standardised_where_the_tutorial_does(facts: dict[str, Any], name: str):
+def test_returns_are_standardized_where_the_tutorial_does(facts: dict[str, Any], name: str):
     for update in facts[name]["updates"]:
-        standardised = update["mean"] == pytest.approx(0, abs=1e-4) and update["std"] == pytest.approx(1, abs=1e-4)
-        assert standardised is (name in ("standardised", "spinning_up"))
+        standardized = update["mean"] == pytest.approx(0, abs=1e-4) and update["std"] == pytest.approx(1, abs=1e-4)
+        assert standardized is (name in ("standardized", "spinning_up"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
