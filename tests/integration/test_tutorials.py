@@ -92,7 +92,7 @@ SHORT = {
 def facts(installed: Environment) -> dict[str, Any]:
     """What the zoo makes of each tutorial, trained for one to three updates."""
     jobs = {name: (env_id, str(TUTORIALS / f"{name}.yml"), short) for name, (env_id, short) in SHORT.items()}
-    process = installed.run("-c", TRAIN, json.dumps(jobs))
+    process = installed.run_warm("-c", TRAIN, json.dumps(jobs))
     output_of(process)
     return json.loads(process.stdout.splitlines()[-1])
 
