@@ -138,5 +138,5 @@ def test_interrupted_it_keeps_what_has_ended(tmp_path: Path):
     assert process.returncode == 0, errors
     assert "Interrupted" in output
     assert "Traceback" not in errors
-    assert len(Results(results)._done) >= 1
+    assert len(Results(results)._finished) >= 1
     assert not (folder / "report.md").exists()
