@@ -85,10 +85,12 @@ def test_a_process_killed_while_saving_leaves_the_old_file(tmp_path):
         ("best_0.5", "best_0.5"),
         ("new/folder/model", "new/folder/model.zip"),
         ("folder", "folder.zip"),
+        ("archive", "archive.zip_2"),
     ],
 )
 def test_files_have_the_names_that_sb3_gives_them(name, expected, tmp_path):
-    (tmp_path / "folder").mkdir()
+    for folder in ("folder", "archive.zip"):
+        (tmp_path / folder).mkdir()
     cartpole_model().save(str(tmp_path / name))
     assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()] == [Path(expected)]
     VPG.load(tmp_path / expected)

@@ -119,14 +119,22 @@ def test_a_process_that_ends_is_named_and_no_other_is_left(how, message, tmp_pat
     env.close()
 
 
-def test_a_process_that_is_killed_before_training_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("killed", "message"),
+    [
+        ([2], r"Environment 2 failed .*: its process was killed by signal 9"),
+        ([1, 2], r"Environment 1 failed .*: its process \(and those of 2\) was killed by signal 9"),
+    ],
+)
+def test_processes_that_are_killed_before_training_are_named(killed, message):
     env = environments(SubprocVecEnv, "never")
-    os.kill(env.processes[2].pid, signal.SIGKILL)
+    for i in killed:
+        os.kill(env.processes[i].pid, signal.SIGKILL)
     deadline = time.monotonic() + 30
-    while env.processes[2].is_alive() and time.monotonic() < deadline:
+    while any(env.processes[i].is_alive() for i in killed) and time.monotonic() < deadline:
         time.sleep(0.01)
     model = VPG("MlpPolicy", env, n_steps=6, seed=None)
-    with pytest.raises(RuntimeError, match=r"Environment 2 failed .*killed by signal 9"):
+    with pytest.raises(RuntimeError, match=message):
         model.learn(100)
     assert not any(process.is_alive() for process in env.processes)
 

@@ -1,6 +1,7 @@
 """A run that goes on from a file gives the weights of one that was never stopped, whatever the generators."""
 
 import json
+import random
 
 import gymnasium as gym
 import numpy as np
@@ -99,7 +100,18 @@ def test_training_anew_from_a_file_does_not_repeat_the_random_numbers(saved):
     assert not th.equal(trained(), trained())
 
 
+def test_environments_of_another_number_keep_their_own_random_numbers():
+    two, three = (make_vec_env("CartPole-v1", n, seed=n) for n in (2, 3))
+    for env in (two, three):
+        env.reset()
+    before = [generator.bit_generator.state for generator in three.get_attr("np_random")]
+    set_random_states(get_random_states(two), three)
+    assert [generator.bit_generator.state for generator in three.get_attr("np_random")] == before
+
+
 def test_random_states_are_plain_numbers_and_come_back():
+    # Python draws two normal numbers at a time, and keeps the second one for the next call
+    random.gauss(0, 1)
     env = DummyVecEnv([lambda: SpacesEnv(CountingEnv().observation_space, CountingEnv().action_space)] * 2)
     env.seed(3)
     env.reset()
@@ -107,7 +119,7 @@ def test_random_states_are_plain_numbers_and_come_back():
 
     def draws():
         drawn = [generator.random() for generator in env.get_attr("np_random")]
-        return [np.random.rand(), th.rand(1).item(), *drawn]  # noqa: NPY002
+        return [random.gauss(0, 1), random.random(), np.random.rand(), th.rand(1).item(), *drawn]  # noqa: NPY002
 
     first = draws()
     env.seed(4)

@@ -127,8 +127,8 @@ class Environment:
 
     def run_warm(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         """
-        The same as :meth:`run`, without the seconds for imports: in a fork of a Python that has imported PyTorch,
-        Stable-Baselines3, Optuna and pandas before, but neither the zoo nor the package.
+        The same as :meth:`run`, without the seconds for imports: in a fork of a Python that has imported what the zoo needs
+        (Stable-Baselines3, Optuna, the Hub's package ...), but neither the zoo nor the package.
 
         :param arguments: "-c" and a script, or "-m" and a module; then its arguments
         """

@@ -12,11 +12,12 @@ import sys
 import types
 
 # Only to be there
+import huggingface_sb3  # noqa: F401
 import matplotlib.pyplot  # noqa: F401
 import numpy as np
 import optuna.visualization.matplotlib  # noqa: F401
 import pandas  # noqa: F401
-import stable_baselines3  # noqa: F401
+import sb3_contrib  # noqa: F401
 
 
 def fork_for_each_program() -> list[str]:

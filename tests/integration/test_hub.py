@@ -89,6 +89,6 @@ for algo in ("ppo", "vpg"):
     metadata_save("card.md", {"library_name": "stable-baselines3"})
     print("sb3_vpg" in Path("card.md").read_text())
 """
-    process = installed.run("-c", script)
+    process = installed.run_warm("-c", script)
     output_of(process)
     assert process.stdout.split() == ["False", "True"]

@@ -111,7 +111,7 @@ def test_entries_in_hyperparameter_files_construct_a_model(installed: Environmen
     entries, algorithm = entries_of(file), algorithm_of(file)
     # NotListed-v0 gets the default entry
     env_ids = {env_id.replace("default", "NotListed-v0") for env_id in entries if env_id != "atari"}
-    process = installed.run("-c", CONSTRUCT, algorithm, HYPERPARAMS[file], *sorted(env_ids))
+    process = installed.run_warm("-c", CONSTRUCT, algorithm, HYPERPARAMS[file], *sorted(env_ids))
     output_of(process)
     constructed = json.loads(process.stdout.splitlines()[-1])
     assert set(constructed) >= {env_id for env_id in env_ids if env_id.startswith(ALWAYS_THERE)}

@@ -1,6 +1,7 @@
 """``python -m sb3_vpg``: the zoo's commands without the hook, and what is said where the zoo is missing."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,14 @@ from sb3_vpg.__main__ import COMMANDS
 @pytest.mark.parametrize("env", [HOOK_OFF, {}], ids=["without the hook", "with the hook"])
 def test_own_command_line_trains_vpg_by_default(installed: Environment, env: dict[str, str]):
     logs = f"own{len(env)}"
-    output = output_of(installed.run("-m", "sb3_vpg", "train", "--env", "CartPole-v1", "-n", "300", "-f", logs, env=env))
+    run = partial(installed.run, env=env) if env else installed.run_warm
+    output = output_of(run("-m", "sb3_vpg", "train", "--env", "CartPole-v1", "-n", "300", "-f", logs))
     assert f"Loading hyperparameters from: {installed.site_packages / 'sb3_vpg' / 'hyperparams' / 'vpg.yml'}" in output
     assert saved_config(installed, logs) == CARTPOLE_ENTRY
     # The zoo puts a TimeLimit of its own in place of gymnasium's, here after the package has been imported
     assert "Using NativeVecEnv" in output
     assert "falls back" not in output
-    output = output_of(installed.run("-m", "sb3_vpg", "enjoy", "--no-render", "-f", logs, "-n", "1000", env=env))
+    output = output_of(run("-m", "sb3_vpg", "enjoy", "--no-render", "-f", logs, "-n", "1000"))
     assert re.search(r"Mean reward: \d+", output)
 
 
@@ -34,14 +36,14 @@ def test_own_command_line_takes_other_algorithms(installed: Environment):
 
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]], ids=" ".join)
 def test_own_command_line_explains_itself(installed: Environment, arguments: list[str]):
-    output = output_of(installed.run("-m", "sb3_vpg", *arguments))
+    output = output_of(installed.run_warm("-m", "sb3_vpg", *arguments))
     assert output.startswith("usage: python -m sb3_vpg COMMAND")
     for command in COMMANDS:
         assert re.search(rf"^  {command} +\w+", output, re.MULTILINE)
 
 
 def test_own_command_line_refuses_an_unknown_command(installed: Environment):
-    process = installed.run("-m", "sb3_vpg", "trian")
+    process = installed.run_warm("-m", "sb3_vpg", "trian")
     assert process.returncode == 1
     assert process.stdout == ""
     assert "error: unknown command 'trian'" in process.stderr
@@ -65,11 +67,13 @@ def without_zoo(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Enviro
     return without
 
 
+@pytest.mark.xdist_group("without zoo")
 def test_vpg_learns_without_the_zoo(without_zoo: Environment):
     script = "from sb3_vpg import VPG; print(VPG('MlpPolicy', 'CartPole-v1', n_steps=64).learn(200).num_timesteps)"
     assert output_of(without_zoo.run("-W", "error", "-c", script)) == "256\n"
 
 
+@pytest.mark.xdist_group("without zoo")
 def test_own_command_line_says_how_to_install_the_zoo(without_zoo: Environment):
     process = without_zoo.run("-m", "sb3_vpg", "train")
     assert process.returncode == 1

@@ -3,39 +3,34 @@
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
-from helpers.installed import Environment, call, heed_interruptions, output_of
+from helpers.installed import Environment, output_of, wait_until
 from helpers.studies import SETTINGS, written
 
 from sb3_vpg.study.__main__ import keep_settings
 from sb3_vpg.study.results import Results
 from sb3_vpg.study.study import COLUMNS, FIRST_SEARCH_SEED, LAST_METRIC, Run
 
+# On one worker: what they share is made once
+pytestmark = pytest.mark.xdist_group("study")
+
 # Two formulations, one of them also where gradients are measured
 ARGUMENTS = ("--formulation", "reward_to_go", "gae_8_steps", "--seeds", "2", "--search-seeds", "1", "--statistics-seeds", "1")
 
 
-def command(config: Path, folder: Path, *arguments: str) -> list[str]:
-    processes = ("--processes", "2")
-    program = (sys.executable, "-m", "sb3_vpg", "ablation")
-    return [*program, "--config", str(config), "--folder", str(folder), *processes, *arguments]
-
-
-def ablation(config: Path, folder: Path, *arguments: str) -> str:
-    return output_of(call(*command(config, folder, *arguments), cwd=folder.parent))
+def command(config: Path, folder: Path) -> list[str]:
+    program = ["-m", "sb3_vpg", "ablation"]
+    return [*program, "--config", str(config), "--folder", str(folder), "--processes", "2", *ARGUMENTS]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(installed: Environment, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a study that has run, with the settings beside it."""
     folder = tmp_path_factory.mktemp("study")
-    output = ablation(written(SETTINGS, folder), folder / "out", *ARGUMENTS)
+    output = output_of(installed.run_warm(*command(written(SETTINGS, folder), folder / "out")))
     assert f"Report: {folder / 'out' / 'report.md'}" in output
     return folder
 
@@ -50,7 +45,7 @@ def runs_in(results: pd.DataFrame) -> set[Run]:
 
 
 def test_an_installed_package_has_the_ladder_and_names_what_it_does_not_know(installed: Environment):
-    process = installed.run("-m", "sb3_vpg", "ablation", "--env", "CartPole-v7")
+    process = installed.run_warm("-m", "sb3_vpg", "ablation", "--env", "CartPole-v7")
     assert process.returncode == 1
     assert "error: --env='CartPole-v7' is not allowed; choose one of 'CartPole-v1', 'Acrobot-v1'" in process.stderr
 
@@ -87,7 +82,7 @@ def test_the_report_speaks_of_what_was_run(finished: Path):
     assert all((finished / "out" / picture).stat().st_size > 0 for picture in pictures)
 
 
-def test_it_goes_on_where_it_was(study_folder: Path):
+def test_it_goes_on_where_it_was(installed: Environment, study_folder: Path):
     results, config = study_folder / "out" / "results.csv", study_folder / "settings.yml"
     before = pd.read_csv(results)
     # Killed while the last run was being written: within a line
@@ -95,7 +90,7 @@ def test_it_goes_on_where_it_was(study_folder: Path):
     results.write_text(text[: len(text) // 2])
     kept = runs_in(pd.read_csv(results).query("metric == @LAST_METRIC"))
     assert 0 < len(kept) < len(runs_in(before))
-    ablation(config, study_folder / "out", *ARGUMENTS)
+    output_of(installed.run_warm(*command(config, study_folder / "out")))
     after = pd.read_csv(results)
 
     def comparable(frame: pd.DataFrame) -> pd.DataFrame:
@@ -120,23 +115,15 @@ def test_other_settings_do_not_go_into_the_same_folder(study_folder: Path):
         keep_settings(config, study_folder / "out" / "study.yml")
 
 
-def test_interrupted_it_keeps_what_has_ended(tmp_path: Path):
+def test_interrupted_it_keeps_what_has_ended(installed: Environment, tmp_path: Path):
     config, folder = written(SETTINGS, tmp_path), tmp_path / "out"
-    process = subprocess.Popen(
-        command(config, folder, *ARGUMENTS),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=heed_interruptions,
-    )
+    process = installed.start(*command(config, folder))
     results = folder / "results.csv"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (results.is_file() and LAST_METRIC in results.read_text()):
-        time.sleep(0.05)
+    wait_until(lambda: results.is_file() and LAST_METRIC in results.read_text(), process)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
     assert "Interrupted" in output
-    assert "Traceback" not in errors
+    assert "Traceback" not in output
     assert len(Results(results)._finished) >= 1
     assert not (folder / "report.md").exists()

@@ -95,7 +95,7 @@ def wait_for_episodes(monitor: Path, process: subprocess.Popen[str]) -> None:
 def load(environment: Environment, model: str) -> tuple[int, int]:
     """:return: timesteps and updates of a saved model, loaded in one process"""
     script = "import sys; from sb3_vpg import VPG; m = VPG.load(sys.argv[1]); print(m.num_timesteps, m._n_updates)"
-    process = environment.run("-c", script, model)
+    process = environment.run_warm("-c", script, model)
     output_of(process)
     n_timesteps, n_updates = map(int, process.stdout.split())
     return n_timesteps, n_updates
@@ -121,7 +121,7 @@ def test_one_folder_one_voice_and_counters_of_all(installed: Environment):
     assert checkpoints == pytest.approx([2000, 4000], abs=64)
     assert {file.name for file in folder.glob("*.pkl")} == {f"rl_model_vecnormalize_{n}_steps.pkl" for n in checkpoints}
     assert len(list((installed.cwd / "tb").rglob("events.*"))) == 1
-    output = output_of(installed.run("-m", "sb3_vpg", "enjoy", "--no-render", "-f", "together", "-n", "500"))
+    output = output_of(installed.run_warm("-m", "sb3_vpg", "enjoy", "--no-render", "-f", "together", "-n", "500"))
     assert "Mean reward" in output
 
 

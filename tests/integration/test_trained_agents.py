@@ -40,7 +40,7 @@ def test_a_trained_agent_reaches_its_return(beside_agents: Environment, env_id: 
         pytest.skip("LunarLander needs gymnasium[box2d]")
     steps, least = AT_LEAST[env_id]
     play = ("-m", "rl_zoo3.enjoy", *IN_FOLDER, "--env", env_id, "-n", str(steps), "--no-render")
-    assert mean_return(output_of(beside_agents.run(*play))) >= least
+    assert mean_return(output_of(beside_agents.run_warm(*play))) >= least
 
 
 FILM = """
@@ -57,9 +57,9 @@ def test_record_video_makes_a_film_of_the_swing_up(beside_agents: Environment):
     for module in ("moviepy", "pygame"):
         pytest.importorskip(module, reason="Films need the extra [render]")
     record = ("-m", "rl_zoo3.record_video", *IN_FOLDER, "--env", "CartPoleSwingUp-v0", "-n", "50", "-o", "films")
-    output_of(beside_agents.run(*record))
+    output_of(beside_agents.run_warm(*record))
     (film,) = (beside_agents.cwd / "films").glob("*.mp4")
-    process = beside_agents.run("-c", FILM, film)
+    process = beside_agents.run_warm("-c", FILM, film)
     output_of(process)
     n_frames, height, width, channels, change = map(int, process.stdout.split())
     assert n_frames >= 50

@@ -230,9 +230,9 @@ def test_a_search_that_was_stopped_goes_on(
 
     # One that was killed counts as running until the study is told
     tell = ("tell", "--storage", new_journal, "--storage-class", "JournalFileBackend", *STUDY, "--trial-number", "1")
-    output_of(installed.run(*OPTUNA, *tell, "--state", "fail", "--skip-if-finished"))
+    output_of(installed.run_warm(*OPTUNA, *tell, "--state", "fail", "--skip-if-finished"))
     assert study.trials[1].state == TrialState.FAIL
-    output_of(installed.run(*search, *SHORT))
+    output_of(installed.run_warm(*search, *SHORT))
     assert [trial.state in ENDED for trial in study.trials] == [True, False, True]
 
 
@@ -251,13 +251,13 @@ def test_an_entry_written_from_a_trial_trains_the_same(installed: Environment, n
     study_of_one_trial(new_journal)
     train = (*TRAIN, "-n", "300", "--seed", "1", "-f", "found_by_search")
     found = ("--storage", new_journal, "--trial-id", "-1", "-params", "n_envs:1")
-    output_of(installed.run(*train, *found))
+    output_of(installed.run_warm(*train, *found))
 
     script = script_in("tuning.md")
-    process = installed.run("-c", script, "found_by_search/vpg/CartPole-v1_1/CartPole-v1/config.yml")
+    process = installed.run_warm("-c", script, "found_by_search/vpg/CartPole-v1_1/CartPole-v1/config.yml")
     output_of(process)
     (installed.cwd / "found.yml").write_text(process.stdout)
-    output_of(installed.run(*train, "-conf", "found.yml"))
+    output_of(installed.run_warm(*train, "-conf", "found.yml"))
 
     agents = [f"found_by_search/vpg/CartPole-v1_{run}/CartPole-v1.zip" for run in (1, 2)]
     same = """
@@ -266,4 +266,4 @@ from sb3_vpg import VPG
 first, second = (VPG.load(agent).policy.state_dict() for agent in sys.argv[1:])
 print(all(first[name].equal(second[name]) for name in first))
 """
-    assert output_of(installed.run("-c", same, *agents)) == "True\n"
+    assert output_of(installed.run_warm("-c", same, *agents)) == "True\n"

@@ -15,6 +15,9 @@ from helpers.installed import CHECKOUT, Environment, output_of
 
 from sb3_vpg import VPG
 
+# On one worker: what they share is made once
+pytestmark = pytest.mark.xdist_group("tutorials")
+
 TUTORIALS = CHECKOUT / "hyperparams" / "tutorials"
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -92,7 +95,7 @@ SHORT = {
 def facts(installed: Environment) -> dict[str, Any]:
     """What the zoo makes of each tutorial, trained for one to three updates."""
     jobs = {name: (env_id, str(TUTORIALS / f"{name}.yml"), short) for name, (env_id, short) in SHORT.items()}
-    process = installed.run("-c", TRAIN, json.dumps(jobs))
+    process = installed.run_warm("-c", TRAIN, json.dumps(jobs))
     output_of(process)
     return json.loads(process.stdout.splitlines()[-1])
 

@@ -16,6 +16,9 @@ from helpers.zoo import CARTPOLE_ENTRY, TRAIN_CARTPOLE, saved_config, zoo_comman
 
 from sb3_vpg.zoo.search_space import FORMULATIONS
 
+# On one worker: what they share is made once
+pytestmark = pytest.mark.xdist_group("zoo commands")
+
 
 @pytest.fixture(scope="module")
 def trained(installed: Environment) -> str:
@@ -33,7 +36,7 @@ def test_schedules_in_a_hyperparameter_file_become_schedules(installed: Environm
     entry = {"n_timesteps": 500, "policy": "MlpPolicy", "n_envs": 8, "n_steps": 32}
     rates = {"learning_rate": "lin_0.005", "critic_learning_rate": "lin_0.01"}
     (installed.cwd / "schedules.yml").write_text(yaml.safe_dump({"CartPole-v1": entry | rates}))
-    output_of(installed.run(*zoo_command(*TRAIN_CARTPOLE, "-f", "schedules", "-conf", "schedules.yml")))
+    output_of(installed.run_warm(*zoo_command(*TRAIN_CARTPOLE, "-f", "schedules", "-conf", "schedules.yml")))
     script = """
 import json, sys
 from sb3_vpg import VPG
@@ -42,7 +45,7 @@ schedules = (model.lr_schedule, model.critic_lr_schedule)
 rates = [[schedule(progress_remaining) for progress_remaining in (1, 0.5, 0)] for schedule in schedules]
 print(json.dumps([rates, model.num_timesteps, {group["role"]: group["lr"] for group in model.policy.optimizer.param_groups}]))
 """
-    process = installed.run("-c", script, "schedules/vpg/CartPole-v1_1/CartPole-v1.zip")
+    process = installed.run_warm("-c", script, "schedules/vpg/CartPole-v1_1/CartPole-v1.zip")
     output_of(process)
     rates, num_timesteps, last_rates = json.loads(process.stdout)
     assert rates == [[0.005, 0.0025, 0.0], [0.01, 0.005, 0.0]]
@@ -60,14 +63,14 @@ def test_enjoy_plays_the_trained_agent(installed: Environment, trained: str):
 def test_training_goes_on_until_the_budget_of_both_runs_is_used_up(installed: Environment, trained: str):
     agent = "trained/vpg/CartPole-v1_1/CartPole-v1.zip"
     command = zoo_command(*TRAIN_CARTPOLE, "-f", "continued", "-i", agent)
-    process = installed.run(*command, "-n", "500")
+    process = installed.run_warm(*command, "-n", "500")
     assert process.returncode == 1
     # More than the 500 that it was told to: a rollout of whole episodes ends with them
     done = int(re.search(f"ValueError: {agent} has been trained for (\\d+) steps", process.stderr)[1])
     assert done > 500
     assert not (installed.cwd / "continued").exists()
 
-    output = output_of(installed.run(*command, "-n", str(done + 1)))
+    output = output_of(installed.run_warm(*command, "-n", str(done + 1)))
     assert f"Continuing after {done} of {done + 1} timesteps" in output
     assert (installed.cwd / "continued/vpg/CartPole-v1_1/CartPole-v1.zip").is_file()
 
@@ -84,7 +87,7 @@ from sb3_vpg import VPG
 first, second = map(VPG.load, sys.argv[1:])
 print(first.num_timesteps == second.num_timesteps, first._n_updates == second._n_updates)
 """
-    assert output_of(installed.run("-c", same, agent, "restarted/vpg/CartPole-v1_1/CartPole-v1.zip")) == "True True\n"
+    assert output_of(installed.run_warm("-c", same, agent, "restarted/vpg/CartPole-v1_1/CartPole-v1.zip")) == "True True\n"
 
 
 COUNTERS_OF = """
@@ -114,7 +117,7 @@ def test_a_run_that_is_interrupted_is_saved_and_goes_on(installed: Environment, 
     def counters(run: int) -> tuple[int, int, float, dict[str, float]]:
         folder = installed.cwd / logs / "vpg" / f"Pendulum-v1_{run}"
         files = (folder / "Pendulum-v1.zip", folder / "Pendulum-v1" / "vecnormalize.pkl")
-        done = installed.run("-c", COUNTERS_OF, *files)
+        done = installed.run_warm("-c", COUNTERS_OF, *files)
         output_of(done)
         return tuple(json.loads(done.stdout))
 
@@ -122,7 +125,7 @@ def test_a_run_that_is_interrupted_is_saved_and_goes_on(installed: Environment, 
     assert timesteps >= 800
     # So that the run that goes on ends with an update at its very end, where the schedule is at 0
     total = timesteps + 640
-    output_of(installed.run(*zoo_command(*pendulum, "-n", str(total), "-i", str(folder / "Pendulum-v1.zip"))))
+    output_of(installed.run_warm(*zoo_command(*pendulum, "-n", str(total), "-i", str(folder / "Pendulum-v1.zip"))))
     timesteps_then, n_updates_then, n_observations_then, rates_then = counters(2)
     assert timesteps_then == total
     # Four environments x 16 steps for each update
@@ -133,20 +136,20 @@ def test_a_run_that_is_interrupted_is_saved_and_goes_on(installed: Environment, 
 
 @pytest.mark.parametrize("command", ["train", "enjoy", "record_video", "record_training", "push_to_hub", "load_from_hub"])
 def test_every_command_offers_vpg(installed: Environment, command: str):
-    (choices,) = set(re.findall(r"--algo \{(.*?)\}", output_of(installed.run(*zoo_command(command, "--help")))))
+    (choices,) = set(re.findall(r"--algo \{(.*?)\}", output_of(installed.run_warm(*zoo_command(command, "--help")))))
     assert {"vpg", "ppo", "a2c"} <= set(choices.split(","))
 
 
 def test_the_console_command_knows_vpg(installed: Environment):
     # What the script rl_zoo3 calls
     script = "import sys; from rl_zoo3.cli import main; sys.argv[0] = 'rl_zoo3'; sys.exit(main())"
-    output_of(installed.run("-c", script, *TRAIN_CARTPOLE, "-n", "300", "-f", "console"))
+    output_of(installed.run_warm("-c", script, *TRAIN_CARTPOLE, "-n", "300", "-f", "console"))
     assert saved_config(installed, "console") == CARTPOLE_ENTRY
 
 
 def test_params_override_single_hyperparameters(installed: Environment):
     given = ("-params", "learning_rate:0.01", "n_steps:64", "estimator:'reward_to_go'", "baseline:'leave_one_out'")
-    output_of(installed.run(*zoo_command(*TRAIN_CARTPOLE, "-n", "300", "-f", "params", *given)))
+    output_of(installed.run_warm(*zoo_command(*TRAIN_CARTPOLE, "-n", "300", "-f", "params", *given)))
     expected = {"learning_rate": 0.01, "n_steps": 64, "estimator": "reward_to_go", "baseline": "leave_one_out"}
     assert saved_config(installed, "params") == {**CARTPOLE_ENTRY, **expected}
 
@@ -154,13 +157,17 @@ def test_params_override_single_hyperparameters(installed: Environment):
 def test_conf_replaces_the_hyperparameters_of_the_package(installed: Environment):
     entry = {"n_timesteps": 300, "policy": "MlpPolicy", "n_steps": 16, "gae_lambda": 0.5, "critic_learning_rate": 0.002}
     (installed.cwd / "own.yml").write_text(yaml.safe_dump({"CartPole-v1": entry}))
-    output = output_of(installed.run(*zoo_command(*TRAIN_CARTPOLE, "-f", "conf", "-conf", "own.yml", "-params", "n_steps:32")))
+    output = output_of(
+        installed.run_warm(*zoo_command(*TRAIN_CARTPOLE, "-f", "conf", "-conf", "own.yml", "-params", "n_steps:32"))
+    )
     assert "Loading hyperparameters from: own.yml" in output
     assert saved_config(installed, "conf") == {**entry, "n_steps": 32}
 
 
 def test_other_algorithms_keep_the_hyperparameters_of_the_zoo(installed: Environment):
-    output = output_of(installed.run(*zoo_command("train", "--algo", "ppo", "-n", "300", "-f", "ppo", "--eval-freq", "-1")))
+    output = output_of(
+        installed.run_warm(*zoo_command("train", "--algo", "ppo", "-n", "300", "-f", "ppo", "--eval-freq", "-1"))
+    )
     assert re.search(r"Loading hyperparameters from: \S*rl_zoo3/hyperparams/ppo.yml\n", output.replace("\\", "/"))
     assert (installed.cwd / "ppo/ppo/CartPole-v1_1/CartPole-v1.zip").is_file()
 
@@ -173,7 +180,8 @@ NATIVE = "Using NativeVecEnv"
     [
         ("vpg", "CartPoleSwingUp-v1", (), True),
         ("vpg", "CartPole-v1", ("--vec-env", "dummy"), False),
-        ("vpg", "CartPole-v1", ("--vec-env", "subproc"), False),
+        # A process for each environment
+        ("vpg", "CartPole-v1", ("--vec-env", "subproc", "-params", "n_envs:2"), False),
         ("vpg", "CartPoleSwingUp-v0", ("--vec-env", "dummy"), False),
         ("vpg", "Pendulum-v1", (), False),
         ("ppo", "CartPoleSwingUp-v0", (), True),
@@ -186,7 +194,7 @@ def test_environments_are_stepped_in_one_array_where_that_is_ours_to_say(
 ):
     logs = "_".join(("native", algo, env_id, *arguments))
     command = zoo_command("train", "--algo", algo, "--env", env_id, "-n", "300", "-f", logs, "--eval-freq", "-1", *arguments)
-    output = output_of(installed.run(*command))
+    output = output_of(installed.run_warm(*command))
     assert (NATIVE in output) == native
     own_file = f"sb3_vpg/hyperparams/{algo}.yml" in output.replace("\\", "/")
     assert own_file == (algo == "vpg" or "SwingUp" in env_id)
@@ -205,7 +213,7 @@ def test_optimize_stores_trials_to_train_with(installed: Environment):
     study = ("--storage", "sqlite:///study.db", "--study-name", "vpg")
     search = ("-n", "300", "-f", "search", "-optimize", "--n-trials", "2", "--no-optim-plots")
     logs = ("--optimization-log-path", "trials")
-    output = output_of(installed.run(*zoo_command(*TRAIN_CARTPOLE, *search, *logs, *study)))
+    output = output_of(installed.run_warm(*zoo_command(*TRAIN_CARTPOLE, *search, *logs, *study)))
     assert "Number of finished trials:  2" in output
     assert "Best trial:" in output
 
@@ -216,7 +224,7 @@ def test_optimize_stores_trials_to_train_with(installed: Environment):
         evaluations = np.load(installed.cwd / "trials" / f"trial_{number}" / "evaluations.npz")
         assert list(evaluations["timesteps"]) == [256]
     # The zoo takes trial 0 for none
-    output_of(installed.run(*zoo_command(*TRAIN_CARTPOLE, "-n", "300", "-f", "found", *study, "--trial-id", "1")))
+    output_of(installed.run_warm(*zoo_command(*TRAIN_CARTPOLE, "-n", "300", "-f", "found", *study, "--trial-id", "1")))
     config = saved_config(installed, "found")
     estimator, baseline = FORMULATIONS[trials[1].params["formulation"]]
     assert (config["estimator"], config["baseline"]) == (estimator, baseline)
