@@ -10,8 +10,9 @@ import torch as th
 # So that a failing assertion in a helper shows its values, as in a test
 pytest.register_assert_rewrite("helpers")
 
-# Workers of SubprocVecEnv and ranks are then forks of a process that has imported this, which takes seconds, once
-mp.set_forkserver_preload(["stable_baselines3", "sb3_vpg"])
+# Workers of SubprocVecEnv and ranks are then forks of a process that has imported this, which takes seconds, once.
+# PyTorch imports torch._dynamo when the first optimizer is made
+mp.set_forkserver_preload(["stable_baselines3", "sb3_vpg", "torch._dynamo"])
 
 # The same cases each time, few of them; HYPOTHESIS_PROFILE=thorough tries many others, and keeps what fails
 hypothesis.settings.register_profile("default", max_examples=50, deadline=None, derandomize=True, database=None)

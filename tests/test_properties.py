@@ -4,6 +4,8 @@ What must hold for any rollout: estimators, buffers and collection on random sha
 ``HYPOTHESIS_PROFILE=thorough pytest tests/test_properties.py`` tries twenty times as many cases.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch as th
@@ -36,16 +38,13 @@ VALID = [
     if not (ESTIMATORS[estimator].uses_value_function and baseline not in (None, "value"))
 ]
 with_all = pytest.mark.parametrize(("estimator", "baseline"), VALID, ids=str)
-with_normalization = pytest.mark.parametrize(
-    ("estimator", "baseline", "normalize"),
-    [
-        (estimator, baseline, normalize)
-        for estimator, baseline in VALID
-        for normalize in (False, "batch", "episode")
-        if not (estimator == "total_return" and normalize == "episode" and baseline in (None, "mean"))
-    ],
-    ids=str,
-)
+NORMALIZATIONS = (False, "batch", "episode")
+
+
+def normalized_in_each_way(estimator, baseline, **keywords):
+    """:return: the formulations with each normalization that goes with estimator and baseline"""
+    constant = estimator == "total_return" and baseline in (None, "mean")
+    return [Formulation(estimator, baseline, n, **keywords) for n in NORMALIZATIONS if not (constant and n == "episode")]
 
 
 @st.composite
@@ -112,21 +111,19 @@ def test_linear_in_rewards_and_values(estimator, baseline, rollout, factor, gamm
 
 
 @given(rollouts(), st.randoms(use_true_random=False))
-@with_normalization
-def test_the_order_of_environments_does_not_matter(estimator, baseline, normalize, rollout, random):
-    formulation = Formulation(estimator, baseline, normalize, gamma=0.9, gae_lambda=0.9)
+@with_all
+def test_the_order_of_environments_does_not_matter(estimator, baseline, rollout, random):
     order = random.sample(range(rollout.rewards.shape[1]), rollout.rewards.shape[1])
     permuted = Rollout(*(array[:, order] for array in rollout))
-    for one, other in zip(formulation(permuted), formulation(rollout)):
-        np.testing.assert_allclose(one, other[:, order], rtol=1e-6, atol=1e-6)
+    for formulation in normalized_in_each_way(estimator, baseline, gamma=0.9, gae_lambda=0.9):
+        for one, other in zip(formulation(permuted), formulation(rollout)):
+            np.testing.assert_allclose(one, other[:, order], rtol=1e-6, atol=1e-6, err_msg=str(formulation))
 
 
 @given(rollouts())
-@pytest.mark.parametrize("discounted", [False, True])
 @with_all
-def test_episodes_one_after_another_are_as_episodes_side_by_side(estimator, baseline, discounted, rollout):
+def test_episodes_one_after_another_are_as_episodes_side_by_side(estimator, baseline, rollout):
     """The same episodes, collected by few environments or by as many as there are episodes."""
-    formulation = Formulation(estimator, baseline, discount_state_distribution=discounted, gamma=0.9, gae_lambda=0.9)
     pieces = np.unique(segment_index(rollout.last)[rollout.mask], return_inverse=True)[1]
     steps = rollout.steps[rollout.mask]
 
@@ -136,8 +133,10 @@ def test_episodes_one_after_another_are_as_episodes_side_by_side(estimator, base
         return columns
 
     apart = Rollout(*map(side_by_side, rollout))
-    for one, other in zip(formulation(rollout), formulation(apart)):
-        np.testing.assert_allclose(one[rollout.mask], other[steps, pieces], rtol=1e-9, atol=1e-9)
+    for discounted in (False, True):
+        formulation = Formulation(estimator, baseline, discount_state_distribution=discounted, gamma=0.9, gae_lambda=0.9)
+        for one, other in zip(formulation(rollout), formulation(apart)):
+            np.testing.assert_allclose(one[rollout.mask], other[steps, pieces], rtol=1e-9, atol=1e-9, err_msg=str(discounted))
 
 
 @given(rollouts(), arrays(np.float64, 50, elements=st.floats(-10, 10)), DISCOUNTS)
@@ -189,12 +188,13 @@ def test_normalised_advantages_know_neither_scale_nor_shift(normalize, rollout, 
 
 
 @given(rollouts(rewards=EXTREME), DISCOUNTS)
-@with_normalization
-def test_extreme_rewards_give_finite_numbers(estimator, baseline, normalize, rollout, gamma):
-    advantages, targets = Formulation(estimator, baseline, normalize, gamma=gamma, gae_lambda=0.9)(rollout)
-    assert np.isfinite(advantages).all()
-    assert np.isfinite(targets).all()
-    assert not advantages[~rollout.mask].any()
+@with_all
+def test_extreme_rewards_give_finite_numbers(estimator, baseline, rollout, gamma):
+    for formulation in normalized_in_each_way(estimator, baseline, gamma=gamma, gae_lambda=0.9):
+        advantages, targets = formulation(rollout)
+        assert np.isfinite(advantages).all(), formulation
+        assert np.isfinite(targets).all(), formulation
+        assert not advantages[~rollout.mask].any(), formulation
 
 
 @given(rollouts(), DISCOUNTS)
@@ -283,29 +283,31 @@ def test_what_is_collected_is_what_happened(lengths, mode, n_steps, time_limit, 
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.booleans())
-@pytest.mark.parametrize("normalize", [False, "batch", "episode"])
 @pytest.mark.parametrize(
     ("estimator", "baseline"),
     [("reward_to_go", None), ("reward_to_go", "mean"), ("reward_to_go", "value"), ("td_residual", None), ("gae", None)],
     ids=str,
 )
-def test_a_fixed_length_that_holds_whole_episodes_is_a_rollout_of_these(estimator, baseline, normalize, lengths, time_limit):
-    def advantages(**keywords):
+def test_a_fixed_length_that_holds_whole_episodes_is_a_rollout_of_these(estimator, baseline, lengths, time_limit):
+    def collected(**keywords):
         env = DummyVecEnv([lambda: CountingEnv(lengths, time_limit=time_limit)])
         policy_kwargs = {"net_arch": []}
         model = VPG("MlpPolicy", env, estimator=estimator, baseline=baseline, policy_kwargs=policy_kwargs, seed=0, **keywords)
         _, callback = model._setup_learn(10**6)
         model.collect_rollouts(env, callback, model.rollout_buffer, model.n_steps)
-        return model.rollout_buffer.advantages
+        return model.rollout_buffer
 
-    fixed = advantages(n_steps=sum(lengths), partial_episodes="truncate", normalize_advantage=normalize)
-    whole = advantages(n_episodes=len(lengths), normalize_advantage=normalize)
-    np.testing.assert_array_equal(fixed, whole)
+    fixed = collected(n_steps=sum(lengths), partial_episodes="truncate")
+    whole = collected(n_episodes=len(lengths))
+    np.testing.assert_array_equal(fixed.advantages, whole.advantages)
+    for normalize in NORMALIZATIONS:
+        fixed.formulation = whole.formulation = replace(whole.formulation, normalize_advantage=normalize)
+        np.testing.assert_array_equal(fixed.normalized_advantages(), whole.normalized_advantages(), err_msg=str(normalize))
 
 
 @pytest.mark.parametrize("n_envs", [1, 300])
 @pytest.mark.parametrize("estimator", ["reward_to_go", "gae"])
-@pytest.mark.parametrize("normalize", [False, "batch", "episode"])
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_one_step_of_one_or_hundreds_of_environments(n_envs, estimator, normalize):
     env = DummyVecEnv([lambda: CountingEnv([1])] * n_envs)
     model = VPG("MlpPolicy", env, n_steps=1, estimator=estimator, normalize_advantage=normalize, seed=0)

@@ -126,13 +126,6 @@ def test_replacing_is_for_any_file(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    path = tmp_path_factory.mktemp("saved") / "model.zip"
-    cartpole_model().learn(64).save(path)
-    return path
-
-
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 0.999])
 def test_a_file_that_was_cut_short_is_refused(share, saved, tmp_path):
     content = saved.read_bytes()

@@ -18,6 +18,7 @@ import numpy as np
 import optuna.visualization.matplotlib  # noqa: F401
 import pandas  # noqa: F401
 import sb3_contrib  # noqa: F401
+import torch._dynamo  # noqa: F401  by PyTorch when the first optimizer is made
 
 
 def fork_for_each_program() -> list[str]:

@@ -21,16 +21,16 @@ pytestmark = pytest.mark.xdist_group("study")
 ARGUMENTS = ("--formulation", "reward_to_go", "gae_8_steps", "--seeds", "2", "--search-seeds", "1", "--statistics-seeds", "1")
 
 
-def command(config: Path, folder: Path) -> list[str]:
+def command(config: Path, folder: Path, processes: int = 1) -> list[str]:
     program = ["-m", "sb3_vpg", "ablation"]
-    return [*program, "--config", str(config), "--folder", str(folder), "--processes", "2", *ARGUMENTS]
+    return [*program, "--config", str(config), "--folder", str(folder), "--processes", str(processes), *ARGUMENTS]
 
 
 @pytest.fixture(scope="module")
 def finished(installed: Environment, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a study that has run, with the settings beside it."""
     folder = tmp_path_factory.mktemp("study")
-    output = output_of(installed.run_warm(*command(written(SETTINGS, folder), folder / "out")))
+    output = output_of(installed.run_warm(*command(written(SETTINGS, folder), folder / "out", processes=2)))
     assert f"Report: {folder / 'out' / 'report.md'}" in output
     return folder
 

@@ -42,7 +42,7 @@ class Updates(BaseCallback):
 
     def _on_rollout_end(self):
         rollout = self.model.rollout_buffer
-        recorded = rollout.advantages[rollout.mask]
+        recorded = rollout.normalized_advantages()[rollout.mask]
         self.updates.append({
             "steps": rollout.n_recorded, "pieces": rollout.n_segments, "episodes": rollout.n_episodes,
             "first": int(rollout.steps[0].max()), "mean": float(recorded.mean()), "std": float(recorded.std(ddof=1)),
