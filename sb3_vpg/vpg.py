@@ -44,8 +44,8 @@ class VPG(RolloutCollector):
     """
     Vanilla Policy Gradient: REINFORCE and related algorithms. Keywords select the reward formulation.
 
-    Each rollout gives one gradient step on ``-mean(psi_t log pi(a_t | s_t))``, plus entropy bonus and value loss.
-    ``estimator`` and ``baseline`` select psi_t; :mod:`sb3_vpg.estimators` has the equations.
+    Each rollout gives one gradient step on ``-mean(A_t log pi(a_t | s_t))``, plus entropy bonus and value loss. The advantage
+    A_t is psi_t, which ``estimator`` selects, minus the ``baseline``; :mod:`sb3_vpg.estimators` has the equations.
 
     Papers: REINFORCE, Williams (1992), https://doi.org/10.1007/BF00992696; policy gradient theorem, Sutton et al. (1999);
     GAE and the list of formulations, Schulman et al. (2016), https://arxiv.org/abs/1506.02438
@@ -78,7 +78,7 @@ class VPG(RolloutCollector):
     :param seed: Seed for the pseudo random generators
     :param device: Device (cpu, cuda, ...) on which the code should be run. With "auto", the GPU is used if possible.
     :param _init_setup_model: Whether or not to build the network at the creation of the instance
-    :param estimator: The weight psi_t of grad log pi: "total_return", "reward_to_go", "td_residual" or "gae"
+    :param estimator: psi_t, the weight of grad log pi: "total_return", "reward_to_go", "td_residual" or "gae"
     :param baseline: Subtracted from psi_t: None, "mean", "time", "leave_one_out" or "value". "td_residual" and "gae" use the
         value function by definition.
     :param n_episodes: Number of whole episodes of each environment per update, >= 1; None to use ``n_steps``.
@@ -307,7 +307,7 @@ class VPG(RolloutCollector):
 
         def compute_loss(batch: Samples) -> tuple[th.Tensor, tuple[Samples, dict[str, th.Tensor]]]:
             values, log_prob, entropy = runner.evaluate(batch.observations, batch.actions, self.plan.uses_value_function)
-            # -mean(psi_t log pi(a_t | s_t))
+            # -mean(A_t log pi(a_t | s_t))
             loss = policy_loss = -(batch.advantages * log_prob).sum() * weight
             # Approximate entropy when no analytical form
             entropy_sum = (-log_prob if entropy is None else entropy).sum()

@@ -9,7 +9,6 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.envs.registration import load_env_creator
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
@@ -18,11 +17,12 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
-from sb3_vpg.envs.cartpole import SameStepCartPoleVectorEnv
 from sb3_vpg.envs.vector import SeparatelySeededVectorEnv
 
 # Vectorized environments that support next-step autoreset only, and their replacements with same-step autoreset
-SAME_STEP_CLASSES: dict[type[VectorEnv], type[VectorEnv]] = {CartPoleVectorEnv: SameStepCartPoleVectorEnv}
+SAME_STEP_ENTRY_POINTS = {
+    "gymnasium.envs.classic_control.cartpole:CartPoleVectorEnv": "sb3_vpg.envs.cartpole:SameStepCartPoleVectorEnv"
+}
 # Wrappers whose effect the vectorized environment or NativeVecEnv itself provides
 KNOWN_WRAPPERS = (Monitor, TimeLimit, OrderEnforcing, PassiveEnvChecker)
 # Keys in the infos of a vectorized environment that describe the last step of an episode
@@ -240,8 +240,9 @@ def make_vector_form(envs: Sequence[gym.Env]) -> VectorEnv:
         raise NoVectorFormError("render_mode='human' needs single environments")
 
     entry_point = spec.vector_entry_point
-    creator: Any = load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
-    creator = SAME_STEP_CLASSES.get(creator, creator)
+    creator: Any = entry_point
+    if isinstance(entry_point, str):
+        creator = load_env_creator(SAME_STEP_ENTRY_POINTS.get(entry_point, entry_point))
     kwargs = {**spec.kwargs, "max_episode_steps": limit[0]}
     if "autoreset_mode" in inspect.signature(creator).parameters:
         kwargs["autoreset_mode"] = AutoresetMode.SAME_STEP

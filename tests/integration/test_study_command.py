@@ -125,5 +125,5 @@ def test_interrupted_it_keeps_what_has_ended(installed: Environment, tmp_path: P
     assert process.returncode == 0, output
     assert "Interrupted" in output
     assert "Traceback" not in output
-    assert len(Results(results)._done) >= 1
+    assert len(Results(results)._finished) >= 1
     assert not (folder / "report.md").exists()

@@ -199,9 +199,9 @@ print([open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc
 
 
 REFUSED = {
-    "environments that cannot be dealt out": (
+    "environments that cannot be split": (
         ("-params", "n_envs:3"),
-        "n_envs=3 cannot be dealt out to 2 ranks; allowed: a mul",
+        "n_envs=3 cannot be split across 2 ranks; allowed: a mul",
     ),
     "another algorithm": (
         ("--algo", "ppo", "-conf", "ppo.yml"),
