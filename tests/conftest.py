@@ -2,6 +2,7 @@
 
 import multiprocessing as mp
 import os
+from typing import Any
 
 import hypothesis
 import pytest
@@ -18,6 +19,31 @@ mp.set_forkserver_preload(["stable_baselines3", "sb3_vpg", "torch._dynamo"])
 hypothesis.settings.register_profile("default", max_examples=50, deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("thorough", max_examples=1000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+# Files whose tests share a fixture that takes seconds to make
+ON_ONE_WORKER = (
+    "diagnostics/test_gradients.py",
+    "distributed/test_training_in_ranks.py",
+    "integration/test_study_command.py",
+    "integration/test_tutorials.py",
+    "integration/test_zoo_commands.py",
+)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``-n``: those files are given to one worker each, and first; all other tests one by one."""
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return file if file.endswith(ON_ONE_WORKER) else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(autouse=True, scope="session")

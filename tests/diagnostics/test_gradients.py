@@ -124,7 +124,6 @@ def mdp_gradients(mdp_episodes):
     return gradients
 
 
-@pytest.mark.xdist_group("gradients of the mdp")
 @pytest.mark.parametrize("name", [*OF_ONE_EPISODE, *OF_TWO_EPISODES])
 def test_the_exact_variance_of_the_mdp_is_in_the_interval(name, mdp_gradients):
     size = 1 if name in OF_ONE_EPISODE else 2
@@ -136,7 +135,6 @@ def test_the_exact_variance_of_the_mdp_is_in_the_interval(name, mdp_gradients):
     assert statistics.noise_scale.low < size * variance / signal < statistics.noise_scale.high
 
 
-@pytest.mark.xdist_group("gradients of the mdp")
 def test_the_environment_is_the_enumerated_mdp(mdp_episodes):
     pi = action_probabilities(make_model(1))
     discounted = GAMMA ** np.arange(3)[:, None] * mdp_episodes.rollout.rewards

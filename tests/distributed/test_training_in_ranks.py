@@ -90,7 +90,6 @@ def trained_in_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, 
     return {case: [rank[i] for rank in ranks] for i, case in enumerate(CASES)}
 
 
-@pytest.mark.xdist_group("cases in two ranks")
 @pytest.mark.parametrize("case", CASES, ids=[" - ".join(map(str, case)) for case in CASES])
 def test_two_ranks_are_one_process_with_all_environments(trained_in_two_ranks, case):
     ((n_steps, expected, logged),) = train_with_scripted_actions(4, [case])
@@ -104,7 +103,6 @@ def test_two_ranks_are_one_process_with_all_environments(trained_in_two_ranks, c
     assert first[0] == second[0] <= n_steps
 
 
-@pytest.mark.xdist_group("cases in two ranks")
 def test_the_rollouts_of_the_cases_differ_between_ranks_and_update_something(trained_in_two_ranks):
     """Else the test above could not fail."""
     env = make_vec_env("CartPole-v1", n_envs=4)

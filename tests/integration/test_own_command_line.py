@@ -67,13 +67,11 @@ def without_zoo(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Enviro
     return without
 
 
-@pytest.mark.xdist_group("without zoo")
 def test_vpg_learns_without_the_zoo(without_zoo: Environment):
     script = "from sb3_vpg import VPG; print(VPG('MlpPolicy', 'CartPole-v1', n_steps=64).learn(200).num_timesteps)"
     assert output_of(without_zoo.run("-W", "error", "-c", script)) == "256\n"
 
 
-@pytest.mark.xdist_group("without zoo")
 def test_own_command_line_says_how_to_install_the_zoo(without_zoo: Environment):
     process = without_zoo.run("-m", "sb3_vpg", "train")
     assert process.returncode == 1

@@ -14,9 +14,6 @@ from sb3_vpg.study.__main__ import keep_settings
 from sb3_vpg.study.results import Results
 from sb3_vpg.study.study import COLUMNS, FIRST_SEARCH_SEED, LAST_METRIC, Run
 
-# On one worker: what they share is made once
-pytestmark = pytest.mark.xdist_group("study")
-
 # Two formulations, one of them also where gradients are measured
 ARGUMENTS = ("--formulation", "reward_to_go", "gae_8_steps", "--seeds", "2", "--search-seeds", "1", "--statistics-seeds", "1")
 

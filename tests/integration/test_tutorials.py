@@ -15,9 +15,6 @@ from helpers.installed import CHECKOUT, Environment, output_of
 
 from sb3_vpg import VPG
 
-# On one worker: what they share is made once
-pytestmark = pytest.mark.xdist_group("tutorials")
-
 TUTORIALS = CHECKOUT / "hyperparams" / "tutorials"
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -16,9 +16,6 @@ from helpers.zoo import CARTPOLE_ENTRY, TRAIN_CARTPOLE, saved_config, zoo_comman
 
 from sb3_vpg.zoo.search_space import FORMULATIONS
 
-# On one worker: what they share is made once
-pytestmark = pytest.mark.xdist_group("zoo commands")
-
 
 @pytest.fixture(scope="module")
 def trained(installed: Environment) -> str:

@@ -12,9 +12,6 @@ from sb3_vpg.study.report import write_report
 from sb3_vpg.study.study import COLUMNS
 
 # "Far" first: the order of the report is theirs, not that of the results
-# On one worker: what they share is made once
-pytestmark = pytest.mark.xdist_group("report")
-
 RANGES = {"Far": (0.0, 100.0), "Near": (0.0, 10.0)}
 BUDGET = 1000
 
