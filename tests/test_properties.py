@@ -4,6 +4,7 @@ What must hold for any rollout: estimators, buffers and collection on random sha
 ``HYPOTHESIS_PROFILE=thorough pytest tests/test_properties.py`` tries twenty times as many cases.
 """
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -37,14 +38,17 @@ VALID = [
     for estimator, baseline in ALL
     if not (ESTIMATORS[estimator].uses_value_function and baseline not in (None, "value"))
 ]
-with_all = pytest.mark.parametrize(("estimator", "baseline"), VALID, ids=str)
 NORMALIZATIONS = (False, "batch", "episode")
 
 
-def normalized_in_each_way(estimator, baseline, **keywords):
-    """:return: the formulations with each normalization that goes with estimator and baseline"""
-    constant = estimator == "total_return" and baseline in (None, "mean")
-    return [Formulation(estimator, baseline, n, **keywords) for n in NORMALIZATIONS if not (constant and n == "episode")]
+def formulations(normalizations=(False,), **keywords):
+    """:return: every estimator with every baseline and normalization that goes with it. To draw a rollout takes longer."""
+    return [
+        Formulation(estimator, baseline, normalize, **keywords)
+        for estimator, baseline in VALID
+        for normalize in normalizations
+        if not (normalize == "episode" and estimator == "total_return" and baseline in (None, "mean"))
+    ]
 
 
 @st.composite
@@ -100,29 +104,27 @@ def test_estimators_are_their_definitions(estimator, rollout, gamma, gae_lambda)
 
 
 @given(rollouts(), st.floats(-3, 3), DISCOUNTS)
-@with_all
-def test_linear_in_rewards_and_values(estimator, baseline, rollout, factor, gamma):
-    formulation = Formulation(estimator, baseline, gamma=gamma, gae_lambda=0.9)
+def test_linear_in_rewards_and_values(rollout, factor, gamma):
     names = ("rewards", "values", "next_values")
     other = {name: np.sin(np.arange(rollout.rewards.size)).reshape(rollout.rewards.shape) + i for i, name in enumerate(names)}
     combined = {name: getattr(rollout, name) + factor * other[name] for name in names}
-    expected = formulation(rollout)[0] + factor * formulation(rollout._replace(**other))[0]
-    np.testing.assert_allclose(formulation(rollout._replace(**combined))[0], expected, rtol=1e-9, atol=1e-7)
+    for formulation in formulations(gamma=gamma, gae_lambda=0.9):
+        expected = formulation(rollout)[0] + factor * formulation(rollout._replace(**other))[0]
+        actual = formulation(rollout._replace(**combined))[0]
+        np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-7, err_msg=str(formulation))
 
 
 @given(rollouts(), st.randoms(use_true_random=False))
-@with_all
-def test_the_order_of_environments_does_not_matter(estimator, baseline, rollout, random):
+def test_the_order_of_environments_does_not_matter(rollout, random):
     order = random.sample(range(rollout.rewards.shape[1]), rollout.rewards.shape[1])
     permuted = Rollout(*(array[:, order] for array in rollout))
-    for formulation in normalized_in_each_way(estimator, baseline, gamma=0.9, gae_lambda=0.9):
+    for formulation in formulations(NORMALIZATIONS, gamma=0.9, gae_lambda=0.9):
         for one, other in zip(formulation(permuted), formulation(rollout)):
             np.testing.assert_allclose(one, other[:, order], rtol=1e-6, atol=1e-6, err_msg=str(formulation))
 
 
 @given(rollouts())
-@with_all
-def test_episodes_one_after_another_are_as_episodes_side_by_side(estimator, baseline, rollout):
+def test_episodes_one_after_another_are_as_episodes_side_by_side(rollout):
     """The same episodes, collected by few environments or by as many as there are episodes."""
     pieces = np.unique(segment_index(rollout.last)[rollout.mask], return_inverse=True)[1]
     steps = rollout.steps[rollout.mask]
@@ -133,10 +135,10 @@ def test_episodes_one_after_another_are_as_episodes_side_by_side(estimator, base
         return columns
 
     apart = Rollout(*map(side_by_side, rollout))
-    for discounted in (False, True):
-        formulation = Formulation(estimator, baseline, discount_state_distribution=discounted, gamma=0.9, gae_lambda=0.9)
+    each_way = [formulations(discount_state_distribution=way, gamma=0.9, gae_lambda=0.9) for way in (False, True)]
+    for formulation in itertools.chain(*each_way):
         for one, other in zip(formulation(rollout), formulation(apart)):
-            np.testing.assert_allclose(one[rollout.mask], other[steps, pieces], rtol=1e-9, atol=1e-9, err_msg=str(discounted))
+            np.testing.assert_allclose(one[rollout.mask], other[steps, pieces], rtol=1e-9, atol=1e-9, err_msg=str(formulation))
 
 
 @given(rollouts(), arrays(np.float64, 50, elements=st.floats(-10, 10)), DISCOUNTS)
@@ -188,9 +190,8 @@ def test_normalised_advantages_know_neither_scale_nor_shift(normalize, rollout, 
 
 
 @given(rollouts(rewards=EXTREME), DISCOUNTS)
-@with_all
-def test_extreme_rewards_give_finite_numbers(estimator, baseline, rollout, gamma):
-    for formulation in normalized_in_each_way(estimator, baseline, gamma=gamma, gae_lambda=0.9):
+def test_extreme_rewards_give_finite_numbers(rollout, gamma):
+    for formulation in formulations(NORMALIZATIONS, gamma=gamma, gae_lambda=0.9):
         advantages, targets = formulation(rollout)
         assert np.isfinite(advantages).all(), formulation
         assert np.isfinite(targets).all(), formulation
@@ -198,12 +199,12 @@ def test_extreme_rewards_give_finite_numbers(estimator, baseline, rollout, gamma
 
 
 @given(rollouts(), DISCOUNTS)
-@with_all
-def test_single_precision_loses_little(estimator, baseline, rollout, gamma):
-    formulation = Formulation(estimator, baseline, gamma=gamma, gae_lambda=0.9)
+def test_single_precision_loses_little(rollout, gamma):
     single = Rollout(*(array.astype(np.float32) if array.dtype == np.float64 else array for array in rollout))
     # Sums of up to 40 numbers of up to 100, each rounded to a relative 6e-8
-    np.testing.assert_allclose(formulation(single)[0], formulation(rollout)[0], rtol=1e-5, atol=40 * 110 * 6e-8)
+    for formulation in formulations(gamma=gamma, gae_lambda=0.9):
+        actual, expected = formulation(single)[0], formulation(rollout)[0]
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=40 * 110 * 6e-8, err_msg=str(formulation))
 
 
 @given(

@@ -30,7 +30,7 @@ def test_own_command_line_trains_vpg_by_default(installed: Environment, env: dic
 
 
 def test_own_command_line_takes_other_algorithms(installed: Environment):
-    output_of(installed.run("-m", "sb3_vpg", "train", "--algo=a2c", "-n", "300", "-f", "own_a2c", env=HOOK_OFF))
+    output_of(installed.run_warm("-m", "sb3_vpg", "train", "--algo=a2c", "-n", "300", "-f", "own_a2c"))
     assert (installed.cwd / "own_a2c/a2c/CartPole-v1_1/CartPole-v1.zip").is_file()
 
 

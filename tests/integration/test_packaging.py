@@ -58,6 +58,6 @@ def test_the_version_is_said_once(wheel: Path, installed: Environment):
     (metadata,) = (name for name in names_in(wheel) if name.endswith(".dist-info/METADATA"))
     with zipfile.ZipFile(wheel) as archive:
         assert HeaderParser().parsestr(archive.read(metadata).decode())["Version"] == version
-    assert output_of(installed.run("-c", "import sb3_vpg; print(sb3_vpg.__version__)")).strip() == version
+    assert output_of(installed.run_warm("-c", "import sb3_vpg; print(sb3_vpg.__version__)")).strip() == version
     changelog = (CHECKOUT / "CHANGELOG.md").read_text()
     assert ("## Unreleased" if ".dev" in version else f"## {version}") in changelog
