@@ -4,6 +4,7 @@ what takes seconds to import. A program is a line of standard input: a JSON list
 stderr, and of its arguments. When it has ended, its exit status is a line of standard output.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -37,6 +38,8 @@ def fork_for_each_program() -> list[str]:
     os._exit(0)
 
 
+# What is here stays: else the end of each fork takes more than a second
+gc.freeze()
 option, program, *rest = fork_for_each_program()
 # It must not hang for ever
 signal.alarm(300)

@@ -50,6 +50,7 @@ def test_an_installed_package_has_the_ladder_and_names_what_it_does_not_know(ins
     assert "error: --env='CartPole-v7' is not allowed; choose one of 'CartPole-v1', 'Acrobot-v1'" in process.stderr
 
 
+@pytest.mark.slow
 def test_search_then_final_runs_then_statistics(finished: Path):
     results = pd.read_csv(finished / "out" / "results.csv")
     assert tuple(results.columns) == COLUMNS
@@ -73,6 +74,7 @@ def test_search_then_final_runs_then_statistics(finished: Path):
     assert set(statistics.learning_rate) == {best["gae"]}
 
 
+@pytest.mark.slow
 def test_the_report_speaks_of_what_was_run(finished: Path):
     report = (finished / "out" / "report.md").read_text()
     for name in ("reward_to_go", "gae_8_steps"):
@@ -82,6 +84,7 @@ def test_the_report_speaks_of_what_was_run(finished: Path):
     assert all((finished / "out" / picture).stat().st_size > 0 for picture in pictures)
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was(installed: Environment, study_folder: Path):
     results, config = study_folder / "out" / "results.csv", study_folder / "settings.yml"
     before = pd.read_csv(results)
@@ -101,6 +104,7 @@ def test_it_goes_on_where_it_was(installed: Environment, study_folder: Path):
     pd.testing.assert_frame_equal(comparable(after), comparable(before))
 
 
+@pytest.mark.slow
 def test_nothing_is_left_to_do_when_all_is_done(study_folder: Path):
     path = study_folder / "out" / "results.csv"
     text = path.read_text()
@@ -109,6 +113,7 @@ def test_nothing_is_left_to_do_when_all_is_done(study_folder: Path):
     assert all(run in results for run in runs_in(pd.read_csv(path)))
 
 
+@pytest.mark.slow
 def test_other_settings_do_not_go_into_the_same_folder(study_folder: Path):
     config = written({**SETTINGS, "learning_rates": [0.1]}, study_folder)
     with pytest.raises(ValueError, match="choose another --folder"):
