@@ -316,7 +316,8 @@ def test_unrecorded_steps_change_nothing_and_get_nothing(estimator, baseline, no
     x = x._replace(mask=mask)
     for clean, dirty in zip(formulation(x), formulation(garbage)):
         np.testing.assert_array_equal(clean[mask], dirty[mask])
-    assert not formulation(garbage)[0][~mask].any()
+    for advantages in (formulation(garbage)[0], formulation.advantages(garbage)[0]):
+        assert not advantages[~mask].any()
     assert formulation(x)[0][mask].any()
 
 

@@ -16,6 +16,7 @@ from stable_baselines3.common.buffers import ReplayBuffer, RolloutBuffer
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_vpg import VPG
+from sb3_vpg.keywords import PARTIAL_EPISODES
 
 
 def name_of(value):
@@ -89,7 +90,10 @@ def test_combinations_are_taken_or_refused_as_documented(estimator, baseline, pa
     allowed &= not (partial_episodes == "bootstrap" and not value)
     keywords = dict(estimator=estimator, baseline=baseline, partial_episodes=partial_episodes)
     if allowed:
-        assert counting_model(n_envs=2, **keywords).learn(16)._n_updates >= 1
+        model = counting_model(n_envs=2, **keywords).learn(16)
+        assert model._n_updates >= 1
+        by_default = "bootstrap" if value and not whole else "finish"
+        assert model.plan.partial_episodes == PARTIAL_EPISODES[partial_episodes or by_default]
     else:
         with pytest.raises(ValueError, match=r"(baseline|partial_episodes)='\w+'") as error:
             counting_model(n_envs=2, **keywords)
