@@ -117,6 +117,7 @@ def test_other_settings_do_not_go_into_the_same_folder(study_folder: Path):
         keep_settings(config, study_folder / "out" / "study.yml")
 
 
+@pytest.mark.slow
 def test_interrupted_it_keeps_what_has_ended(installed: Environment, tmp_path: Path):
     config, folder = written(SETTINGS, tmp_path), tmp_path / "out"
     process = installed.start(*command(config, folder))
