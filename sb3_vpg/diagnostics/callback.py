@@ -30,6 +30,8 @@ class GradientStatisticsCallback(BaseCallback):
     The estimates are not independent if the baseline or the normalization uses other episodes of the batch.
     :func:`gradient_statistics` is exact in this case.
 
+    With several processes, each logs the statistics of its own part of the rollout, normalized over that part.
+
     The cost is one forward and backward pass of the rollout, in up to 32 parts.
 
     :param every_n_rollouts: Number of rollouts between two computations, >= 1. Typical: 1 to 100. Larger: less overhead.
@@ -75,7 +77,8 @@ def rollout_statistics(model: VPG, n_bootstrap: int = 0) -> GradientStatistics |
     groups = np.array_split(np.arange(buffer.n_segments), min(buffer.n_segments, MAX_GROUPS))
     # With this scale, the mean over groups is the gradient of the update
     scale = len(groups) / model.plan.batch_divisor(buffer.n_recorded, buffer.n_segments)
-    weights = scale * buffer.normalized_advantages(model.processes).reshape(1, -1)
+    # Not over all processes: those without the callback, or with fewer than two segments, do not get here
+    weights = scale * buffer.normalized_advantages().reshape(1, -1)
     runner, segments = make_policy_runner(model.policy), steps_of_segments(buffer)
     gradients = []
     with temporary_distribution(model.policy):

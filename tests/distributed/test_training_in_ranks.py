@@ -26,6 +26,7 @@ from sb3_vpg import VPG
 from sb3_vpg.common.collectives import running_statistics
 from sb3_vpg.common.policy_runner import FastPolicyRunner
 from sb3_vpg.common.progress_bar import AllRanksProgressBar
+from sb3_vpg.diagnostics import GradientStatisticsCallback
 from sb3_vpg.zoo.search_space import FORMULATIONS
 
 SMALL = {"policy_kwargs": {"net_arch": [16]}, "device": "cpu"}
@@ -334,6 +335,20 @@ def test_a_callback_that_stops_one_rank_stops_all(tmp_path, rank):
         assert np.array_equal(vector, results[0][2])
         # The third rollout of 16 steps x 2 environments, of which the stopped rank has five steps
         assert n_timesteps == 2 * 2 * 2 * 16 + 2 * 16 + 2 * 5
+
+
+def learn_with_statistics_in_rank(rank: int) -> np.ndarray:
+    env = make_vec_env(lambda: CountingEnv([3, 5]), n_envs=2, seed=0)
+    callback = GradientStatisticsCallback(1) if dist.get_rank() == rank else None
+    return weights(VPG("MlpPolicy", env, n_steps=16, seed=0, **SMALL).learn(2 * 2 * 16 * 3, callback=callback))
+
+
+def test_gradient_statistics_in_one_rank_do_not_involve_the_others(tmp_path):
+    with_statistics, without = (
+        in_ranks(learn_with_statistics_in_rank, rank, folder=tmp_path / f"ranks {rank}", timeout=20) for rank in (0, -1)
+    )
+    for vector in (*with_statistics, *without):
+        np.testing.assert_array_equal(vector, without[0])
 
 
 @pytest.mark.parametrize("rank", [0, 1])
