@@ -113,7 +113,7 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         over the saved states.
 
         Loading unpickles, and a pickle can execute arbitrary code: load only files that you trust. To load nothing but
-        weights, construct the model yourself and call ``set_parameters``; see the README.
+        weights, construct the model yourself and call ``set_parameters``.
 
         :raises FileNotFoundError: if there is no such file
         :raises ValueError: if the file is damaged, or not a model of this algorithm. Nothing has been unpickled then.

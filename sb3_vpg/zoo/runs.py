@@ -43,7 +43,7 @@ def check_budget(model_file: str | Path, n_timesteps: int) -> None:
     :param n_timesteps: budget of the whole run, including the timesteps of the model
     :raises ValueError: if the budget is used up, or the file is not a model of VPG
     """
-    check_model_file(model_file, keyword="estimator")
+    check_model_file(model_file, keyword=VPG.identifying_keyword)
     with zipfile.ZipFile(model_file) as archive:
         done = json.loads(archive.read("data"))["num_timesteps"]
     if done >= n_timesteps:

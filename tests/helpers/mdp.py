@@ -124,7 +124,6 @@ def gradient_of_batch(model, batch, last_state=None):
             np.array([t == 0 or t >= len(episode.states) for episode in batch]),
             recorded=recorded,
         )
-    model.recorder = buffer
     buffer.finish()
     last_values, dones = th.zeros(len(batch)), np.ones(len(batch), dtype=bool)
     if model.plan.uses_value_function:
