@@ -123,6 +123,7 @@ class RolloutCollector(ResumableAlgorithm):
         n_steps = 0
         n_finished = np.zeros(env.num_envs, dtype=np.int64)
         recording = np.ones(env.num_envs, dtype=bool)
+        reset_steps = self._reset_steps(env)
 
         while recording.any():
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
@@ -143,12 +144,12 @@ class RolloutCollector(ResumableAlgorithm):
             callback.update_locals(locals())
             if not callback.on_step():
                 # SB3 does not store the state here. With it, training can continue from this step
-                self._advance(new_obs, dones)
+                self._advance(new_obs, dones | reset_steps)
                 return self._end_rollout(False, (n_steps + 1) * env.num_envs)
 
             n_steps += 1
-            self._record(actions, rewards, values, log_probs, dones, infos, recording)
-            self._advance(new_obs, dones)
+            self._record(actions, rewards, values, log_probs, dones, infos, recording & ~reset_steps)
+            self._advance(new_obs, dones | reset_steps)
             self._check_finite("observation", new_obs)
 
             n_finished += dones
@@ -198,6 +199,22 @@ class RolloutCollector(ResumableAlgorithm):
         self.recorder.first_steps = self._episode_steps.copy()
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
+
+    def _reset_steps(self, env: VecEnv) -> np.ndarray:
+        """
+        :return: whether each environment has spent the last step on its reset, shape (N,), updated in place at each step.
+            Such a step is not recorded. See :attr:`NativeVecEnv.reset_steps <sb3_vpg.envs.NativeVecEnv.reset_steps>`
+        :raises ValueError: if there can be such steps, and the buffer has no mask of recorded steps
+        """
+        reset_steps = getattr(env, "reset_steps", None)
+        if reset_steps is None:
+            return np.zeros(env.num_envs, dtype=bool)
+        if not isinstance(self.recorder, VPGBufferMixin):
+            raise ValueError(
+                f"rollout_buffer_class={type(self.rollout_buffer).__name__} is not allowed with an environment that resets in "
+                "the next step (AutoresetMode.NEXT_STEP); allowed: VPG's own buffers"
+            )
+        return reset_steps
 
     def _sample_actions(
         self, obs: PyTorchObs, fast_runner: FastPolicyRunner | None, with_values: bool

@@ -1,11 +1,11 @@
-"""SB3's interface for natively vectorized gymnasium environments, which step many environments in one array."""
+"""SB3's interface for natively vectorized gymnasium environments, which step many environments in one call."""
 
 import copy
 import inspect
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -17,6 +17,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
+from sb3_vpg.envs.autoreset import autoreset_of, reset_in_next_step
 from sb3_vpg.envs.vector import SeparatelySeededVectorEnv
 
 # Vectorized environments that support next-step autoreset only, and their replacements with same-step autoreset
@@ -33,33 +34,59 @@ class NoVectorFormError(Exception):
     """No vectorized environment is equivalent to the given environments; the message gives the reason."""
 
 
+class StandInEnv(gym.Env):
+    """Spaces and spec of an environment that a vectorized environment steps. It cannot be stepped itself."""
+
+    def __init__(self, vector_env: VectorEnv):
+        self.observation_space = vector_env.single_observation_space
+        self.action_space = vector_env.single_action_space
+        self.metadata = vector_env.metadata
+        self.spec = getattr(vector_env, "spec", None)
+
+    def step(self, action: Any) -> NoReturn:
+        raise NotImplementedError("This environment is a part of a vectorized environment: step `vector_env`")
+
+    reset = step  # type: ignore[assignment]
+
+
 class NativeVecEnv(VecEnv):
     """
-    Steps all environments at once in a natively vectorized environment, if gymnasium's registry has one
-    (``vector_entry_point``), as for ``CartPole-v1`` and the swing-ups. It is a replacement for SB3's ``DummyVecEnv``: ::
+    Steps all environments at once in a natively vectorized environment. It is a replacement for SB3's ``DummyVecEnv``, if
+    gymnasium's registry has a vectorized form of the environment (``vector_entry_point``), as for ``CartPole-v1`` and the
+    swing-ups: ::
 
         make_vec_env("CartPoleSwingUp-v0", n_envs=128, vec_env_cls=NativeVecEnv)
 
     Its observable behavior is that of ``DummyVecEnv``. The step that ends an episode resets the environment; ``infos[i]`` then
     has "terminal_observation", "TimeLimit.truncated" and, with a ``Monitor``, "episode". Monitor files are written. With the
     same seeds and actions, observations are the same. The given environments provide spec, time limit and monitor; they
-    are not stepped.
+    are not stepped. If the environment or one of its wrappers has no vectorized form, the result *is* a ``DummyVecEnv``, and a
+    warning gives the reason.
 
-    If the environment or one of its wrappers has no vectorized form, the result *is* a ``DummyVecEnv``, and a warning gives
-    the reason.
+    It also takes a ``gymnasium.vector.VectorEnv``, such as ALE's: ::
+
+        NativeVecEnv(AtariVectorEnv("pong", num_envs=8, autoreset_mode="SameStep"))
+
+    Infos then always have "episode". A vectorized environment that resets in the next step (``AutoresetMode.NEXT_STEP``) is
+    reset in the same step if a part of it can be reset, as with ALE's and gymnasium's ``SyncVectorEnv``. For others, see
+    :attr:`reset_steps`.
 
     ``set_attr``, ``env_method`` and options always apply to all environments.
 
     While an episode runs, the info of its environment is the same object at each step: copy it before you change it.
 
-    :param env_fns: functions that return the environments, as for ``DummyVecEnv``. Typical number: 8 to 4096. Larger: more
-        steps per second, and larger batches.
+    :param env_fns: functions that return the environments, as for ``DummyVecEnv``, or a vectorized environment. Typical
+        number: 8 to 4096. Larger: more steps per second, and larger batches.
+    :raises ValueError: if the given vectorized environment does not say when it resets
     """
 
-    def __new__(cls, env_fns: Sequence[Callable[[], gym.Env]] | None = None) -> "VecEnv":  # type: ignore[misc]
+    def __new__(cls, env_fns: Sequence[Callable[[], gym.Env]] | VectorEnv | None = None) -> "VecEnv":  # type: ignore[misc]
         # Copying and unpickling call this method without arguments
         native = super().__new__(cls)
-        if env_fns is not None:
+        if isinstance(env_fns, VectorEnv):
+            native.vector_env = env_fns
+            native.envs = [Monitor(StandInEnv(env_fns)) for _ in range(env_fns.num_envs)]
+        elif env_fns is not None:
             envs = [fn() for fn in env_fns]
             try:
                 native.vector_env = make_vector_form(envs)
@@ -73,8 +100,10 @@ class NativeVecEnv(VecEnv):
     vector_env: VectorEnv
     #: The given environments, which are not stepped
     envs: list[gym.Env]
+    #: Number of steps that the ``Monitor`` of an environment sees in one step
+    monitored_steps = 1
 
-    def __init__(self, env_fns: Sequence[Callable[[], gym.Env]]):
+    def __init__(self, env_fns: Sequence[Callable[[], gym.Env]] | VectorEnv):
         super().__init__(len(self.envs), self.vector_env.single_observation_space, self.vector_env.single_action_space)
         self.metadata = self.vector_env.metadata
         self._monitors = [next((w for w in wrappers_of(env) if isinstance(w, Monitor)), None) for env in self.envs]
@@ -82,6 +111,24 @@ class NativeVecEnv(VecEnv):
         self._returns = np.zeros(self.num_envs)
         self._lengths = np.zeros(self.num_envs, dtype=np.int64)
         self._was_reset = False
+        self._autoreset = autoreset_of(self.vector_env)
+        self._reset_steps = np.zeros(self.num_envs, dtype=bool)
+        self._reset_steps_are_read = False
+
+    @property
+    def reset_steps(self) -> np.ndarray | None:
+        """
+        Whether each environment has spent the last step on its reset, shape (N,); None if no environment ever does. The array
+        is updated in place.
+
+        Only environments with ``AutoresetMode.NEXT_STEP`` that cannot be reset in part spend steps on resets. Such a step is
+        no transition: the action is ignored, and the reward is 0. VPG does not record it. Other algorithms would, so that a
+        step of this kind is an error unless this attribute has been read.
+        """
+        if self._autoreset is not reset_in_next_step:
+            return None
+        self._reset_steps_are_read = True
+        return self._reset_steps
 
     def reset(self) -> VecEnvObs:
         if any(options != self._options[0] for options in self._options):
@@ -104,37 +151,76 @@ class NativeVecEnv(VecEnv):
 
     def step_wait(self) -> VecEnvStepReturn:
         observations, rewards, terminated, truncated, infos = self.vector_env.step(self._actions)
-        self._returns += rewards
-        self._lengths += 1
+        if self._reset_steps.any():
+            rewards = self._ignore_reset_steps(rewards)
         dones = terminated | truncated
+        monitored_rewards, monitored_ends = self._within_monitor(rewards, terminated, truncated)
+        self._returns += monitored_rewards
+        self._lengths += self.monitored_steps * ~self._reset_steps
         step_infos = self._running_infos.copy()
         if not infos.keys() <= FINAL_KEYS:
             step_infos = [{**running, **extract_info(infos, i)} for i, running in enumerate(step_infos)]
+        self._reset_steps[:] = False
         if dones.any():
-            self._end_episodes(dones.nonzero()[0], terminated, infos, step_infos)
+            observations = self._end_episodes(observations, dones, terminated, monitored_ends, infos, step_infos)
         # A copy, as in DummyVecEnv, since the vectorized environment may reuse its arrays
         return copy.deepcopy(observations), rewards.astype(np.float32), dones, step_infos
 
+    def _within_monitor(
+        self, rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """
+        :param rewards: rewards of a step, shape (N,)
+        :param terminated: whether the step has terminated an episode, shape (N,)
+        :param truncated: whether the step has truncated an episode, shape (N,)
+        :return: rewards, and whether the episode has ended, as the ``Monitor`` of each environment sees them
+        """
+        return rewards, terminated | truncated
+
+    def _ignore_reset_steps(self, rewards: np.ndarray) -> np.ndarray:
+        """:return: the rewards, 0 where the step was spent on a reset"""
+        if not self._reset_steps_are_read:
+            raise RuntimeError(
+                f"{self.vector_env} resets in the next step (AutoresetMode.NEXT_STEP), and cannot be reset in part. Only VPG "
+                "can be trained on it: other algorithms would record the step of the reset as a transition. Use a vectorized "
+                "environment with AutoresetMode.SAME_STEP or AutoresetMode.DISABLED."
+            )
+        return np.where(self._reset_steps, 0.0, rewards)
+
     def _end_episodes(
-        self, ended: np.ndarray, terminated: np.ndarray, infos: dict[str, Any], step_infos: list[dict[str, Any]]
-    ) -> None:
-        """Fill in the infos of episodes that have ended, including the entries that ``Monitor`` adds."""
+        self,
+        observations: VecEnvObs,
+        dones: np.ndarray,
+        terminated: np.ndarray,
+        monitored_ends: np.ndarray,
+        infos: dict[str, Any],
+        step_infos: list[dict[str, Any]],
+    ) -> VecEnvObs:
+        """
+        Reset the environments whose episodes have ended, and fill in their infos, including the entries that ``Monitor`` adds.
+
+        :return: the observations, with the first ones of new episodes
+        """
+        observations, final_obs, final_infos, first_infos = self._autoreset(self.vector_env, observations, dones, infos)
+        if self._autoreset is reset_in_next_step:
+            self._reset_steps[:] = dones
         now = time.time()
-        final_infos = infos.get("final_info", {})
-        columns = (ended, terminated[ended], self._returns[ended], self._lengths[ended])
-        for i, was_terminated, episode_return, length in zip(*(column.tolist() for column in columns)):
-            self.reset_infos[i] = extract_info(infos, i)
+        ended = dones.nonzero()[0]
+        columns = (ended, terminated[ended], monitored_ends[ended], self._returns[ended], self._lengths[ended])
+        for i, was_terminated, was_end, episode_return, length in zip(*(column.tolist() for column in columns)):
+            self.reset_infos[i] = extract_info(first_infos, i)
             info = step_infos[i] = extract_info(final_infos, i)
             info["TimeLimit.truncated"] = not was_terminated
-            info["terminal_observation"] = copy.deepcopy(infos["final_obs"][i])
+            info["terminal_observation"] = copy.deepcopy(final_obs[i])
             monitor = self._monitors[i]
-            if monitor is not None:
+            if monitor is not None and was_end:
                 episode = {"r": round(episode_return, 6), "l": length, "t": round(now - monitor.t_start, 6)}
                 episode.update((key, info[key]) for key in monitor.info_keywords)
                 if monitor.results_writer:
                     monitor.results_writer.write_row(episode)
                 info["episode"] = episode
-        self._returns[ended], self._lengths[ended] = 0.0, 0
+        self._returns[monitored_ends], self._lengths[monitored_ends] = 0.0, 0
+        return observations
 
     def close(self) -> None:
         self.vector_env.close()

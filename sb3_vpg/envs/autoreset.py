@@ -1,0 +1,94 @@
+"""
+When vectorized environments reset, and how :class:`~sb3_vpg.envs.NativeVecEnv` resets them in the step that ends an episode.
+
+SB3's ``VecEnv`` returns the first observation of an episode together with the last reward of the previous one (same-step
+autoreset). gymnasium's vectorized environments have one of three modes, see https://farama.org/Vector-Autoreset-Mode.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+# Vectorized environments whose `reset(options={"reset_mask": mask})` resets a part of them also in the mode NEXT_STEP
+WITH_PARTIAL_RESETS = {
+    "gymnasium.vector.sync_vector_env.SyncVectorEnv",
+    "gymnasium.vector.async_vector_env.AsyncVectorEnv",
+    "ale_py.vector_env.AtariVectorEnv",
+}
+
+
+class Reset(NamedTuple):
+    """
+    What a step returns after the environments whose episodes have ended are reset.
+
+    :param observations: observations of all environments: the first ones of new episodes, shape (N, ...) or a dict of arrays
+    :param final_obs: the last observations of the ended episodes, by index of the environment
+    :param final_infos: infos of the step, in gymnasium's format
+    :param first_infos: infos of the resets, in gymnasium's format
+    """
+
+    observations: Any
+    final_obs: Any
+    final_infos: dict[str, Any]
+    first_infos: dict[str, Any]
+
+
+Autoreset = Callable[[VectorEnv, Any, npt.NDArray[np.bool_], dict[str, Any]], Reset]
+
+
+def already_reset(vector_env: VectorEnv, observations: Any, ended: npt.NDArray[np.bool_], infos: dict[str, Any]) -> Reset:
+    """The vectorized environment has reset them (SAME_STEP)."""
+    return Reset(observations, infos["final_obs"], infos.get("final_info", {}), infos)
+
+
+def reset_by_mask(vector_env: VectorEnv, observations: Any, ended: npt.NDArray[np.bool_], infos: dict[str, Any]) -> Reset:
+    """Reset them in one call (DISABLED, and NEXT_STEP of the classes in ``WITH_PARTIAL_RESETS``)."""
+    final_observations, final_infos = copy.deepcopy((observations, infos))
+    # A copy of the mask: an environment may keep it
+    observations, first_infos = vector_env.reset(options={"reset_mask": ended.copy()})
+    final_obs = {i: observation_of(final_observations, i) for i in ended.nonzero()[0].tolist()}
+    return Reset(observations, final_obs, final_infos, first_infos)
+
+
+def reset_in_next_step(vector_env: VectorEnv, observations: Any, ended: npt.NDArray[np.bool_], infos: dict[str, Any]) -> Reset:
+    """They reset in the next step (NEXT_STEP). Until then, the last observation takes the place of the first one."""
+    final_obs = {i: observation_of(observations, i) for i in ended.nonzero()[0].tolist()}
+    return Reset(observations, final_obs, infos, {})
+
+
+def autoreset_of(vector_env: VectorEnv) -> Autoreset:
+    """
+    :param vector_env: a vectorized environment
+    :return: the function that resets the environments whose episodes have ended
+    :raises ValueError: if the vectorized environment does not say when it resets
+    """
+    mode = vector_env.metadata.get("autoreset_mode")
+    allowed = {AutoresetMode.SAME_STEP: already_reset, AutoresetMode.DISABLED: reset_by_mask}
+    allowed[AutoresetMode.NEXT_STEP] = reset_by_mask if has_partial_resets(vector_env) else reset_in_next_step
+    if mode not in allowed:
+        raise ValueError(
+            f"{vector_env} does not say when it resets: metadata['autoreset_mode']={mode!r}; allowed: a value of "
+            "gymnasium.vector.AutoresetMode"
+        )
+    return allowed[mode]
+
+
+def has_partial_resets(vector_env: VectorEnv) -> bool:
+    """:return: whether ``reset(options={"reset_mask": mask})`` works in the mode NEXT_STEP"""
+    classes = type(vector_env.unwrapped).__mro__
+    return any(f"{cls.__module__}.{cls.__qualname__}" in WITH_PARTIAL_RESETS for cls in classes)
+
+
+def observation_of(observations: Any, i: int) -> Any:
+    """
+    :param observations: shape (N, ...), or a dict of such arrays
+    :param i: index of an environment
+    :return: a copy of its observation
+    """
+    if isinstance(observations, dict):
+        return {key: observation_of(value, i) for key, value in observations.items()}
+    return np.array(observations[i])

@@ -1,0 +1,160 @@
+"""Which of EnvPool's environments, with which options, is equivalent to given gymnasium environments."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
+from stable_baselines3.common import atari_wrappers as atari
+from stable_baselines3.common.monitor import Monitor
+
+from sb3_vpg.envs.envpool_vector import envpool_options
+from sb3_vpg.envs.native_vec_env import KNOWN_WRAPPERS, wrappers_of
+
+# EnvPool's options for each of SB3's Atari wrappers
+ATARI_OPTIONS: dict[type[gym.Wrapper], Callable[[Any], dict[str, Any]]] = {
+    atari.AtariWrapper: lambda wrapper: {},
+    atari.StickyActionEnv: lambda wrapper: {"repeat_action_probability": wrapper.action_repeat_probability},
+    atari.NoopResetEnv: lambda wrapper: {"noop_max": wrapper.noop_max},
+    atari.MaxAndSkipEnv: lambda wrapper: {"frame_skip": wrapper._skip},
+    atari.EpisodicLifeEnv: lambda wrapper: {"episodic_life": True},
+    atari.FireResetEnv: lambda wrapper: {"use_fire_reset": True},
+    atari.WarpFrame: lambda wrapper: {"img_width": wrapper.width, "img_height": wrapper.height},
+    atari.ClipRewardEnv: lambda wrapper: {"reward_clip": True},
+}
+# EnvPool's options without these wrappers
+NO_ATARI_WRAPPERS = {"noop_max": 1, "frame_skip": 1, "use_fire_reset": False, "stack_num": 1}
+# Keyword arguments of ALE's environments that are options of EnvPool
+ATARI_KEYWORDS = ("repeat_action_probability", "full_action_space", "mode", "difficulty")
+
+
+class Equivalent(NamedTuple):
+    """
+    :param task_id: id of the environment in EnvPool
+    :param options: its options
+    :param time_limit: maximum number of steps in an episode, None for EnvPool's own limit
+    :param observation_space: space of the environment before its observation wrappers
+    :param action_space: space of the environment
+    :param observation_wrappers: those of each environment, from the innermost to the outermost
+    :param raw_game_in_monitor: whether the monitor is within the wrappers that clip rewards, skip frames and end episodes when
+        a life is lost
+    """
+
+    task_id: str
+    options: dict[str, Any]
+    time_limit: int | None
+    observation_space: spaces.Space
+    action_space: spaces.Space
+    observation_wrappers: list[list[gym.ObservationWrapper]]
+    raw_game_in_monitor: bool = False
+
+
+def find_equivalent(envs: Sequence[gym.Env]) -> Equivalent:
+    """
+    :param envs: single environments with their wrappers
+    :return: the equivalent in EnvPool
+    :raises ImportError: if EnvPool is not installed
+    :raises ValueError: if there is none; the message names the reason
+    """
+    env = envs[0]
+    spec = env.unwrapped.spec
+    if spec is None:
+        raise ValueError(f"EnvPool cannot replace {env.unwrapped}: it is not registered with gymnasium")
+    for other in envs[1:]:
+        if describe(other) != describe(env):
+            raise ValueError(f"EnvPool cannot replace different environments: {describe(env)}, {describe(other)}")
+    wrappers = list(wrappers_of(env))
+    known = (*KNOWN_WRAPPERS, *ATARI_OPTIONS, *time_limit_classes(), *map(type, observation_wrappers_of(env)))
+    for wrapper in wrappers:
+        if type(wrapper) not in known:
+            raise ValueError(f"EnvPool has no equivalent of the wrapper {type(wrapper).__name__} around {spec.id}")
+        if isinstance(wrapper, Monitor) and wrapper.reset_keywords:
+            raise ValueError("EnvPool has no equivalent of Monitor(reset_keywords=...)")
+    if "game" in spec.kwargs:
+        return find_atari_equivalent(envs, spec, wrappers)
+    limits = [wrapper._max_episode_steps for wrapper in wrappers if isinstance(wrapper, time_limit_classes())]
+    return Equivalent(
+        spec.id,
+        translate_keywords(spec),
+        min(limits, default=None),
+        env.unwrapped.observation_space,
+        env.action_space,
+        [list(observation_wrappers_of(one))[::-1] for one in envs],
+    )
+
+
+def find_atari_equivalent(envs: Sequence[gym.Env], spec: Any, wrappers: Sequence[gym.Wrapper]) -> Equivalent:
+    """:return: the equivalent of ALE's environments with SB3's Atari wrappers; see :func:`find_equivalent`"""
+    is_atari = [type(wrapper) in ATARI_OPTIONS for wrapper in wrappers]
+    if not any(isinstance(wrapper, atari.WarpFrame) for wrapper in wrappers):
+        raise ValueError(f"EnvPool resizes the pictures of {spec.id}: use make_atari_env, or SB3's AtariWrapper")
+    if spec.kwargs.get("frameskip", 1) != 1:
+        raise ValueError(f"EnvPool has no equivalent of frameskip={spec.kwargs['frameskip']!r}: use the id ...NoFrameskip-v4")
+    default = gym.spec(spec.id).kwargs
+    for name, value in spec.kwargs.items():
+        known = (*ATARI_KEYWORDS, "game", "frameskip", "render_mode", "max_num_frames_per_episode")
+        if name not in known and value != default.get(name):
+            raise ValueError(f"EnvPool has no equivalent of {name}={value!r} of {spec.id}")
+    options = {**NO_ATARI_WRAPPERS, **{name: spec.kwargs[name] for name in ATARI_KEYWORDS if name in spec.kwargs}}
+    for wrapper in wrappers:
+        if type(wrapper) in ATARI_OPTIONS:
+            options |= ATARI_OPTIONS[type(wrapper)](wrapper)
+    options["max_episode_steps"] = spec.kwargs["max_num_frames_per_episode"] // options["frame_skip"]
+    monitors = [i for i, wrapper in enumerate(wrappers) if isinstance(wrapper, Monitor)]
+    return Equivalent(
+        "".join(part.capitalize() for part in spec.kwargs["game"].split("_")) + "-v5",
+        options,
+        None,
+        envs[0].observation_space,
+        envs[0].action_space,
+        [],
+        raw_game_in_monitor=bool(monitors) and any(is_atari[: monitors[0]]),
+    )
+
+
+def translate_keywords(spec: Any) -> dict[str, Any]:
+    """
+    :param spec: gymnasium's spec of an environment
+    :return: EnvPool's options for the keyword arguments that differ from the registered ones
+    :raises ValueError: if EnvPool has no such option
+    """
+    default = gym.spec(spec.id).kwargs
+    known = envpool_options(spec.id)
+    options: dict[str, Any] = {}
+    for name, value in spec.kwargs.items():
+        bounds = [name.removesuffix("_range") + suffix for suffix in ("_min", "_max")]
+        if name == "render_mode" or (name in default and value == default[name]):
+            continue
+        if name in known:
+            options[name] = value
+        elif name.endswith("_range") and all(bound in known for bound in bounds):
+            options |= dict(zip(bounds, map(float, value)))
+        else:
+            raise ValueError(f"EnvPool's {spec.id} has no equivalent of {name}={value!r}; it has {', '.join(sorted(known))}")
+    return options
+
+
+def time_limit_classes() -> tuple[type[TimeLimit], ...]:
+    # rl_zoo3 replaces gymnasium's TimeLimit by its own class, possibly after this module was imported
+    return TimeLimit, gym.wrappers.TimeLimit
+
+
+def observation_wrappers_of(env: gym.Env) -> Iterator[gym.ObservationWrapper]:
+    """:return: the wrappers that do nothing but change observations, one by one, from the outermost to the innermost"""
+    for wrapper in wrappers_of(env):
+        cls = type(wrapper)
+        if (
+            isinstance(wrapper, gym.ObservationWrapper)
+            and cls not in ATARI_OPTIONS
+            and cls.step is gym.ObservationWrapper.step
+            and cls.reset is gym.ObservationWrapper.reset
+        ):
+            yield wrapper
+
+
+def describe(env: gym.Env) -> tuple[Any, ...]:
+    """:return: what must be the same for all environments"""
+    spec = env.unwrapped.spec
+    wrappers = [(type(wrapper).__name__, getattr(wrapper, "_max_episode_steps", None)) for wrapper in wrappers_of(env)]
+    return (None, None, wrappers) if spec is None else (spec.id, spec.kwargs, wrappers)
