@@ -5,6 +5,7 @@ It runs rl_zoo3's commands with VPG registered, and with VPG as the default algo
 ``python -m sb3_vpg ablation``, runs ablation studies.
 """
 
+import argparse
 import importlib.util
 import runpy
 import sys
@@ -30,7 +31,12 @@ Runs a command of RL Baselines3 Zoo. VPG is available as an algorithm, and is th
 
 {LIST_OF_COMMANDS}
 
+`train --vec-env envpool` trains in EnvPool's environments, `train --vec-env native` in gymnasium's vectorized forms, with
+every algorithm.
+
 `python -m sb3_vpg COMMAND --help` lists the arguments of a command."""
+# Values of `train --vec-env` in addition to those of the zoo
+VEC_ENVS = {"envpool": "sb3_vpg.envs.EnvPoolVecEnv", "native": "sb3_vpg.envs.NativeVecEnv"}
 # Commands to which `--algo vpg` is added unless --algo is given
 WITH_ALGO = ("train", "enjoy", "record_video", "record_training", "push_to_hub", "load_from_hub")
 
@@ -51,11 +57,31 @@ def main() -> None:
     arguments = sys.argv[2:]
     if command in WITH_ALGO and not any(argument.split("=")[0] == "--algo" for argument in arguments):
         arguments = ["--algo", "vpg", *arguments]
+    if command == "train":
+        arguments = translate_vec_env(arguments)
     sys.argv = [f"sb3_vpg {command}", *arguments]
     if command == "train" and launched_by_torchrun():
         run_in_process_group(run, COMMANDS[command][0])
     else:
         run(COMMANDS[command][0])
+
+
+def translate_vec_env(arguments: list[str]) -> list[str]:
+    """
+    :param arguments: arguments of ``train``
+    :return: the arguments with ``--vec-env envpool`` or ``--vec-env native`` as the hyperparameter ``vec_env_class``
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--vec-env")
+    given, others = parser.parse_known_args(arguments)
+    if given.vec_env not in VEC_ENVS:
+        return arguments
+    parameter = f"vec_env_class:'{VEC_ENVS[given.vec_env]}'"
+    for flag in ("-params", "--hyperparams"):
+        if flag in others:
+            place = others.index(flag) + 1
+            return [*others[:place], parameter, *others[place:]]
+    return [*others, "-params", parameter]
 
 
 def run(module: str) -> None:

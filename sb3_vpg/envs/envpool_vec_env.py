@@ -38,8 +38,8 @@ class EnvPoolVecEnv(NativeVecEnv):
     :param env_fns: functions that return the environments, as for ``DummyVecEnv``; or an id, such as "HalfCheetah-v5". If
         EnvPool and gymnasium know the id, spaces and time limit are gymnasium's.
     :param n_envs: number of environments, with an id only. Typical range: 8 to 256
-    :param seed: seed of the first reset, from 0 to 2**31 - 1; environment i gets ``seed + i``. None: random, or the one given
-        to ``seed()``
+    :param seed: seed of the first reset; environment i gets ``(seed + i) % 2**31``. None: random, or the one given to
+        ``seed()``
     :param num_threads: number of threads, at least 1. None: as many as processors. 1 is often best for small batches of fast
         environments
     :param options: options of the environment in EnvPool, such as ``frame_skip`` or ``stack_num``

@@ -17,8 +17,8 @@ from gymnasium.vector.utils import batch_space, concatenate, create_empty_array
 
 from sb3_vpg.envs.autoreset import observation_of
 
-# EnvPool's seeds are 32-bit integers
-MAX_SEED = 2**31 - 1
+# EnvPool's seeds are less than this
+N_SEEDS = 2**31
 # Options that this class sets itself
 RESERVED = (
     "num_envs",
@@ -147,21 +147,19 @@ class EnvPoolVectorEnv(VectorEnv[Any, Any, npt.NDArray[Any]]):
         """
         Reset all environments. New ones are created if there are none yet, or with a seed.
 
-        :param seed: environment i gets ``seed + i``, from 0 to 2**31 - 1. None continues the random numbers; without a seed
-            in the first reset they are random.
+        :param seed: environment i gets ``(seed + i) % 2**31``. None continues the random numbers; without a seed in the first
+            reset they are random.
         :param options: not supported
         :return: first observations, and an empty dict
-        :raises ValueError: if the seed is out of range, or there are options
+        :raises ValueError: if there are options
         """
         if options:
             raise ValueError(f"EnvPool's environments have no reset options: {options}")
         if self._closed:
             self._check_pool()
         if seed is None and self._pool is None:
-            seed = int(np.random.SeedSequence().generate_state(1)[0] % (MAX_SEED - self.num_envs))
+            seed = int(np.random.SeedSequence().generate_state(1)[0])
         if seed is not None:
-            if not 0 <= seed <= MAX_SEED + 1 - self.num_envs:
-                raise ValueError(f"seed={seed} is not allowed; allowed: 0 to {MAX_SEED + 1 - self.num_envs}")
             self._pool = None
             self._pool = self._make_pool(seed)
         self._check_pool()
@@ -171,7 +169,7 @@ class EnvPoolVectorEnv(VectorEnv[Any, Any, npt.NDArray[Any]]):
 
     def _make_pool(self, seed: int) -> Any:
         self._process = os.getpid()
-        env_seed = list(range(seed, seed + self.num_envs))
+        env_seed = [(seed + i) % N_SEEDS for i in range(self.num_envs)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pool = import_envpool().make_gymnasium(self.task_id, env_seed=env_seed, **self.options)

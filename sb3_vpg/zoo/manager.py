@@ -9,6 +9,7 @@ import functools
 import os
 import re
 import sys
+import warnings
 from argparse import Namespace
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,6 +19,7 @@ import gymnasium as gym
 import optuna
 from rl_zoo3 import exp_manager
 from rl_zoo3.exp_manager import ExperimentManager
+from rl_zoo3.utils import get_class_by_name
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, ProgressBarCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
@@ -33,7 +35,11 @@ from sb3_vpg.zoo.runs import ContinuedVPG, StopAtBudget, check_budget, sigterm_a
 
 class VPGExperimentManager(ExperimentManager):
     """
-    For all algorithms: the package's hyperparameter files and native vectorization are used for the package's environments.
+    For all algorithms:
+
+    - The package's hyperparameter files and native vectorization are used for the package's environments.
+    - The hyperparameter ``vec_env_class`` is the full name of the ``VecEnv`` class in which to train; its keyword arguments
+      are ``vec_env_kwargs``. Evaluation does not use it. ``--vec-env dummy`` and ``--vec-env subproc`` have priority.
 
     For VPG:
 
@@ -53,10 +59,7 @@ class VPGExperimentManager(ExperimentManager):
             raise ValueError("With torchrun, train VPG with `torchrun ... -m sb3_vpg train`, not with rl_zoo3.train")
         kwargs["config"] = kwargs.get("config") or own_config(algo, env_id)
         super().__init__(args, algo, env_id, *more, **kwargs)
-        if self.vec_env_class is DummyVecEnv and uses_native_vec_env(algo, env_id):
-            self.vec_env_class = NativeVecEnv
-            if self.verbose > 0:
-                print("Using NativeVecEnv: all environments are stepped in one array (disable it with --vec-env dummy)")
+        self.eval_vec_env_class = self.vec_env_class
         if isinstance(self.processes, ProcessGroup):
             self._join_ranks(self.processes)
 
@@ -84,6 +87,25 @@ class VPGExperimentManager(ExperimentManager):
             hyperparams["critic_learning_rate"] = schedule["learning_rate"]
         return hyperparams
 
+    def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> Any:
+        hyperparams = hyperparams.copy()
+        class_name, kwargs = hyperparams.pop("vec_env_class", None), hyperparams.pop("vec_env_kwargs", {})
+        # The zoo's parsed arguments do not distinguish its default from `--vec-env dummy`
+        if not any(argument.startswith("--vec") for argument in sys.argv):
+            if class_name is not None:
+                self.vec_env_class = vec_env_class_by_name(class_name)
+                # As the zoo's other hyperparameters that are dicts, it can be the text "dict(...)"
+                self.vec_env_kwargs = eval(kwargs) if isinstance(kwargs, str) else kwargs
+                self._print(f"Training in {self.vec_env_class.__name__}, evaluation in {self.eval_vec_env_class.__name__}")
+            elif self.vec_env_class is DummyVecEnv and uses_native_vec_env(self.algo, self.env_name.gym_id):
+                self.vec_env_class = self.eval_vec_env_class = NativeVecEnv
+                self._print("Using NativeVecEnv: all environments are stepped in one array (disable it with --vec-env dummy)")
+        return super()._preprocess_hyperparams(hyperparams)
+
+    def _print(self, text: str) -> None:
+        if self.verbose > 0:
+            print(text)
+
     def create_log_folder(self) -> None:
         # Checked before the folder is created, so that an error leaves no folder. Not checked after a restart by torchrun: the
         # last checkpoint may be that of the last step
@@ -99,7 +121,9 @@ class VPGExperimentManager(ExperimentManager):
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
         size, rank = self.processes.size, self.processes.rank
-        if eval_env or size == 1:
+        if eval_env:
+            return self._create_eval_envs(n_envs)
+        if size == 1:
             return super().create_envs(n_envs, eval_env, no_log)
         if n_envs % size:
             raise ValueError(
@@ -114,6 +138,17 @@ class VPGExperimentManager(ExperimentManager):
             return super().create_envs(n_own, eval_env, no_log)
         finally:
             exp_manager.make_vec_env = make_vec_env
+
+    def _create_eval_envs(self, n_envs: int) -> VecEnv:
+        training = self.vec_env_class, self.vec_env_kwargs
+        if self.eval_vec_env_class is not self.vec_env_class:
+            self.vec_env_class, self.vec_env_kwargs = self.eval_vec_env_class, {}
+            # They differ on purpose: what is reported does not depend on the engine
+            warnings.filterwarnings("ignore", "Training and eval env are not of the same type")
+        try:
+            return super().create_envs(n_envs, eval_env=True)
+        finally:
+            self.vec_env_class, self.vec_env_kwargs = training
 
     def create_callbacks(self) -> None:
         if self.processes.rank > 0:
@@ -177,13 +212,24 @@ class VPGExperimentManager(ExperimentManager):
         return sigterm_as_ctrl_c() if self.is_vpg else nullcontext()
 
 
+def vec_env_class_by_name(name: str) -> type[VecEnv]:
+    """
+    :param name: full name of a ``VecEnv`` class, such as "sb3_vpg.envs.EnvPoolVecEnv"
+    :return: the class
+    :raises ValueError: if there is no such class
+    """
+    try:
+        cls = get_class_by_name(name)
+    except (AttributeError, ImportError, ValueError) as error:
+        raise ValueError(f"vec_env_class={name!r} cannot be imported: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, VecEnv)):
+        raise ValueError(f"vec_env_class={name!r} is not allowed; allowed: the full name of a VecEnv class")
+    return cls
+
+
 def uses_native_vec_env(algo: str, env_id: str) -> bool:
     """
-    :return: whether to use NativeVecEnv: the environment has a vectorized form, the algorithm is VPG or the environment is one
-        of the package, and the command line has no ``--vec-env``
+    :return: whether to use NativeVecEnv by default: the environment has a vectorized form, and the algorithm is VPG or the
+        environment is one of the package
     """
-    if algo != "vpg" and env_id not in ENVIRONMENTS:
-        return False
-    # The zoo's parsed arguments do not distinguish its default from `--vec-env dummy`
-    chosen_by_user = any(argument.startswith("--vec") for argument in sys.argv)
-    return not chosen_by_user and gym.spec(env_id).vector_entry_point is not None
+    return (algo == "vpg" or env_id in ENVIRONMENTS) and gym.spec(env_id).vector_entry_point is not None
