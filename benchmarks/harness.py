@@ -42,6 +42,11 @@ def median_and_range(values: Sequence[float] | np.ndarray) -> str:
     return f"{np.median(values):.2f} [{np.min(values):.2f}, {np.max(values):.2f}]"
 
 
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def result_line(
     name: str, scores: Sequence[float], seconds: Sequence[float], threshold: float | None = None, details: str = ""
 ) -> str:
@@ -92,7 +97,7 @@ def machine() -> dict[str, Any]:
     if cpu_info.exists():
         fields = (line.partition(":") for line in cpu_info.read_text().splitlines())
         cpu = next((value.strip() for name, _, value in fields if name.strip() == "model name"), cpu)
-    packages = ("sb3_vpg", "stable_baselines3", "rl_zoo3", "torch", "gymnasium", "numpy", "tianshou")
+    packages = ("sb3_vpg", "stable_baselines3", "rl_zoo3", "torch", "gymnasium", "numpy", "tianshou", "envpool")
     versions = {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)}
     return {"cpu": cpu, "cores": os.cpu_count(), "python": platform.python_version(), **versions}
 

@@ -3,6 +3,7 @@ Wall-clock seconds and environment steps until an environment is solved: VPG, PP
 
     python benchmarks/time_to_solve.py --output solve.json --plot solve.png
     python benchmarks/time_to_solve.py --results solve.json --plot solve.png    # only table and plot of earlier results
+    python benchmarks/time_to_solve.py --env LunarLander-v3 --vec-env envpool --first-seed 100 --output solve.json
 
 An environment is solved when the mean return of 100 episodes of the stochastic policy first reaches the reward threshold of
 gymnasium's registry (CartPole-v1: 475, CartPoleSwingUp-v0: 300). Returns are not normalized. Which 100 episodes?
@@ -12,6 +13,10 @@ gymnasium's registry (CartPole-v1: 475, CartPoleSwingUp-v0: 300). Returns are no
   of the budget, at the end of a rollout, the policy that collected it runs 100 episodes of the environment itself, with the
   noise of gSDE resampled as often as in training. The clock is paused during this evaluation, and training is not affected.
   The recorded time is the end of the rollout, so its resolution is 1/40 of the budget.
+- With `--vec-env envpool`: as on the swing-ups, 100 episodes in gymnasium's own environments, but only at the end of a rollout
+  after which the mean return of the last 100 training episodes is at least the threshold. After an evaluation below the
+  threshold, the next one is at least 1/40 of the budget later. The learning curve has the training episodes and the
+  evaluations.
 
 Training stops when the environment is solved, or when the entry's budget is used up (not solved). The budget is that of the
 entry, since schedules and exploring starts depend on it. Seconds are those of `learn()`, including monitor files and the
@@ -21,7 +26,8 @@ contestants take turns, seed by seed.
 
 "VPG", "PPO" and "A2C" are configured as by `python -m rl_zoo3.train`. On CartPole-v1, VPG then uses NativeVecEnv, and the
 others use DummyVecEnv. Contestants with the name of a VecEnv differ only in that VecEnv, to separate the speed of the
-environment from that of the algorithm. On the swing-ups, all three use NativeVecEnv.
+environment from that of the algorithm. On the swing-ups, all three use NativeVecEnv. With `--vec-env envpool`, all three train
+in EnvPoolVecEnv on one thread.
 
 Interquartile mean [95 % bootstrap interval], minimum and maximum are over the seeds that solved the environment. In medians,
 the other seeds count as infinite. The ratio is that of the medians, relative to PPO as in the zoo.
@@ -46,7 +52,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, sync_envs_normalization
 
-from sb3_vpg.envs import ENVIRONMENTS
+from sb3_vpg.envs import ENVIRONMENTS, EnvPoolVecEnv
 from sb3_vpg.envs.exploring_starts import ExploringStarts
 from sb3_vpg.envs.native_vec_env import NativeVecEnv
 from sb3_vpg.zoo import register
@@ -70,6 +76,8 @@ class Job(NamedTuple):
     env: str
     contestant: str
     seed: int
+    #: in EnvPool, instead of the contestant's VecEnv
+    envpool: bool = False
 
 
 class UntilSolved(BaseCallback):
@@ -154,8 +162,10 @@ class FreshEpisodes(UntilSolved):
         self.env = env
 
     def _on_rollout_end(self) -> None:
-        if self.num_timesteps < self._next_point:
-            return
+        if self.num_timesteps >= self._next_point:
+            self.evaluate()
+
+    def evaluate(self) -> None:
         seconds = self.seconds()
         sync_envs_normalization(self.training_env, self.env)
         with th.random.fork_rng(devices=[]):
@@ -163,6 +173,22 @@ class FreshEpisodes(UntilSolved):
         self.check(returns, seconds)
         # Continue the clock from the time before the evaluation
         self._start = time.perf_counter() - seconds
+
+
+class ConfirmedEpisodes(FreshEpisodes):
+    """Evaluates as :class:`FreshEpisodes`, but only when the last training episodes reach the threshold."""
+
+    episodes = "100 episodes in gymnasium's environments"
+    _next_training_point = 0.0
+
+    def _on_rollout_end(self) -> None:
+        returns = [episode["r"] for episode in self.model.ep_info_buffer or ()]
+        mean = sum(returns) / max(len(returns), 1)
+        if len(returns) == N_EPISODES and mean >= self.threshold and self.num_timesteps >= self._next_point:
+            self.evaluate()
+        elif returns and self.num_timesteps >= self._next_training_point:
+            self.curve.append((self.seconds(), self.num_timesteps, mean))
+            self._next_training_point = self.num_timesteps + self.interval
 
 
 class StochasticPolicy:
@@ -182,12 +208,14 @@ class StochasticPolicy:
 
 
 def make_criterion(manager: ExperimentManager, threshold: float) -> UntilSolved:
-    if not any(isinstance(callback, ExploringStarts) for callback in manager.callbacks):
+    in_envpool = manager.vec_env_class is EnvPoolVecEnv
+    if not in_envpool and not any(isinstance(callback, ExploringStarts) for callback in manager.callbacks):
         return LastTrainingEpisodes(threshold, manager.n_timesteps / POINTS_PER_CURVE)
-    manager.vec_env_class = NativeVecEnv
+    manager.vec_env_class, manager.vec_env_kwargs = DummyVecEnv if in_envpool else NativeVecEnv, {}
     env = manager.create_envs(N_EPISODES, eval_env=True, no_log=True)
     env.seed(10_000 + manager.seed)
-    return FreshEpisodes(threshold, manager.n_timesteps / EVALUATIONS_PER_BUDGET, env)
+    criterion = ConfirmedEpisodes if in_envpool else FreshEpisodes
+    return criterion(threshold, manager.n_timesteps / EVALUATIONS_PER_BUDGET, env)
 
 
 def run(job: Job) -> dict[str, Any]:
@@ -200,6 +228,8 @@ def run(job: Job) -> dict[str, Any]:
         manager = ExperimentManager(argparse.Namespace(), algo, job.env, folder, **settings)
         if vec_env_class is not None:
             manager.vec_env_class = vec_env_class
+        if job.envpool:
+            manager.vec_env_class, manager.vec_env_kwargs = EnvPoolVecEnv, {"num_threads": 1}
         # setup_experiment() prints the hyperparameters even if verbose is 0
         with contextlib.redirect_stdout(io.StringIO()):
             model, _ = manager.setup_experiment()
@@ -287,6 +317,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", nargs="+", default=["CartPole-v1", "CartPoleSwingUp-v0"])
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, help="default: all that differ in the environment")
+    parser.add_argument("--vec-env", choices=["envpool"], help="train all contestants in this VecEnv")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, help="parallel runs; with more than 1, times are less accurate")
@@ -300,10 +331,10 @@ def main() -> None:
         results = json.loads(args.results.read_text())["results"]
     else:
         jobs = [
-            Job(env, contestant, seed)
+            Job(env, contestant, seed, args.vec_env == "envpool")
             for env in args.env
             for seed in range(args.first_seed, args.first_seed + args.seeds)
-            for contestant in args.contestants or (AS_IN_THE_ZOO if env in ENVIRONMENTS else CONTESTANTS)
+            for contestant in args.contestants or (AS_IN_THE_ZOO if env in ENVIRONMENTS or args.vec_env else CONTESTANTS)
         ]
         for result in in_processes(run, jobs, args.processes):
             results.append(result)

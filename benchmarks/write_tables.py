@@ -16,7 +16,9 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from harness import interquartile_mean, median_and_range
+from engines import engines_table
+from engines import results_of as lines_of
+from harness import interquartile_mean, markdown_table, median_and_range
 from scipy.stats import trim_mean
 from time_to_solve import by_contestant, median
 from trained_agents import ENVIRONMENTS
@@ -31,17 +33,14 @@ def results_of(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text())["results"]
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def where_time_goes(scenario: str) -> str:
     columns = next(r["microseconds_per_frame"] for r in results_of("where_time_goes") if r["scenario"] == scenario)
     parts = next(iter(columns.values()))
     rows = [[part, *(f"{np.median(column[part]):.2f}" for column in columns.values())] for part in parts]
     totals = [np.median(np.sum(list(column.values()), axis=0)) for column in columns.values()]
-    return table(["microseconds per frame", *columns], [*rows, ["**sum**", *(f"**{total:.2f}**" for total in totals)]])
+    return markdown_table(
+        ["microseconds per frame", *columns], [*rows, ["**sum**", *(f"**{total:.2f}**" for total in totals)]]
+    )
 
 
 def throughput(scenario: str, file: str = "throughput") -> str:
@@ -53,7 +52,7 @@ def throughput(scenario: str, file: str = "throughput") -> str:
         ratios = [median_and_range(own / speeds["A2C", other]) for other in kinds if other in (kind, kinds[0])]
         rows.append([contestant, kind, f"{np.median(own):,.0f}", *ratios[::-1], *[""] * (len(kinds) - len(ratios))])
     header = ["", "environments", "frames/s", "x A2C there", *(f"x A2C in {kind}" for kind in kinds[:1] if len(kinds) > 1)]
-    return table(header, rows)
+    return markdown_table(header, rows)
 
 
 def time_to_solve(env_id: str) -> str:
@@ -69,7 +68,11 @@ def time_to_solve(env_id: str) -> str:
         medians = [f"{middle:.2f}", f"{median(runs, 'steps'):,.0f}", f"{middle / of_ppo:.3f}"]
         rows.append([name, runs[0]["vec_env"], solved, *figures, *medians])
     header = ["", "environments", "solved", "seconds, IQM [95 %]", "min", "max", "median", "median steps", "median / PPO's"]
-    return table(header, rows)
+    return markdown_table(header, rows)
+
+
+def engines(*measure: str) -> str:
+    return engines_table(lines_of(RESULTS / "engines.jsonl"), " ".join(measure))
 
 
 def scaling(part: str) -> str:
@@ -88,7 +91,7 @@ def scaling(part: str) -> str:
         [f"{at:,}", *(f"{values[at, name]:,.0f}" if (at, name) in values else "" for name in columns)]
         for at in dict.fromkeys(at for at, _ in values)
     ]
-    return table([f"{label} ({lines[0]['unit']})", *columns], rows)
+    return markdown_table([f"{label} ({lines[0]['unit']})", *columns], rows)
 
 
 def zoo_runs() -> dict[str, dict[str, list[dict[str, Any]]]]:
@@ -109,7 +112,7 @@ def algorithms() -> str:
         return f"{interquartile_mean([run['score'] for run in runs])}<br>{steps}, {seconds} s"
 
     rows = [[env_id, *(cell(of_env[algo]) for algo in ALGORITHMS)] for env_id, of_env in zoo_runs().items()]
-    return table(["return<br>steps, time", *map(str.upper, ALGORITHMS)], rows)
+    return markdown_table(["return<br>steps, time", *map(str.upper, ALGORITHMS)], rows)
 
 
 def scores() -> str:
@@ -117,7 +120,7 @@ def scores() -> str:
         [env_id, *(f"{trim_mean([run['score'] for run in of_env[algo]], 0.25):.1f}" for algo in ALGORITHMS)]
         for env_id, of_env in zoo_runs().items()
     ]
-    return table(["", *map(str.upper, ALGORITHMS)], rows)
+    return markdown_table(["", *map(str.upper, ALGORITHMS)], rows)
 
 
 def algorithms_on(env_id: str, *thresholds: str) -> str:
@@ -129,7 +132,7 @@ def algorithms_on(env_id: str, *thresholds: str) -> str:
         steps, seconds = steps_and_seconds(runs)
         rows.append([algo.upper(), steps, interquartile_mean(scores), *reached, lowest, length, noisy, seconds])
     at_least = [f"seeds >= {threshold}" for threshold in thresholds]
-    return table(["", "steps", "return", *at_least, "lowest seed", "length", "stochastic", "seconds"], rows)
+    return markdown_table(["", "steps", "return", *at_least, "lowest seed", "length", "stochastic", "seconds"], rows)
 
 
 def draw_learning_curves(path: Path) -> None:
