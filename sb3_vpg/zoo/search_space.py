@@ -11,7 +11,7 @@ from sb3_vpg.estimators import BASELINES, ESTIMATORS
 FORMULATIONS: dict[str, tuple[str, str | None]] = {
     f"{estimator}-{baseline}" if baseline else estimator: (estimator, baseline)
     for estimator, spec in ESTIMATORS.items()
-    for baseline in ((None,) if spec.uses_value_function else BASELINES)
+    for baseline in ((None,) if spec.includes_value_function else BASELINES)
 }
 
 #: Bounds on the number of steps of a rollout, summed over all environments

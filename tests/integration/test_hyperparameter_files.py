@@ -95,7 +95,7 @@ constructed = {}
 for env_id in env_ids:
     try:
         gym.make(env_id).close()
-    except gym.error.Error:  # needs a package that is not here
+    except gym.error.DependencyNotInstalled:
         continue
     settings = dict(eval_freq=-1, config=config, device="cpu", verbose=0)
     model, _ = ExperimentManager(argparse.Namespace(), algorithm, env_id, "construct", **settings).setup_experiment()
