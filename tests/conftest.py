@@ -21,19 +21,27 @@ hypothesis.settings.register_profile("thorough", max_examples=1000, deadline=Non
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-# Files whose tests share a fixture that takes seconds to make
-ON_ONE_WORKER = (
-    "diagnostics/test_gradients.py",
-    "distributed/test_training_in_ranks.py",
-    "integration/test_study_command.py",
-    "integration/test_tutorials.py",
-    "integration/test_zoo_commands.py",
-)
+# Files whose tests share what takes seconds to make
+ON_ONE_WORKER = {
+    # Gradients of many episodes
+    "gradients": ("diagnostics/test_gradients.py",),
+    # The process of which workers and ranks are forks
+    "processes": (
+        *("common/test_checkpoint.py", "common/test_faults.py", "common/test_random_states.py"),
+        *("distributed/test_training_in_ranks.py", "envs/test_exploring_starts.py", "test_vpg_environments.py"),
+    ),
+    # The warm Python, and what has been trained
+    "installed": (
+        *("integration/test_hub.py", "integration/test_hyperparameter_files.py", "integration/test_own_command_line.py"),
+        *("integration/test_packaging.py", "integration/test_start_up_hook.py", "integration/test_study_command.py"),
+        *("integration/test_trained_agents.py", "integration/test_tutorials.py", "integration/test_zoo_commands.py"),
+    ),
+}
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With ``-n``: those files are given to one worker each, and first; all other tests one by one."""
+    """With ``-n``: the tests of each group of files are given to one worker, and first; all other tests one by one."""
     if config.getoption("dist") != "load":
         return None
     from xdist.scheduler import LoadScopeScheduling
@@ -41,7 +49,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return file if file.endswith(ON_ONE_WORKER) else nodeid
+            return next((group for group, files in ON_ONE_WORKER.items() if file.endswith(files)), nodeid)
 
     return Scheduling(config, log)
 

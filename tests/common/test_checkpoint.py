@@ -3,10 +3,9 @@
 import errno
 import io
 import json
+import multiprocessing as mp
 import os
 import signal
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -57,23 +56,20 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-KILLED_WHILE_SAVING = """
-import os, signal, sys
-import torch as th
-from sb3_vpg import VPG
-model = VPG("MlpPolicy", "CartPole-v1", policy_kwargs={"net_arch": [8]}, seed=1)
-model.save(sys.argv[1])
-print(open(sys.argv[1], "rb").read().hex()[:0], flush=True)
-th.save = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
-model.num_timesteps = 77
-model.save(sys.argv[1])
-"""
+def be_killed_while_saving(path):
+    model = cartpole_model()
+    model.save(path)
+    th.save = lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGKILL)
+    model.num_timesteps = 77
+    model.save(path)
 
 
 def test_a_process_killed_while_saving_leaves_the_old_file(tmp_path):
     path = tmp_path / "model.zip"
-    done = subprocess.run([sys.executable, "-c", KILLED_WHILE_SAVING, path], capture_output=True, text=True, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    process = mp.get_context("forkserver").Process(target=be_killed_while_saving, args=(path,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     assert VPG.load(path).num_timesteps == 0
 
 

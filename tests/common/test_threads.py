@@ -113,7 +113,7 @@ def test_what_is_not_known_to_be_safe_runs_on_one_thread(small_chunks, two_threa
     assert not make_policy_runner(VPG("MlpPolicy", "Pendulum-v1", use_sde=True).policy).single_threaded
     # Wide layers gain by PyTorch's own threads
     width = int(np.sqrt(LARGEST_SMALL_LAYER)) + 1
-    assert not small(policy_kwargs={"net_arch": [width, width]})
+    assert not small(policy_kwargs={"net_arch": [width, width], "ortho_init": False})
 
 
 class OwnFeatures(FlattenExtractor):

@@ -1,15 +1,17 @@
 """The package as users have it: built as a wheel and installed in an environment of its own, away from the checkout."""
 
-import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 import venv
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -17,6 +19,7 @@ HYPERPARAMS = {
     path.relative_to(CHECKOUT).with_suffix("").as_posix(): path for path in sorted((CHECKOUT / "hyperparams").rglob("*.yml"))
 }
 WARM = Path(__file__).parent / "warm_python.py"
+CLIENT = Path(__file__).parent / "warm_python_client.py"
 HOOK_OFF = {"SB3_VPG_NO_ZOO_HOOK": "1"}
 
 
@@ -92,7 +95,7 @@ class Environment:
         self.cwd = cwd
         self.python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
         self.site_packages = Path(self.evaluate("sysconfig.get_path('purelib')"))
-        self._warm_python: subprocess.Popen[str] | None = None
+        self._server: subprocess.Popen[bytes] | None = None
 
     @classmethod
     def make(cls, folder: Path, cwd: Path, wheel: Path, without: tuple[str, ...] = ()) -> "Environment":
@@ -125,34 +128,48 @@ class Environment:
         """Run the environment's Python with these arguments, in the folder ``cwd``."""
         return call(self.python, *arguments, cwd=self.cwd, env=env)
 
-    def run_warm(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    @cached_property
+    def warm_python(self) -> Path:
         """
-        The same as :meth:`run`, without the seconds for imports: in a fork of a Python that has imported what the zoo needs
-        (Stable-Baselines3, Optuna, the Hub's package ...), but neither the zoo nor the package.
+        A program that does as ``python`` does, without the seconds for imports: in a fork of a Python that has imported what
+        the zoo needs (Stable-Baselines3, Optuna, the Hub's package ...), but neither the zoo nor the package.
+        """
+        # A socket must have a short path
+        folder = Path(tempfile.mkdtemp())
+        program = folder / "python"
+        program.write_text(f"#!{sys.executable} -IS\n{CLIENT.read_text()}")
+        program.chmod(0o755)
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(folder / "socket"))
+            listener.listen()
+            number = listener.fileno()
+            command = [self.python, "-c", WARM.read_text(), str(number)]
+            self._server = subprocess.Popen(
+                command, cwd=self.cwd, env=variables_for(HOOK_OFF), stdin=subprocess.PIPE, pass_fds=[number]
+            )
+        return program
 
-        :param arguments: "-c" and a script, or "-m" and a module; then its arguments
-        """
-        if self._warm_python is None:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            command = [self.python, "-c", WARM.read_text()]
-            self._warm_python = subprocess.Popen(command, cwd=self.cwd, env=variables_for(), **pipes)
-        with tempfile.TemporaryDirectory() as folder:
-            files = [f"{folder}/{name}" for name in ("stdout", "stderr")]
-            self._warm_python.stdin.write(json.dumps([*files, *map(str, arguments)]) + "\n")
-            self._warm_python.stdin.flush()
-            returncode = int(self._warm_python.stdout.readline())
-            return subprocess.CompletedProcess(arguments, returncode, *(Path(file).read_text() for file in files))
+    def run_warm(self, *arguments: str | Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        """The same as :meth:`run`, by ``warm_python``."""
+        return call(self.warm_python, *arguments, cwd=self.cwd, env=env)
 
     def close(self) -> None:
-        """End the Python of :meth:`run_warm`."""
-        if self._warm_python is not None:
-            self._warm_python.communicate()
+        """End what ``warm_python`` has started."""
+        if self._server is not None:
+            self._server.communicate()
+            shutil.rmtree(self.warm_python.parent)
 
-    def start(self, *arguments: str | Path, before: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-        """As :meth:`run`, without waiting for its end, by a command that runs what follows ``before``."""
+    def start(
+        self, *arguments: str | Path, before: tuple[str, ...] = (), env: dict[str, str] | None = None
+    ) -> subprocess.Popen[str]:
+        """
+        As :meth:`run_warm`, without waiting for its end.
+
+        :param before: a command that runs what follows it; this is then ``python``, as in :meth:`run`
+        """
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        command = [*before, str(self.python), *map(str, arguments)]
-        return subprocess.Popen(command, cwd=self.cwd, env=variables_for(), preexec_fn=heed_interruptions, **pipes)
+        command = [*before, str(self.python if before else self.warm_python), *map(str, arguments)]
+        return subprocess.Popen(command, cwd=self.cwd, env=variables_for(env), preexec_fn=heed_interruptions, **pipes)
 
     def evaluate(self, expression: str, env: dict[str, str] | None = None) -> str:
         """

@@ -1,7 +1,7 @@
 """``python -m sb3_vpg``: the zoo's commands without the hook, and what is said where the zoo is missing."""
 
 import re
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,14 +18,13 @@ from sb3_vpg.__main__ import COMMANDS
 @pytest.mark.parametrize("env", [HOOK_OFF, {}], ids=["without the hook", "with the hook"])
 def test_own_command_line_trains_vpg_by_default(installed: Environment, env: dict[str, str]):
     logs = f"own{len(env)}"
-    run = partial(installed.run, env=env) if env else installed.run_warm
-    output = output_of(run("-m", "sb3_vpg", "train", "--env", "CartPole-v1", "-n", "300", "-f", logs))
+    output = output_of(installed.run_warm("-m", "sb3_vpg", "train", "--env", "CartPole-v1", "-n", "300", "-f", logs, env=env))
     assert f"Loading hyperparameters from: {installed.site_packages / 'sb3_vpg' / 'hyperparams' / 'vpg.yml'}" in output
     assert saved_config(installed, logs) == CARTPOLE_ENTRY
     # The zoo puts a TimeLimit of its own in place of gymnasium's, here after the package has been imported
     assert "Using NativeVecEnv" in output
     assert "falls back" not in output
-    output = output_of(run("-m", "sb3_vpg", "enjoy", "--no-render", "-f", logs, "-n", "1000"))
+    output = output_of(installed.run_warm("-m", "sb3_vpg", "enjoy", "--no-render", "-f", logs, "-n", "1000", env=env))
     assert re.search(r"Mean reward: \d+", output)
 
 
@@ -56,24 +55,29 @@ def test_own_command_line_refuses_an_unknown_command(installed: Environment):
 
 
 @pytest.fixture(scope="module")
-def without_zoo(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
+def without_zoo(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Iterator[Environment]:
     """The wheel installed where rl_zoo3, what comes with it and what the other extras add are missing."""
     # Not matplotlib and pandas, which Stable-Baselines3 itself needed before 2.9
     missing = ("rl_zoo3", "sb3_contrib", "optuna", "huggingface_sb3", "pygame", "seaborn", "scipy", "tensorboard")
     folder = tmp_path_factory.mktemp("without_zoo")
     without = Environment.make(folder / "env", folder, wheel, without=missing)
-    for module in missing:
-        assert without.evaluate(f"importlib.util.find_spec({module!r})") == "None"
-    return without
+    assert without.evaluate(f"[name for name in {missing} if importlib.util.find_spec(name)]") == "[]"
+    yield without
+    without.close()
 
 
 def test_vpg_learns_without_the_zoo(without_zoo: Environment):
-    script = "from sb3_vpg import VPG; print(VPG('MlpPolicy', 'CartPole-v1', n_steps=64).learn(200).num_timesteps)"
-    assert output_of(without_zoo.run("-W", "error", "-c", script)) == "256\n"
+    script = """
+import warnings
+warnings.simplefilter("error")
+from sb3_vpg import VPG
+print(VPG("MlpPolicy", "CartPole-v1", n_steps=64).learn(200).num_timesteps)
+"""
+    assert output_of(without_zoo.run_warm("-c", script)) == "256\n"
 
 
 def test_own_command_line_says_how_to_install_the_zoo(without_zoo: Environment):
-    process = without_zoo.run("-m", "sb3_vpg", "train")
+    process = without_zoo.run_warm("-m", "sb3_vpg", "train")
     assert process.returncode == 1
     assert process.stderr == "This command needs RL Baselines3 Zoo: pip install 'sb3_vpg[zoo]'\n"
 

@@ -22,7 +22,7 @@ def test_starting_python_loads_the_hook_and_nothing_of_the_package(installed: En
 
 
 def test_without_the_hook_the_zoo_does_not_know_vpg(installed: Environment):
-    process = installed.run(*zoo_command(*TRAIN_CARTPOLE, "-n", "300"), env=HOOK_OFF)
+    process = installed.run_warm(*zoo_command(*TRAIN_CARTPOLE, "-n", "300"), env=HOOK_OFF)
     assert process.returncode == 2
     assert "argument --algo: invalid choice: 'vpg'" in process.stderr
 
@@ -36,7 +36,7 @@ from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS
 print(ALGOS["vpg"].__module__, [cls.__module__ for cls in ExperimentManager.__mro__])
 """
-    assert output_of(installed.run("-c", script)).strip() == (
+    assert output_of(installed.run_warm("-c", script)).strip() == (
         "sb3_vpg.vpg ['sb3_vpg.zoo.manager', 'rl_zoo3.exp_manager', 'builtins']"
     )
 
@@ -46,6 +46,6 @@ def test_a_broken_package_leaves_the_zoo_working(installed: Environment):
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise RuntimeError('broken on purpose')")
     command = zoo_command("train", "--algo", "ppo", "-n", "300", "-f", "beside_broken", "--eval-freq", "-1")
-    output = output_of(installed.run(*command, env={"PYTHONPATH": str(broken.parent)}))
+    output = output_of(installed.run_warm(*command, env={"PYTHONPATH": str(broken.parent)}))
     assert "UserWarning: sb3_vpg could not add VPG to rl_zoo3.utils: RuntimeError('broken on purpose')" in output
     assert (installed.cwd / "beside_broken/ppo/CartPole-v1_1/CartPole-v1.zip").is_file()

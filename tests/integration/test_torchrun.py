@@ -76,6 +76,16 @@ def arguments(environment: Environment, name: str, *more: str, trouble: str | No
     return (*TRAIN, "-f", name, "-conf", f"{name}.yml", "--eval-freq", "-1", *more)
 
 
+def warm_ranks(environment: Environment) -> dict[str, str]:
+    """:return: torchrun's environment variables, with which the ranks do without the seconds for imports, too"""
+    return {"PYTHON_EXEC": str(environment.warm_python)}
+
+
+def run_warm(environment: Environment, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run torchrun."""
+    return environment.run_warm(*TORCHRUN, *arguments, env=warm_ranks(environment))
+
+
 def left_behind(name: str) -> list[str]:
     """:return: command lines of processes of a training that are still there"""
     lines = []
@@ -126,7 +136,7 @@ def test_one_folder_one_voice_and_counters_of_all(installed: Environment):
 
 
 def test_a_callback_that_stops_one_rank_stops_all(installed: Environment):
-    output_of(installed.run(*TORCHRUN, *arguments(installed, "stopped", trouble="Stop")))
+    output_of(run_warm(installed, *arguments(installed, "stopped", trouble="Stop")))
     n_timesteps, _ = load(installed, "stopped/vpg/CartPole-v1_1/CartPole-v1.zip")
     assert 2000 <= n_timesteps < 2000 + 2 * 128
     assert left_behind("stopped") == []
@@ -134,7 +144,7 @@ def test_a_callback_that_stops_one_rank_stops_all(installed: Environment):
 
 def test_an_exception_in_one_rank_ends_the_job_and_is_shown(installed: Environment):
     start = time.monotonic()
-    process = installed.run(*TORCHRUN, *arguments(installed, "failed", trouble="Fail"))
+    process = run_warm(installed, *arguments(installed, "failed", trouble="Fail"))
     assert process.returncode != 0
     # By the rank itself, by the other, by torchrun
     assert "KeyError: 'sensor lost'" in process.stderr
@@ -149,7 +159,7 @@ def test_an_exception_in_one_rank_ends_the_job_and_is_shown(installed: Environme
 def test_after_a_kill_torchrun_goes_on_from_the_last_checkpoint(installed: Environment, save_freq: int):
     name = f"killed_{save_freq}"
     more = ("--save-freq", str(save_freq), "--seed", "1")
-    process = installed.run(*TORCHRUN, "--max-restarts", "1", *arguments(installed, name, *more, trouble="DieOnce"))
+    process = run_warm(installed, "--max-restarts", "1", *arguments(installed, name, *more, trouble="DieOnce"))
     output = output_of(process)
     assert left_behind(name) == []
     first, second = (installed.cwd / name / "vpg" / f"CartPole-v1_{i}" for i in (1, 2))
@@ -170,7 +180,7 @@ def test_after_a_kill_torchrun_goes_on_from_the_last_checkpoint(installed: Envir
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_job_saves_its_model(installed: Environment, signal_number: signal.Signals):
     name = f"interrupted_job_{signal_number.name}"
-    process = installed.start(*TORCHRUN, *arguments(installed, name, n_timesteps=1_000_000))
+    process = installed.start(*TORCHRUN, *arguments(installed, name, n_timesteps=1_000_000), env=warm_ranks(installed))
     wait_for_episodes(installed.cwd / name / "vpg/CartPole-v1_1/0.monitor.csv", process)
     process.send_signal(signal_number)
     try:
@@ -215,14 +225,14 @@ REFUSED = {
 def test_what_torchrun_is_not_for_is_refused(installed: Environment, case: str):
     more, message = REFUSED[case]
     (installed.cwd / "ppo.yml").write_text(yaml.safe_dump({"CartPole-v1": {"n_timesteps": 100, "policy": "MlpPolicy"}}))
-    process = installed.run(*TORCHRUN, *arguments(installed, "refused", *more))
+    process = run_warm(installed, *arguments(installed, "refused", *more))
     assert process.returncode != 0
     assert message in process.stderr
 
 
 def test_the_command_of_the_zoo_itself_is_refused(installed: Environment):
     train = ("-m", "rl_zoo3.train", "--algo", "vpg", "--env", "CartPole-v1", "-n", "100", "-f", "refused")
-    process = installed.run(*TORCHRUN, *train)
+    process = run_warm(installed, *train)
     assert process.returncode != 0
     assert "train VPG with `torchrun ... -m sb3_vpg train`" in process.stderr
 

@@ -88,7 +88,7 @@ def lines_shown(installed: Environment, *command: str) -> list[tuple[str, float,
     folder.mkdir(exist_ok=True)
     (folder / "telling_backend.py").write_text(BACKEND)
     variables = {"PYTHONPATH": str(folder), "MPLBACKEND": "module://telling_backend"}
-    output = output_of(installed.run("-m", *command, env=variables))
+    output = output_of(installed.run_warm("-m", *command, env=variables))
     return [(label, float(x), float(y)) for label, x, y in re.findall(r"^line (\S+) (\S+) (\S+)$", output, re.MULTILINE)]
 
 

@@ -153,7 +153,7 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def new_study_in_postgresql(installed: Environment, postgresql: str) -> str:
     """The storage in PostgreSQL, with an empty study: two workers that both make the tables get in each other's way."""
     create = ("create-study", "--storage", postgresql, *STUDY, "--direction", "maximize")
-    output_of(installed.run(*OPTUNA, *create))
+    output_of(installed.run_warm(*OPTUNA, *create))
     return postgresql
 
 
@@ -193,7 +193,7 @@ def test_two_workers_share_a_study(installed: Environment, tmp_path: Path, reque
     # The zoo takes trial 0 for none. Counted from the end any trial will do
     best = load_study(storage).best_trial
     number = best.number - len(trials)
-    output = output_of(installed.run(*TRAIN, "-n", "300", "-f", kind, "--storage", storage, "--trial-id", str(number)))
+    output = output_of(installed.run_warm(*TRAIN, "-n", "300", "-f", kind, "--storage", storage, "--trial-id", str(number)))
     estimator, baseline = FORMULATIONS[best.params["formulation"]]
     assert f"('estimator', '{estimator}')" in output
     assert f"('baseline', {baseline!r})" in output

@@ -19,7 +19,7 @@ from sb3_vpg.zoo.search_space import FORMULATIONS
 
 @pytest.fixture(scope="module")
 def trained(installed: Environment) -> str:
-    """Output of training on CartPole-v1 with the default hyperparameters, logs in the folder "trained"."""
+    """Output of training on CartPole-v1 with the default hyperparameters, logs in the folder "trained", by a new Python."""
     return output_of(installed.run(*zoo_command(*TRAIN_CARTPOLE, "-n", "500", "-f", "trained")))
 
 
@@ -52,7 +52,9 @@ print(json.dumps([rates, model.num_timesteps, {group["role"]: group["lr"] for gr
 
 
 def test_enjoy_plays_the_trained_agent(installed: Environment, trained: str):
-    output = output_of(installed.run(*zoo_command("enjoy", "--algo", "vpg", "--no-render", "-f", "trained", "-n", "1000")))
+    output = output_of(
+        installed.run_warm(*zoo_command("enjoy", "--algo", "vpg", "--no-render", "-f", "trained", "-n", "1000"))
+    )
     assert "Loading trained/vpg/CartPole-v1_1/CartPole-v1.zip" in output
     assert re.search(r"Mean reward: \d+", output)
 
@@ -77,7 +79,7 @@ def test_a_checkpoint_at_the_end_of_the_run_is_what_a_restarted_job_saves(instal
     agent = "trained/vpg/CartPole-v1_1/CartPole-v1.zip"
     command = zoo_command(*TRAIN_CARTPOLE, "-n", "500", "-f", "restarted", "-i", agent)
     # torchrun's name for the number of times that it has started a job again
-    output_of(installed.run(*command, env={"TORCHELASTIC_RESTART_COUNT": "1"}))
+    output_of(installed.run_warm(*command, env={"TORCHELASTIC_RESTART_COUNT": "1"}))
     same = """
 import sys
 from sb3_vpg import VPG
