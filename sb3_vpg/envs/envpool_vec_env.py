@@ -66,6 +66,8 @@ class EnvPoolVecEnv(NativeVecEnv):
             self._raw_game_in_monitor = "episodic_life" in self.vector_env.defaults
         elif n_envs is not None:
             raise ValueError(f"n_envs={n_envs} is allowed with an id only, not with functions that return environments")
+        elif not env_fns:
+            raise ValueError("There are no environments; allowed: at least one function that returns an environment")
         else:
             self.envs = [fn() for fn in env_fns]
             task = find_equivalent(self.envs)
@@ -79,6 +81,7 @@ class EnvPoolVecEnv(NativeVecEnv):
                 task.observation_wrappers,
                 **{**task.options, **options},
             )
+            self.vector_env.spec = self.envs[0].spec
             self._raw_game_in_monitor = task.raw_game_in_monitor
             if task.raw_game_in_monitor:
                 self.monitored_steps = self.vector_env.options["frame_skip"]
@@ -87,6 +90,13 @@ class EnvPoolVecEnv(NativeVecEnv):
         self.vector_env.return_infos(info_keys)
         if seed is not None:
             self.seed(seed)
+
+    def seed(self, seed: int | None = None) -> Sequence[int | None]:
+        if seed is None:
+            # From the generator that SB3 uses, but SB3's random seeds are larger than EnvPool's
+            seed = int(np.random.randint(self.vector_env.max_seed + 1))  # noqa: NPY002
+        self.vector_env.check_seed(seed)
+        return super().seed(seed)
 
     def _within_monitor(
         self, rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray

@@ -228,7 +228,8 @@ class NativeVecEnv(VecEnv):
             env.close()
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        return self.vector_env.render() or [None] * self.num_envs  # type: ignore[return-value]
+        images = None if self.render_mode is None else self.vector_env.render()
+        return images or [None] * self.num_envs  # type: ignore[return-value]
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """
