@@ -77,9 +77,9 @@ def find_equivalent(envs: Sequence[gym.Env]) -> Equivalent:
         raise ValueError("EnvPool has no equivalent of render_mode='human'")
     if "game" in spec.kwargs:
         return find_atari_equivalent(envs, spec, wrappers)
+    options = translate_keywords(spec)
     if has_text(env.observation_space):
         raise ValueError(f"SB3 does not support texts in observations, as {spec.id} has: use an observation wrapper")
-    options = translate_keywords(spec)
     limits = [limit_of(wrapper) for wrapper in wrappers if isinstance(wrapper, time_limit_classes())]
     # MiniGrid's own limit, by which its rewards are scaled, or else none
     options["max_episode_steps"] = own_limit = getattr(env.unwrapped, "max_steps", NO_LIMIT)
@@ -100,6 +100,8 @@ def find_atari_equivalent(envs: Sequence[gym.Env], spec: Any, wrappers: Sequence
         raise ValueError(f"EnvPool resizes the pictures of {spec.id}: use make_atari_env, or SB3's AtariWrapper")
     if spec.kwargs.get("frameskip", 1) != 1:
         raise ValueError(f"EnvPool has no equivalent of frameskip={spec.kwargs['frameskip']!r}: use the id ...NoFrameskip-v4")
+    for wrapper in observation_wrappers_of(envs[0]):
+        raise ValueError(f"EnvPool has no equivalent of the wrapper {type(wrapper).__name__} around {spec.id}")
     default = gym.spec(spec.id).kwargs
     for name, value in spec.kwargs.items():
         known = (*ATARI_KEYWORDS, "game", "frameskip", "render_mode", "max_num_frames_per_episode")

@@ -124,6 +124,10 @@ class EnvPoolVectorEnv(VectorEnv[Any, Any, npt.NDArray[Any]]):
         for name, value in (("n_envs", num_envs), ("num_threads", num_threads), ("time limit", time_limit)):
             if value is not None and (not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}={value!r} is not allowed; allowed: an integer of at least 1")
+        self._goes_on_after_life = bool(options.get("episodic_life", False))
+        if time_limit is not None and self._goes_on_after_life:
+            # EnvPool counts the steps of the game, through all lives
+            options, time_limit = {**options, "max_episode_steps": time_limit}, None
         if time_limit is not None:
             # EnvPool does not tell whether the step at its own limit has terminated the episode
             options = {"max_episode_steps": self.defaults["max_episode_steps"], **options}
@@ -228,7 +232,11 @@ class EnvPoolVectorEnv(VectorEnv[Any, Any, npt.NDArray[Any]]):
             indices = ended.nonzero()[0].astype(np.int32)
             infos = {"final_info": infos, "_final_info": ended, "_final_obs": ended}
             infos["final_obs"] = {i: observation_of(observations, i) for i in indices.tolist()}
-            first_observations, _ = self._pool.reset(indices)
+            if self._goes_on_after_life:
+                # A reset would begin a new game. A step after a lost life ignores the action and continues the game
+                first_observations = self._pool.step(np.zeros(len(indices), dtype=np.int32), indices)[0]
+            else:
+                first_observations = self._pool.reset(indices)[0]
             put(observations, indices, self._convert(first_observations, indices.tolist()))
             self._steps[indices] = 0
         return observations, rewards, terminated, truncated, infos
