@@ -100,8 +100,8 @@ def find_atari_equivalent(envs: Sequence[gym.Env], spec: Any, wrappers: Sequence
         raise ValueError(f"EnvPool resizes the pictures of {spec.id}: use make_atari_env, or SB3's AtariWrapper")
     if spec.kwargs.get("frameskip", 1) != 1:
         raise ValueError(f"EnvPool has no equivalent of frameskip={spec.kwargs['frameskip']!r}: use the id ...NoFrameskip-v4")
-    for wrapper in observation_wrappers_of(envs[0]):
-        raise ValueError(f"EnvPool has no equivalent of the wrapper {type(wrapper).__name__} around {spec.id}")
+    for other in observation_wrappers_of(envs[0]):
+        raise ValueError(f"EnvPool has no equivalent of the wrapper {type(other).__name__} around {spec.id}")
     default = gym.spec(spec.id).kwargs
     for name, value in spec.kwargs.items():
         known = (*ATARI_KEYWORDS, "game", "frameskip", "render_mode", "max_num_frames_per_episode")
