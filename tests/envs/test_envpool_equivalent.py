@@ -278,6 +278,7 @@ def test_each_option_of_the_atari_wrapper_has_its_equivalent(kwargs, changed, ab
         (lambda: gym.make(INVADERS, max_episode_steps=102), {"max_episode_steps": 26}),
         (lambda: gym.make(INVADERS, full_action_space=True), {"full_action_space": True}),
         (lambda: gym.make(INVADERS, mode=2, difficulty=1), {"mode": 2, "difficulty": 1}),
+        (lambda: gym.make("PongNoFrameskip-v4"), {"use_fire_reset": True}),
         # A game without a button to start it
         (lambda: gym.make("AsterixNoFrameskip-v4"), {"use_fire_reset": False}),
     ],

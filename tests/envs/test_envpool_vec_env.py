@@ -118,10 +118,12 @@ def test_all_that_ended_are_reset_in_one_call(monkeypatch):
 
 
 @pytest.mark.parametrize("shorter", [0, 1])
-def test_a_time_limit_in_the_step_that_terminates_is_no_truncation(shorter):
+@pytest.mark.parametrize("create", [make, EnvPoolVecEnv])
+def test_a_time_limit_in_the_step_that_terminates_is_no_truncation(create, shorter):
     ones = np.ones((40, 1), dtype=int)
-    ((_, length), *_) = endings(play(make(n_envs=1), ones))
-    assert endings(play(make(n_envs=1, max_episode_steps=length - shorter), ones))[0] == (bool(shorter), length - shorter)
+    ((_, length), *_) = endings(play(create(CARTPOLE, 1, seed=0), ones))
+    limited = create(CARTPOLE, 1, seed=0, max_episode_steps=length - shorter)
+    assert endings(play(limited, ones))[0] == (bool(shorter), length - shorter)
 
 
 @pytest.mark.parametrize("env_id", [CARTPOLE, PENDULUM, HOPPER, "FrozenLake-v1"])
@@ -192,7 +194,11 @@ def test_the_seed_determines_everything():
     np.testing.assert_array_equal(first[0][1:], other[0][:-1])
     # A seed is for one reset
     assert not np.array_equal(env.reset(), other[0])
-    np.testing.assert_equal(numbers(play(EnvPoolVecEnv(CARTPOLE, 3, seed=5), actions)), first)
+    # However many threads there are
+    threads = {"num_threads": 2}
+    for twin in (EnvPoolVecEnv(CARTPOLE, 3, seed=5, **threads), make(seed=5, vec_env_kwargs=threads)):
+        assert twin.vector_env.options["num_threads"] == 2
+        np.testing.assert_equal(numbers(play(twin, actions)), first)
 
 
 def test_seeds_that_nobody_chose_differ():
