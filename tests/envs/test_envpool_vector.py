@@ -49,6 +49,17 @@ def test_the_time_limit_is_envpools_own_if_none_is_given():
     assert [env.step(np.zeros((1, 1)))[3].item() for _ in range(6)] == [False, False, True] * 2
 
 
+def test_a_step_that_terminates_at_envpools_own_limit_is_told_to_terminate():
+    ends = []
+    for limit in ({}, {"time_limit": 10, "max_episode_steps": 10}):
+        env = EnvPoolVectorEnv(CARTPOLE, 8, **limit)
+        env.reset(seed=0)
+        ends.append([env.step(np.ones(8, dtype=int))[2] for _ in range(10)])
+    np.testing.assert_array_equal(*ends)
+    # Some poles fall in that step
+    assert ends[0][9].any()
+
+
 def test_only_the_infos_that_are_asked_for_are_returned():
     env = EnvPoolVectorEnv("Hopper-v5", 2, time_limit=2)
     env.return_infos(["x_position"])
