@@ -30,6 +30,8 @@ RESERVED = (
     "gym_reset_return_info",
     "base_path",
 )
+# Smaller values end the process in EnvPool's C++ code
+AT_LEAST_ONE = ("frame_skip", "frame_stack", "img_height", "img_width", "max_episode_steps", "noop_max", "stack_num")
 # What EnvPool takes as a number of a type
 NUMBERS: dict[type, Any] = {int: numbers.Integral, float: numbers.Real}
 
@@ -72,7 +74,7 @@ def check_options(task_id: str, options: dict[str, Any]) -> dict[str, Any]:
     :param options: options of the environment
     :return: all options of the environment and their defaults
     :raises ImportError: if EnvPool is not installed
-    :raises ValueError: if EnvPool has no such environment or option, or if a value is of another type than the default
+    :raises ValueError: if EnvPool has no such environment or option, or if a value is too small or of another type
     """
     defaults = envpool_options(task_id)
     for name, value in options.items():
@@ -81,6 +83,8 @@ def check_options(task_id: str, options: dict[str, Any]) -> dict[str, Any]:
         kind = type(defaults[name])
         if not isinstance(value, NUMBERS.get(kind, kind)):
             raise ValueError(f"{name}={value!r} is not allowed; allowed: {kind.__name__}, such as {defaults[name]!r}")
+        if name in AT_LEAST_ONE and value < 1:
+            raise ValueError(f"{name}={value!r} is not allowed; allowed: an integer of at least 1")
     return defaults
 
 
