@@ -27,7 +27,7 @@ ORDER = (
 #: These import nothing but common. They can be imported from zoo, study and the top level, not from the algorithm
 ALONE, IMPORTERS_OF_ALONE = "envs", {"envs", "zoo", "study", "__init__", "__main__"}
 #: Packages that are slow to import, optional, or change gymnasium. Only zoo and study import them at module level
-OPTIONAL = {"rl_zoo3", "optuna", "pygame", "matplotlib", "sb3_contrib"}
+OPTIONAL = {"rl_zoo3", "optuna", "pygame", "matplotlib", "sb3_contrib", "envpool", "ale_py", "minigrid"}
 MAX_LINES, MAX_LINES_OF_VPG = 500, 450
 
 

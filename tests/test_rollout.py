@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from helpers.envs import NextStepVectorEnv
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnvWrapper
 
 from sb3_vpg import VPG
+from sb3_vpg.envs import NativeVecEnv
 
 
 class Script(gym.Env):
@@ -73,6 +75,12 @@ def train(lengths, n_rollouts=2, wrap=lambda env: env, **kwargs):
     return model, seen
 
 
+def train_on_next_step_resets(lengths, n_rollouts=2, **kwargs):
+    """As :func:`train`, on environments that spend a step on each reset."""
+    env_fns = [lambda n=n: Script(n, lengths[n]) for n in range(len(lengths))]
+    return train(lengths, n_rollouts, lambda _: NativeVecEnv(NextStepVectorEnv(env_fns)), **kwargs)
+
+
 def episode(number, length):
     return [(number, step) for step in range(length)]
 
@@ -85,6 +93,34 @@ def episode(number, length):
 def test_fixed_length_goes_on_where_the_last_rollout_stopped():
     _, seen = train([[3, 4]], n_steps=5, partial_episodes="bootstrap")
     assert seen.rollouts == [[episode(0, 3) + episode(1, 4)[:2]], [episode(1, 4)[2:] + episode(2, 3)]]
+
+
+def test_steps_that_environments_spend_on_resets_are_not_recorded():
+    # Rows of the rollout: 0 1 2 reset 0 1 2 | 3 reset 0 1 2 reset 0
+    model, seen = train_on_next_step_resets([[3, 4], [-3, -4]], n_steps=7, partial_episodes="bootstrap")
+    expected = [episode(0, 3) + episode(1, 4)[:3], episode(1, 4)[3:] + episode(2, 3) + episode(3, 4)[:1]]
+    assert seen.rollouts == [[steps] * 2 for steps in expected]
+    for buffer, masked in zip(seen.buffers, ([3], [1, 5])):
+        np.testing.assert_array_equal(np.flatnonzero(~buffer["mask"][:, 0]), masked)
+        assert (buffer["rewards"][buffer["mask"]] == 1).all()
+    assert [info["l"] for info in model.ep_info_buffer] == [3, 3, 4, 4, 3, 3]
+    assert model.num_timesteps == 2 * 2 * 7
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"estimator": "reward_to_go"}, {"estimator": "total_return"}, {"estimator": "gae"}, {"estimator": "td_residual"}],
+    ids=lambda kwargs: kwargs["estimator"],
+)
+@pytest.mark.parametrize("length", [{"n_episodes": 3}, {"n_steps": 1, "partial_episodes": "finish"}], ids=str)
+def test_whole_episodes_are_the_same_where_resets_take_a_step(kwargs, length):
+    lengths = [[3, -4], [-2, 5], [-1, 1]]
+    (_, seen), (_, expected) = (make(lengths, 1, gamma=0.5, **kwargs, **length) for make in (train_on_next_step_resets, train))
+    assert seen.rollouts == expected.rollouts
+    for n in range(3):
+        for name in ("rewards", "steps", "values", "advantages", "returns", "ends"):
+            ours, theirs = (one.buffers[0][name][one.buffers[0]["mask"][:, n], n] for one in (seen, expected))
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, err_msg=name)
 
 
 def test_finish_records_whole_episodes_only():

@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import gymnasium as gym
+import numpy as np
 from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common import atari_wrappers as atari
 from stable_baselines3.common.monitor import Monitor
 
-from sb3_vpg.envs.envpool_vector import envpool_options
+from sb3_vpg.envs.envpool_vector import envpool_options, has_text
 from sb3_vpg.envs.native_vec_env import KNOWN_WRAPPERS, wrappers_of
 
 # EnvPool's options for each of SB3's Atari wrappers
@@ -27,6 +28,8 @@ ATARI_OPTIONS: dict[type[gym.Wrapper], Callable[[Any], dict[str, Any]]] = {
 NO_ATARI_WRAPPERS = {"noop_max": 1, "frame_skip": 1, "use_fire_reset": False, "stack_num": 1}
 # Keyword arguments of ALE's environments that are options of EnvPool
 ATARI_KEYWORDS = ("repeat_action_probability", "full_action_space", "mode", "difficulty")
+# EnvPool's largest number of steps
+NO_LIMIT = 2**31 - 1
 
 
 class Equivalent(NamedTuple):
@@ -71,13 +74,20 @@ def find_equivalent(envs: Sequence[gym.Env]) -> Equivalent:
             raise ValueError(f"EnvPool has no equivalent of the wrapper {type(wrapper).__name__} around {spec.id}")
         if isinstance(wrapper, Monitor) and wrapper.reset_keywords:
             raise ValueError("EnvPool has no equivalent of Monitor(reset_keywords=...)")
+    if spec.kwargs.get("render_mode") == "human":
+        raise ValueError("EnvPool has no equivalent of render_mode='human'")
     if "game" in spec.kwargs:
         return find_atari_equivalent(envs, spec, wrappers)
-    limits = [wrapper._max_episode_steps for wrapper in wrappers if isinstance(wrapper, time_limit_classes())]
+    options = translate_keywords(spec)
+    if has_text(env.observation_space):
+        raise ValueError(f"SB3 does not support texts in observations, as {spec.id} has: use an observation wrapper")
+    limits = [limit_of(wrapper) for wrapper in wrappers if isinstance(wrapper, time_limit_classes())]
+    # MiniGrid's own limit, by which its rewards are scaled, or else none
+    options["max_episode_steps"] = own_limit = getattr(env.unwrapped, "max_steps", NO_LIMIT)
     return Equivalent(
         spec.id,
-        translate_keywords(spec),
-        min(limits, default=None),
+        options,
+        min((limit for limit in limits if limit < own_limit), default=None),
         env.unwrapped.observation_space,
         env.action_space,
         [list(observation_wrappers_of(one))[::-1] for one in envs],
@@ -91,6 +101,8 @@ def find_atari_equivalent(envs: Sequence[gym.Env], spec: Any, wrappers: Sequence
         raise ValueError(f"EnvPool resizes the pictures of {spec.id}: use make_atari_env, or SB3's AtariWrapper")
     if spec.kwargs.get("frameskip", 1) != 1:
         raise ValueError(f"EnvPool has no equivalent of frameskip={spec.kwargs['frameskip']!r}: use the id ...NoFrameskip-v4")
+    for other in observation_wrappers_of(envs[0]):
+        raise ValueError(f"EnvPool has no equivalent of the wrapper {type(other).__name__} around {spec.id}")
     default = gym.spec(spec.id).kwargs
     for name, value in spec.kwargs.items():
         known = (*ATARI_KEYWORDS, "game", "frameskip", "render_mode", "max_num_frames_per_episode")
@@ -100,7 +112,12 @@ def find_atari_equivalent(envs: Sequence[gym.Env], spec: Any, wrappers: Sequence
     for wrapper in wrappers:
         if type(wrapper) in ATARI_OPTIONS:
             options |= ATARI_OPTIONS[type(wrapper)](wrapper)
-    options["max_episode_steps"] = spec.kwargs["max_num_frames_per_episode"] // options["frame_skip"]
+    # Limits are numbers of frames. Around the wrappers that skip frames, they would be numbers of steps
+    limits = [i for i, wrapper in enumerate(wrappers) if isinstance(wrapper, time_limit_classes())]
+    if any(any(is_atari[i:]) for i in limits):
+        raise ValueError(f"EnvPool has no equivalent of a TimeLimit around SB3's Atari wrappers of {spec.id}")
+    n_frames = min(spec.kwargs["max_num_frames_per_episode"], *(limit_of(wrappers[i]) for i in limits), NO_LIMIT)
+    options["max_episode_steps"] = -(-n_frames // options["frame_skip"])
     monitors = [i for i, wrapper in enumerate(wrappers) if isinstance(wrapper, Monitor)]
     return Equivalent(
         "".join(part.capitalize() for part in spec.kwargs["game"].split("_")) + "-v5",
@@ -128,11 +145,15 @@ def translate_keywords(spec: Any) -> dict[str, Any]:
             continue
         if name in known:
             options[name] = value
-        elif name.endswith("_range") and all(bound in known for bound in bounds):
-            options |= dict(zip(bounds, map(float, value)))
+        elif name.endswith("_range") and all(bound in known or np.isinf(number) for bound, number in zip(bounds, value)):
+            options |= {bound: float(number) for bound, number in zip(bounds, value) if bound in known}
         else:
             raise ValueError(f"EnvPool's {spec.id} has no equivalent of {name}={value!r}; it has {', '.join(sorted(known))}")
     return options
+
+
+def limit_of(wrapper: Any) -> int:
+    return wrapper._max_episode_steps
 
 
 def time_limit_classes() -> tuple[type[TimeLimit], ...]:
@@ -141,14 +162,16 @@ def time_limit_classes() -> tuple[type[TimeLimit], ...]:
 
 
 def observation_wrappers_of(env: gym.Env) -> Iterator[gym.ObservationWrapper]:
-    """:return: the wrappers that do nothing but change observations, one by one, from the outermost to the innermost"""
+    """:return: the wrappers that compute observations from observations alone, from the outermost to the innermost"""
     for wrapper in wrappers_of(env):
-        cls = type(wrapper)
+        cls: Any = type(wrapper)
         if (
             isinstance(wrapper, gym.ObservationWrapper)
             and cls not in ATARI_OPTIONS
             and cls.step is gym.ObservationWrapper.step
             and cls.reset is gym.ObservationWrapper.reset
+            # Such as MiniGrid's FullyObsWrapper, which reads the state of the environment
+            and not {"env", "unwrapped"} & set(cls.observation.__code__.co_names)
         ):
             yield wrapper
 
@@ -156,5 +179,8 @@ def observation_wrappers_of(env: gym.Env) -> Iterator[gym.ObservationWrapper]:
 def describe(env: gym.Env) -> tuple[Any, ...]:
     """:return: what must be the same for all environments"""
     spec = env.unwrapped.spec
-    wrappers = [(type(wrapper).__name__, getattr(wrapper, "_max_episode_steps", None)) for wrapper in wrappers_of(env)]
+    wrappers = [
+        (type(one).__name__, getattr(one, "_max_episode_steps", None), ATARI_OPTIONS.get(type(one), lambda _: {})(one))
+        for one in wrappers_of(env)
+    ]
     return (None, None, wrappers) if spec is None else (spec.id, spec.kwargs, wrappers)

@@ -8,7 +8,7 @@ import numpy as np
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_vpg.envs.envpool_equivalent import find_equivalent
-from sb3_vpg.envs.envpool_vector import EnvPoolVectorEnv, make_vector_env
+from sb3_vpg.envs.envpool_vector import EnvPoolVectorEnv, check_seed, make_vector_env
 from sb3_vpg.envs.native_vec_env import NativeVecEnv, StandInEnv
 
 
@@ -38,8 +38,8 @@ class EnvPoolVecEnv(NativeVecEnv):
     :param env_fns: functions that return the environments, as for ``DummyVecEnv``; or an id, such as "HalfCheetah-v5". If
         EnvPool and gymnasium know the id, spaces and time limit are gymnasium's.
     :param n_envs: number of environments, with an id only. Typical range: 8 to 256
-    :param seed: seed of the first reset; environment i gets ``(seed + i) % 2**31``. None: random, or the one given to
-        ``seed()``
+    :param seed: seed of the first reset, at least 0; environment i gets ``(seed + i) % 2**31``. None: random, or the one given
+        to ``seed()``
     :param num_threads: number of threads, at least 1. None: as many as processors. 1 is often best for small batches of fast
         environments
     :param options: options of the environment in EnvPool, such as ``frame_skip`` or ``stack_num``
@@ -66,6 +66,8 @@ class EnvPoolVecEnv(NativeVecEnv):
             self._raw_game_in_monitor = "episodic_life" in self.vector_env.defaults
         elif n_envs is not None:
             raise ValueError(f"n_envs={n_envs} is allowed with an id only, not with functions that return environments")
+        elif not env_fns:
+            raise ValueError("There are no environments; allowed: at least one function that returns an environment")
         else:
             self.envs = [fn() for fn in env_fns]
             task = find_equivalent(self.envs)
@@ -79,6 +81,7 @@ class EnvPoolVecEnv(NativeVecEnv):
                 task.observation_wrappers,
                 **{**task.options, **options},
             )
+            self.vector_env.spec = self.envs[0].spec
             self._raw_game_in_monitor = task.raw_game_in_monitor
             if task.raw_game_in_monitor:
                 self.monitored_steps = self.vector_env.options["frame_skip"]
@@ -87,6 +90,11 @@ class EnvPoolVecEnv(NativeVecEnv):
         self.vector_env.return_infos(info_keys)
         if seed is not None:
             self.seed(seed)
+
+    def seed(self, seed: int | None = None) -> Sequence[int | None]:
+        if seed is not None:
+            check_seed(seed)
+        return super().seed(seed)
 
     def _within_monitor(
         self, rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray

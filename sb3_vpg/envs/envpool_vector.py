@@ -1,7 +1,7 @@
 """EnvPool's C++ environments as a vectorized gymnasium environment, with same-step autoreset."""
 
 import difflib
-import importlib.util
+import numbers
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -30,6 +30,10 @@ RESERVED = (
     "gym_reset_return_info",
     "base_path",
 )
+# Smaller values end the process in EnvPool's C++ code
+AT_LEAST_ONE = ("frame_skip", "frame_stack", "img_height", "img_width", "max_episode_steps", "noop_max", "stack_num")
+# What EnvPool takes as a number of a type
+NUMBERS: dict[type, Any] = {int: numbers.Integral, float: numbers.Real}
 
 
 def import_envpool() -> ModuleType:
@@ -37,10 +41,13 @@ def import_envpool() -> ModuleType:
     :return: the package EnvPool
     :raises ImportError: if it is not installed
     """
-    if importlib.util.find_spec("envpool") is None:
-        raise ImportError("EnvPool is not installed: pip install 'sb3_vpg[envpool]' (Linux or macOS, Python 3.11 or newer)")
-    import envpool
-
+    try:
+        import envpool
+    except ModuleNotFoundError as error:
+        if error.name != "envpool":
+            raise
+        message = "EnvPool is not installed: pip install 'sb3_vpg[envpool]' (Linux or macOS, Python 3.11 or newer)"
+        raise ImportError(message) from error
     return envpool
 
 
@@ -59,6 +66,26 @@ def envpool_options(task_id: str) -> dict[str, Any]:
         raise ValueError(f"EnvPool has no environment {task_id!r}{hint}. envpool.list_all_envs() gives all ids")
     config = envpool.make_spec(task_id).config
     return {key: value for key, value in zip(config._fields, config) if key not in RESERVED}
+
+
+def check_options(task_id: str, options: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param task_id: id of an environment in EnvPool
+    :param options: options of the environment
+    :return: all options of the environment and their defaults
+    :raises ImportError: if EnvPool is not installed
+    :raises ValueError: if EnvPool has no such environment or option, or if a value is too small or of another type
+    """
+    defaults = envpool_options(task_id)
+    for name, value in options.items():
+        if name not in defaults:
+            raise ValueError(f"EnvPool's {task_id} has no option {name!r}; it has {', '.join(sorted(defaults))}")
+        kind = type(defaults[name])
+        if not isinstance(value, NUMBERS.get(kind, kind)):
+            raise ValueError(f"{name}={value!r} is not allowed; allowed: {kind.__name__}, such as {defaults[name]!r}")
+        if name in AT_LEAST_ONE and value < 1:
+            raise ValueError(f"{name}={value!r} is not allowed; allowed: an integer of at least 1")
+    return defaults
 
 
 class EnvPoolVectorEnv(VectorEnv[Any, Any, npt.NDArray[Any]]):
@@ -97,16 +124,18 @@ class EnvPoolVectorEnv(VectorEnv[Any, Any, npt.NDArray[Any]]):
         **options: Any,
     ):
         #: EnvPool's options of the environment, and their defaults
-        self.defaults = envpool_options(task_id)
+        self.defaults = check_options(task_id, options)
         for name, value in (("n_envs", num_envs), ("num_threads", num_threads), ("time limit", time_limit)):
-            if value is not None and (not isinstance(value, int | np.integer) or value < 1):
+            if value is not None and (not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}={value!r} is not allowed; allowed: an integer of at least 1")
-        for name in options:
-            if name not in self.defaults:
-                raise ValueError(f"EnvPool's {task_id} has no option {name!r}; it has {', '.join(sorted(self.defaults))}")
+        self._goes_on_after_life = bool(options.get("episodic_life", False))
+        if time_limit is not None and self._goes_on_after_life:
+            # EnvPool counts the steps of the game, through all lives
+            options, time_limit = {**options, "max_episode_steps": time_limit}, None
         if time_limit is not None:
             # EnvPool does not tell whether the step at its own limit has terminated the episode
-            options = {**options, "max_episode_steps": time_limit + 1}
+            options = {"max_episode_steps": self.defaults["max_episode_steps"], **options}
+            options["max_episode_steps"] = max(options["max_episode_steps"], time_limit + 1)
         self.task_id, self.num_envs, self.time_limit = task_id, num_envs, time_limit
         self.options = {**options, "num_envs": num_envs, "num_threads": num_threads or 0}
         envpool_spec = import_envpool().make_spec(task_id, **self.options)
@@ -147,29 +176,29 @@ class EnvPoolVectorEnv(VectorEnv[Any, Any, npt.NDArray[Any]]):
         """
         Reset all environments. New ones are created if there are none yet, or with a seed.
 
-        :param seed: environment i gets ``(seed + i) % 2**31``. None continues the random numbers; without a seed in the first
-            reset they are random.
+        :param seed: at least 0; environment i gets ``(seed + i) % 2**31``. None continues the random numbers; without a seed
+            in the first reset they are random.
         :param options: not supported
         :return: first observations, and an empty dict
-        :raises ValueError: if there are options
+        :raises ValueError: if there are options, or the seed is not an integer of at least 0
         """
         if options:
             raise ValueError(f"EnvPool's environments have no reset options: {options}")
-        if self._closed:
+        if self._pool is not None or self._closed:
             self._check_pool()
         if seed is None and self._pool is None:
             seed = int(np.random.SeedSequence().generate_state(1)[0])
         if seed is not None:
+            check_seed(seed)
             self._pool = None
             self._pool = self._make_pool(seed)
-        self._check_pool()
         observations, self.last_infos = self._pool.reset()
         self._steps = np.zeros(self.num_envs, dtype=np.int64)
         return self._convert(observations, range(self.num_envs)), {}
 
     def _make_pool(self, seed: int) -> Any:
         self._process = os.getpid()
-        env_seed = [(seed + i) % N_SEEDS for i in range(self.num_envs)]
+        env_seed = [(int(seed) + i) % N_SEEDS for i in range(self.num_envs)]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             pool = import_envpool().make_gymnasium(self.task_id, env_seed=env_seed, **self.options)
@@ -197,7 +226,11 @@ class EnvPoolVectorEnv(VectorEnv[Any, Any, npt.NDArray[Any]]):
             indices = ended.nonzero()[0].astype(np.int32)
             infos = {"final_info": infos, "_final_info": ended, "_final_obs": ended}
             infos["final_obs"] = {i: observation_of(observations, i) for i in indices.tolist()}
-            first_observations, _ = self._pool.reset(indices)
+            if self._goes_on_after_life:
+                # A reset would begin a new game. A step after a lost life ignores the action and continues the game
+                first_observations = self._pool.step(np.zeros(len(indices), dtype=np.int32), indices)[0]
+            else:
+                first_observations = self._pool.reset(indices)[0]
             put(observations, indices, self._convert(first_observations, indices.tolist()))
             self._steps[indices] = 0
         return observations, rewards, terminated, truncated, infos
@@ -245,18 +278,32 @@ class EnvPoolVectorEnv(VectorEnv[Any, Any, npt.NDArray[Any]]):
         for k, i in enumerate(indices):
             observation = single_observation(self._base_space, observations, k)
             for wrapper in self._wrappers[i]:
-                observation = wrapper.observation(observation)
+                try:
+                    observation = wrapper.observation(observation)
+                except Exception as error:
+                    name = type(wrapper).__name__
+                    raise ValueError(
+                        f"{name} cannot be applied to EnvPool's observations of {self.task_id}: {error}"
+                    ) from error
             converted.append(observation)
         out = create_empty_array(self.single_observation_space, len(converted))
         return concatenate(self.single_observation_space, converted, out)  # type: ignore[arg-type]
 
     def close(self, **kwargs: Any) -> None:
         """Stop the threads. The environments cannot be used afterward."""
-        self._pool = None
         self._closed = True
+        # In a forked process there are no threads to stop
+        if self._pool is not None and self._process == os.getpid():
+            self._pool = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None, "last_infos": {}}
+
+
+def check_seed(seed: int) -> None:
+    """:raises ValueError: if this is no seed"""
+    if not isinstance(seed, numbers.Integral) or seed < 0:
+        raise ValueError(f"seed={seed!r} is not allowed; allowed: an integer of at least 0")
 
 
 def spaces_of(spec: Any) -> tuple[spaces.Space, spaces.Space]:
@@ -278,7 +325,7 @@ def make_vector_env(env_id: str, num_envs: int, num_threads: int | None = None, 
     :raises ImportError: if EnvPool is not installed
     :raises ValueError: if an argument is not allowed
     """
-    envpool_options(env_id)
+    check_options(env_id, options)
     try:
         env = gym.make(env_id)
     except gym.error.Error:
@@ -293,7 +340,9 @@ def make_vector_env(env_id: str, num_envs: int, num_threads: int | None = None, 
         num_envs,
         num_threads,
         time_limit,
-        env.observation_space if same_layout(own_observation_space, env.observation_space) else None,
+        env.observation_space
+        if same_layout(own_observation_space, env.observation_space) and not has_text(env.observation_space)
+        else None,
         env.action_space if same_layout(own_action_space, env.action_space) else None,
         **options,
     )
@@ -321,7 +370,12 @@ def same_layout(own: spaces.Space, given: spaces.Space) -> bool:
 
 def is_text(space: spaces.Space) -> bool:
     """:return: whether the elements of the space are texts"""
-    return isinstance(space.sample(), str)
+    return space.shape is None and isinstance(space.sample(), str)
+
+
+def has_text(space: spaces.Space) -> bool:
+    """:return: whether the elements of the space are texts, or dicts of which a part is a text"""
+    return any(map(has_text, space.spaces.values())) if isinstance(space, spaces.Dict) else is_text(space)
 
 
 def to_space(space: spaces.Space, observations: Any) -> Any:

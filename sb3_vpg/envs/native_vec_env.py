@@ -113,6 +113,8 @@ class NativeVecEnv(VecEnv):
         self._was_reset = False
         self._autoreset = autoreset_of(self.vector_env)
         self._reset_steps = np.zeros(self.num_envs, dtype=bool)
+        # Whether the next step of each environment will be spent on its reset
+        self._reset_is_due = np.zeros(self.num_envs, dtype=bool)
         self._reset_steps_are_read = False
 
     @property
@@ -123,7 +125,7 @@ class NativeVecEnv(VecEnv):
 
         Only environments with ``AutoresetMode.NEXT_STEP`` that cannot be reset in part spend steps on resets. Such a step is
         no transition: the action is ignored, and the reward is 0. VPG does not record it. Other algorithms would, so that a
-        step of this kind is an error unless this attribute has been read.
+        step of this kind is an error unless this attribute has been read since the last reset of all environments.
         """
         if self._autoreset is not reset_in_next_step:
             return None
@@ -141,6 +143,9 @@ class NativeVecEnv(VecEnv):
         self._reset_options()
         self.reset_infos = [extract_info(infos, i) for i in range(self.num_envs)]
         self._returns[:], self._lengths[:] = 0.0, 0
+        self._reset_steps[:], self._reset_is_due[:] = False, False
+        # Another algorithm may use the environments now
+        self._reset_steps_are_read = False
         self._was_reset = True
         return copy.deepcopy(observations)
 
@@ -151,6 +156,7 @@ class NativeVecEnv(VecEnv):
 
     def step_wait(self) -> VecEnvStepReturn:
         observations, rewards, terminated, truncated, infos = self.vector_env.step(self._actions)
+        self._reset_steps[:], self._reset_is_due[:] = self._reset_is_due, False
         if self._reset_steps.any():
             rewards = self._ignore_reset_steps(rewards)
         dones = terminated | truncated
@@ -160,7 +166,6 @@ class NativeVecEnv(VecEnv):
         step_infos = self._running_infos.copy()
         if not infos.keys() <= FINAL_KEYS:
             step_infos = [{**running, **extract_info(infos, i)} for i, running in enumerate(step_infos)]
-        self._reset_steps[:] = False
         if dones.any():
             observations = self._end_episodes(observations, dones, terminated, monitored_ends, infos, step_infos)
         # A copy, as in DummyVecEnv, since the vectorized environment may reuse its arrays
@@ -203,7 +208,7 @@ class NativeVecEnv(VecEnv):
         """
         observations, final_obs, final_infos, first_infos = self._autoreset(self.vector_env, observations, dones, infos)
         if self._autoreset is reset_in_next_step:
-            self._reset_steps[:] = dones
+            self._reset_is_due[:] = dones
         now = time.time()
         ended = dones.nonzero()[0]
         columns = (ended, terminated[ended], monitored_ends[ended], self._returns[ended], self._lengths[ended])
@@ -228,7 +233,8 @@ class NativeVecEnv(VecEnv):
             env.close()
 
     def get_images(self) -> Sequence[np.ndarray | None]:
-        return self.vector_env.render() or [None] * self.num_envs  # type: ignore[return-value]
+        images = None if self.render_mode is None else self.vector_env.render()
+        return images or [None] * self.num_envs  # type: ignore[return-value]
 
     def get_attr(self, attr_name: str, indices: VecEnvIndices = None) -> list[Any]:
         """

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 
 
 class CountingEnv(gym.Env):
@@ -96,6 +97,29 @@ class FaultyEnv(CountingEnv):
         if self.quantity == "reward" and (self.episode, self.t) == self.fault:
             reward = self.value
         return observation, reward, *rest
+
+
+class NextStepVectorEnv(VectorEnv):
+    """
+    Spends a step on the reset of an environment whose episode has ended. Only all environments can be reset together.
+
+    :param env_fns: functions that return the environments
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+
+    def __init__(self, env_fns):
+        self.many = SyncVectorEnv(env_fns, autoreset_mode=AutoresetMode.NEXT_STEP)
+        self.num_envs = self.many.num_envs
+        self.single_observation_space, self.observation_space = self.many.single_observation_space, self.many.observation_space
+        self.single_action_space, self.action_space = self.many.single_action_space, self.many.action_space
+
+    def reset(self, *, seed=None, options=None):
+        assert not options, "all environments are reset together"
+        return self.many.reset(seed=seed)
+
+    def step(self, actions):
+        return self.many.step(actions)
 
 
 BOX = spaces.Box(-1.0, 1.0, (3,), np.float32)
