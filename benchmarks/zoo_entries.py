@@ -7,7 +7,7 @@ Output for each algorithm: interquartile mean over seeds [95 % bootstrap interva
 (deterministic, 100 episodes, without the entry's environment arguments and without normalized rewards), mean length of these
 episodes, return of the stochastic policy, environment steps of training, and median processor seconds of the `rl_zoo3.train`
 process (equal to the wall-clock time if nothing else runs). `--output runs.jsonl` saves the result and the learning curve of
-each run when it ends. A second call with the same file executes only the missing runs.
+each run when it ends. A second call with the same file executes only the missing runs: start a new file if an entry changes.
 """
 
 import argparse

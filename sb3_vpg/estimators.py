@@ -308,7 +308,7 @@ class EstimatorSpec(NamedTuple):
     :param psi: function of a :class:`Rollout`, gamma and lambda; returns psi_t, shape (T, N)
     :param value_target: function of a :class:`Rollout`, gamma, lambda and psi; returns the target of the value function,
         shape (T, N)
-    :param includes_value_function: whether psi includes V; then no baseline is subtracted
+    :param subtracts_value: whether psi already contains -V(s_t); then no baseline is subtracted
     :param needs_whole_episodes: whether psi is defined for whole episodes only
     :param constant_within_episode: whether psi is the same number at each step of an episode
     :param discounted_from_start: whether psi discounts from the start of the episode; ``discount_state_distribution`` has no
@@ -317,7 +317,7 @@ class EstimatorSpec(NamedTuple):
 
     psi: Callable[[Rollout, float, float], Array]
     value_target: Callable[[Rollout, float, float, Array], Array]
-    includes_value_function: bool = False
+    subtracts_value: bool = False
     needs_whole_episodes: bool = False
     constant_within_episode: bool = False
     discounted_from_start: bool = False
@@ -350,12 +350,12 @@ ESTIMATORS: dict[str, EstimatorSpec] = {
     "td_residual": EstimatorSpec(
         psi=lambda x, gamma, gae_lambda: td_residual(x.rewards, x.values, x.next_values, gamma),
         value_target=_target_psi_plus_value,
-        includes_value_function=True,
+        subtracts_value=True,
     ),
     "gae": EstimatorSpec(
         psi=lambda x, gamma, gae_lambda: gae(x.rewards, x.values, x.next_values, x.last, gamma, gae_lambda),
         value_target=_target_psi_plus_value,
-        includes_value_function=True,
+        subtracts_value=True,
     ),
 }
 
@@ -427,7 +427,7 @@ class Formulation:
         ):
             check_choice(keyword, getattr(self, keyword), table)
         estimator, baseline = ESTIMATORS[self.estimator], BASELINES[self.baseline]
-        if estimator.includes_value_function and not (self.baseline is None or baseline.is_value_function):
+        if estimator.subtracts_value and not (self.baseline is None or baseline.is_value_function):
             raise ValueError(
                 f"baseline={self.baseline!r} cannot be combined with estimator={self.estimator!r}, which subtracts the "
                 "value function by definition; allowed: None, 'value'"
@@ -443,7 +443,7 @@ class Formulation:
     @property
     def uses_value_function(self) -> bool:
         """Whether the formulation uses a trained value function."""
-        return ESTIMATORS[self.estimator].includes_value_function or BASELINES[self.baseline].is_value_function
+        return ESTIMATORS[self.estimator].subtracts_value or BASELINES[self.baseline].is_value_function
 
     @property
     def needs_whole_episodes(self) -> bool:
@@ -479,7 +479,7 @@ class Formulation:
         psi = estimator.psi(rollout, self.gamma, self.gae_lambda)
         value_target = estimator.value_target(rollout, self.gamma, self.gae_lambda, psi)
         # td_residual and gae contain V(s_t)
-        baseline = 0.0 if estimator.includes_value_function else BASELINES[self.baseline].baseline(psi, rollout, processes)
+        baseline = 0.0 if estimator.subtracts_value else BASELINES[self.baseline].baseline(psi, rollout, processes)
         return np.where(mask, psi - baseline, 0.0), value_target
 
     def normalize(self, advantages: Array, rollout: Rollout, processes: SingleProcess = SINGLE_PROCESS) -> Array:

@@ -36,7 +36,7 @@ ALL = [(estimator, baseline) for estimator in ESTIMATORS for baseline in BASELIN
 VALID = [
     (estimator, baseline)
     for estimator, baseline in ALL
-    if not (ESTIMATORS[estimator].includes_value_function and baseline not in (None, "value"))
+    if not (ESTIMATORS[estimator].subtracts_value and baseline not in (None, "value"))
 ]
 NORMALIZATIONS = (False, "batch", "episode")
 

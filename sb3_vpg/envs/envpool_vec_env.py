@@ -29,6 +29,7 @@ class EnvPoolVecEnv(NativeVecEnv):
       ``vector_env.last_infos`` has EnvPool's infos of the last step, as arrays.
     - Attributes of single environments cannot be read, and there are no pictures.
     - A copy or an unpickled object creates new environments in ``reset()``.
+    - Random states cannot be stored: a resumed run draws other random numbers.
 
     If functions are given, the environments that they return provide spec, time limit, monitor and wrappers; they are not
     stepped. Keyword arguments of the environment are passed on if EnvPool has them (``healthy_z_range=(0.8, 2)`` becomes

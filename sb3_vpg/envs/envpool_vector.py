@@ -91,8 +91,8 @@ def check_options(task_id: str, options: dict[str, Any]) -> dict[str, Any]:
 class EnvPoolVectorEnv(VectorEnv[Any, Any, npt.NDArray[Any]]):
     """
     EnvPool's environments, with gymnasium's interface. The environments whose episodes have ended in a step are reset in the
-    same step, all in one call. A time limit ends an episode as gymnasium's ``TimeLimit`` does: if the last step terminates
-    the episode, it is not truncated.
+    same step, all in one call. As with gymnasium's ``TimeLimit``, the step at the time limit may be both terminated and
+    truncated.
 
     Environments are created in :meth:`reset`, since EnvPool's seeds are fixed at creation. Copies and pickles do not include
     the state of the environments: a copy needs a reset.

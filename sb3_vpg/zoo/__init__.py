@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from sb3_vpg.vpg import VPG
-from sb3_vpg.zoo.hyperparameters import HYPERPARAMS
+from sb3_vpg.zoo.hyperparameter_files import HYPERPARAMS
 
 __all__ = ["HYPERPARAMS", "patch", "register"]
 

@@ -29,7 +29,7 @@ from sb3_vpg.common.progress_bar import AllRanksProgressBar
 from sb3_vpg.distributed.launcher import JOB_FILE, job_id, last_model_of_this_job, launched_by_torchrun, restarted_by_torchrun
 from sb3_vpg.envs import ENVIRONMENTS, NativeVecEnv
 from sb3_vpg.vpg import VPG
-from sb3_vpg.zoo.hyperparameters import own_config
+from sb3_vpg.zoo.hyperparameter_files import own_config
 from sb3_vpg.zoo.runs import ContinuedVPG, StopAtBudget, check_budget, sigterm_as_ctrl_c
 
 

@@ -8,10 +8,10 @@ import optuna
 from sb3_vpg.estimators import BASELINES, ESTIMATORS
 
 # Combinations of estimator and baseline. All are valid with partial_episodes=None and normalize_advantage=False or True
-FORMULATIONS: dict[str, tuple[str, str | None]] = {
+ESTIMATORS_WITH_BASELINES: dict[str, tuple[str, str | None]] = {
     f"{estimator}-{baseline}" if baseline else estimator: (estimator, baseline)
     for estimator, spec in ESTIMATORS.items()
-    for baseline in ((None,) if spec.includes_value_function else BASELINES)
+    for baseline in ((None,) if spec.subtracts_value else BASELINES)
 }
 
 #: Bounds on the number of steps of a rollout, summed over all environments
@@ -39,7 +39,7 @@ def sample_vpg_params(trial: optuna.Trial, n_envs: int, n_timesteps: int | None 
     highest = max(largest_batch // n_envs, 1).bit_length() - 1
     lowest = min(((SMALLEST_BATCH - 1) // n_envs).bit_length(), highest)
     params: dict[str, Any] = {
-        "formulation": trial.suggest_categorical("formulation", list(FORMULATIONS)),
+        "formulation": trial.suggest_categorical("formulation", list(ESTIMATORS_WITH_BASELINES)),
         "normalize_advantage": trial.suggest_categorical("normalize_advantage", [False, True]),
         "n_steps_pow": trial.suggest_int("n_steps_pow", lowest, highest),
         "one_minus_gamma": trial.suggest_float("one_minus_gamma", 0.0001, 0.1, log=True),
@@ -71,7 +71,7 @@ def convert_vpg_params(
     :return: keyword arguments of VPG
     """
     params = sampled_params.copy()
-    estimator, baseline = FORMULATIONS[params.pop("formulation")]
+    estimator, baseline = ESTIMATORS_WITH_BASELINES[params.pop("formulation")]
     # Override values of the hyperparameter file that may be invalid with this formulation
     overrides = {"partial_episodes": None, "n_episodes": None}
     return {**convert_onpolicy_params(params), "estimator": estimator, "baseline": baseline, **overrides}

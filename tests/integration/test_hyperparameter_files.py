@@ -17,7 +17,7 @@ ALGORITHMS = {"vpg": VPG, "ppo": PPO, "trpo": TRPO, "a2c": A2C}
 # What the zoo takes out of an entry before the algorithm gets it
 ZOO_KEYS = {
     *("n_timesteps", "n_envs", "normalize", "frame_stack", "env_wrapper", "vec_env_wrapper"),
-    *("env_kwargs", "monitor_kwargs", "callback"),
+    *("env_kwargs", "monitor_kwargs", "callback", "vec_env_class", "vec_env_kwargs"),
 }
 # What the zoo gives to the algorithm itself
 NOT_IN_ENTRIES = {"env", "seed", "verbose", "device", "tensorboard_log", "_init_setup_model"}

@@ -20,7 +20,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from sb3_vpg.zoo.search_space import FORMULATIONS, sample_vpg_params
+from sb3_vpg.zoo.search_space import ESTIMATORS_WITH_BASELINES, sample_vpg_params
 
 STUDY = ("--study-name", "vpg")
 TRAIN = ("-m", "rl_zoo3.train", "--algo", "vpg", "--env", "CartPole-v1", "--num-threads", "1", *STUDY)
@@ -194,7 +194,7 @@ def test_two_workers_share_a_study(installed: Environment, tmp_path: Path, reque
     best = load_study(storage).best_trial
     number = best.number - len(trials)
     output = output_of(installed.run_warm(*TRAIN, "-n", "300", "-f", kind, "--storage", storage, "--trial-id", str(number)))
-    estimator, baseline = FORMULATIONS[best.params["formulation"]]
+    estimator, baseline = ESTIMATORS_WITH_BASELINES[best.params["formulation"]]
     assert f"('estimator', '{estimator}')" in output
     assert f"('baseline', {baseline!r})" in output
     assert f"('learning_rate', {best.params['learning_rate']})" in output

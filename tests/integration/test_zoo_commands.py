@@ -14,7 +14,7 @@ import yaml
 from helpers.installed import Environment, output_of, wait_until
 from helpers.zoo import CARTPOLE_ENTRY, TRAIN_CARTPOLE, saved_config, zoo_command
 
-from sb3_vpg.zoo.search_space import FORMULATIONS
+from sb3_vpg.zoo.search_space import ESTIMATORS_WITH_BASELINES
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +225,7 @@ def test_optimize_stores_trials_to_train_with(installed: Environment):
     # The zoo takes trial 0 for none
     output_of(installed.run_warm(*zoo_command(*TRAIN_CARTPOLE, "-n", "300", "-f", "found", *study, "--trial-id", "1")))
     config = saved_config(installed, "found")
-    estimator, baseline = FORMULATIONS[trials[1].params["formulation"]]
+    estimator, baseline = ESTIMATORS_WITH_BASELINES[trials[1].params["formulation"]]
     assert (config["estimator"], config["baseline"]) == (estimator, baseline)
     for name in ("learning_rate", "critic_learning_rate", "ent_coef", "normalize_advantage", "n_critic_updates"):
         assert config[name] == trials[1].params[name]

@@ -13,7 +13,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from sb3_vpg import VPG, zoo
 from sb3_vpg.estimators import BASELINES, ESTIMATORS
 from sb3_vpg.zoo.runs import StopAtBudget
-from sb3_vpg.zoo.search_space import FORMULATIONS
+from sb3_vpg.zoo.search_space import ESTIMATORS_WITH_BASELINES
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ BASE_CONFIGS = [
 
 
 @pytest.mark.parametrize("base", BASE_CONFIGS, ids=str)
-@pytest.mark.parametrize("formulation", FORMULATIONS)
+@pytest.mark.parametrize("formulation", ESTIMATORS_WITH_BASELINES)
 def test_every_drawn_formulation_is_valid(search_space: ModuleType, formulation: str, base: dict[str, Any]):
     smallest = {
         "formulation": formulation,
@@ -62,7 +62,7 @@ def test_every_drawn_formulation_is_valid(search_space: ModuleType, formulation:
         trial = optuna.trial.FixedTrial({**smallest, "normalize_advantage": normalize_advantage})
         params = search_space.HYPERPARAMS_SAMPLER["vpg"](trial, 2, 8, {})
         model = VPG("MlpPolicy", "CartPole-v1", **{**base, **params})
-        assert (model.estimator, model.baseline) == FORMULATIONS[formulation]
+        assert (model.estimator, model.baseline) == ESTIMATORS_WITH_BASELINES[formulation]
         assert model.normalize_advantage is normalize_advantage
         assert (model.n_steps, model.gamma, model.gae_lambda) == (8, 0.9, 0.8)
         assert (model.n_critic_updates, model.ent_coef, model.max_grad_norm) == (5, 0.01, 0.5)
@@ -81,8 +81,8 @@ def test_every_valid_formulation_can_be_drawn_and_only_once():
     # These contain the value function as they are: with baseline="value" they are the same again
     twice = {("td_residual", "value"), ("gae", "value")}
     assert twice < valid
-    assert len(FORMULATIONS) == len(set(FORMULATIONS.values()))
-    assert set(FORMULATIONS.values()) == valid - twice
+    assert len(ESTIMATORS_WITH_BASELINES) == len(set(ESTIMATORS_WITH_BASELINES.values()))
+    assert set(ESTIMATORS_WITH_BASELINES.values()) == valid - twice
 
 
 def test_stored_trials_convert_to_what_was_drawn(search_space: ModuleType):
@@ -96,7 +96,7 @@ def test_stored_trials_convert_to_what_was_drawn(search_space: ModuleType):
             assert trial.user_attrs[name] == drawn[name]
         VPG("MlpPolicy", "CartPole-v1", **drawn)
         drawn_formulations.add((drawn["estimator"], drawn["baseline"]))
-    assert drawn_formulations == set(FORMULATIONS.values())
+    assert drawn_formulations == set(ESTIMATORS_WITH_BASELINES.values())
 
 
 def draw_n_steps(search_space: ModuleType, n_envs: int, n_timesteps: int | None) -> set[int]:
