@@ -1,6 +1,6 @@
 """
-Write the tables of README.md, docs/results.md, docs/performance.md and docs/swingup.md, and the figure of learning curves,
-from the results of the other benchmarks.
+Write the tables of README.md, docs/results.md, docs/performance.md, docs/swingup.md and docs/envpool.md, and the figure of
+learning curves, from the results of the other benchmarks.
 
     python benchmarks/write_tables.py
 
@@ -17,13 +17,14 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from harness import interquartile_mean, median_and_range
+from same_task import ENGINES, LEVEL, load, tests
 from scipy.stats import trim_mean
 from time_to_solve import by_contestant, median
 from trained_agents import ENVIRONMENTS
 
 HERE = Path(__file__).parent
 RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
-DOCUMENTS = (HERE.parent / "README.md", DOCS / "results.md", DOCS / "performance.md", DOCS / "swingup.md")
+DOCUMENTS = (HERE.parent / "README.md", DOCS / "results.md", DOCS / "performance.md", DOCS / "swingup.md", DOCS / "envpool.md")
 ALGORITHMS = ("vpg", "a2c", "ppo", "trpo")
 
 
@@ -130,6 +131,57 @@ def algorithms_on(env_id: str, *thresholds: str) -> str:
         rows.append([algo.upper(), steps, interquartile_mean(scores), *reached, lowest, length, noisy, seconds])
     at_least = [f"seeds >= {threshold}" for threshold in thresholds]
     return table(["", "steps", "return", *at_least, "lowest seed", "length", "stochastic", "seconds"], rows)
+
+
+def same_task(part: str) -> list[dict[str, Any]]:
+    return [result for result in load(RESULTS / "same_task.jsonl") if result["part"] == part]
+
+
+def same_distributions() -> str:
+    results = same_task("distributions")
+    of_test, rows = tests(results), []
+    for result in results:
+        for policy in ("random", "trained"):
+            row = [result["env"] if policy == "random" else "", policy]
+            row.append(str(len(result[f"{policy}, EnvPool"]["returns"])))
+            for kind, digits in (("returns", 2), ("lengths", 1)):
+                for engine in ENGINES:
+                    values = result[f"{policy}, {engine}"][kind]
+                    row.append(f"{np.mean(values):,.{digits}f} +- {np.std(values):,.{digits}f}")
+                _, p, adjusted = of_test[result["env"], policy, kind]
+                row.append(f"**{p:.1g}**" if adjusted <= LEVEL else f"{p:.2g}")
+            rows.append(row)
+    columns = [f"{kind}, {engine}" if engine != "p" else "p" for kind in ("return", "length") for engine in (*ENGINES, "p")]
+    return table(["", "policy", "episodes", *columns], rows)
+
+
+def same_spaces() -> str:
+    rows = []
+    for result in same_task("distributions"):
+        rewards = []
+        for engine in ENGINES:
+            low, high = zip(*(result[f"{policy}, {engine}"]["rewards"] for policy in ("random", "trained")))
+            rewards.append(f"{min(low):.4g} to {max(high):.4g}")
+        own, limit = result["limits"]
+        limits = str(own) if own == limit else f"{own} instead of {limit}"
+        rows.append([result["env"], limits, *rewards, result["algorithm"], "; ".join(result["spaces"]) or "equal"])
+    rewards_of = [f"rewards, {engine}" for engine in ENGINES]
+    return table(["", "EnvPool's time limit", *rewards_of, "trained policy", "EnvPool's own spaces"], rows)
+
+
+def same_steps() -> str:
+    def size(x: float) -> str:
+        return f"{x:.0e}" if x else "0"
+
+    rows = []
+    for result in same_task("step by step"):
+        own, control = result["EnvPool"], result["gymnasium"]
+        largest = [size(r[key]) for key in ("observation", "reward") for r in (own, control)]
+        terminations = f"{own['terminations_that_differ']} of {own['terminations']}"
+        mujoco = result["mujoco"] if result["env"].endswith("-v5") else ""
+        rows.append([result["env"], mujoco, str(own["steps"]), *largest, terminations])
+    header = ["", "gymnasium's MuJoCo", "steps", "observation", "(control)", "reward", "(control)", "terminations that differ"]
+    return table(header, rows)
 
 
 def draw_learning_curves(path: Path) -> None:
