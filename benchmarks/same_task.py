@@ -9,8 +9,9 @@ same number of episodes, its first ones, so that short episodes are not preferre
 Output: two-sample Kolmogorov-Smirnov tests, with Holm's correction for the number of all tests.
 
 Step by step, where the observation has the whole state: gymnasium's environment gets the state that EnvPool's observation
-shows, both get the same action, and next observation, reward and termination are compared. Output: the largest differences.
-They depend on the installed version of MuJoCo, which need not be the one inside EnvPool: another version adds its own results.
+shows, both get the same action, and next observation, reward and termination are compared. In Atari, both play the same
+games. Output: the largest differences. Those of MuJoCo depend on the installed version, which need not be the one inside
+EnvPool: another version adds its own results.
 
 `--output` saves each result when it is measured. A second call with the same file measures only what is missing.
 `python benchmarks/write_tables.py` writes the tables of docs/envpool.md from it.
@@ -30,7 +31,7 @@ import numpy as np
 from gymnasium import spaces
 from scipy.stats import ks_2samp
 from stable_baselines3 import PPO
-from stable_baselines3.common.atari_wrappers import AtariWrapper
+from stable_baselines3.common.atari_wrappers import AtariWrapper, ClipRewardEnv, MaxAndSkipEnv, WarpFrame
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecNormalize
 
@@ -251,9 +252,9 @@ def differences(own: spaces.Space, given: spaces.Space) -> Iterator[str]:
         if own.dtype != given.dtype:
             yield f"{own.dtype} for {given.dtype}"
         if own.shape == given.shape and not (np.allclose(own.low, given.low) and np.allclose(own.high, given.high)):
-            yield "bounds"
+            yield "other bounds"
     elif own != given:
-        yield f"{own} for {given}"
+        yield f"{type(own).__name__} for {type(given).__name__}"
 
 
 def holm(p_values: dict[Any, float]) -> dict[Any, float]:
@@ -284,13 +285,13 @@ def tests(results: list[dict[str, Any]]) -> dict[tuple[str, str, str], tuple[flo
 class Steps(NamedTuple):
     """
     :param env_id: id of the environment
-    :param set_state: gives a gymnasium environment the state that an observation shows
+    :param set_state: gives a gymnasium environment the state that an observation shows. None: both engines play the same games
     :param known: whether an observation shows the whole state
     :param env_kwargs: keyword arguments of both environments
     """
 
     env_id: str
-    set_state: Callable[[Any, np.ndarray], None]
+    set_state: Callable[[Any, np.ndarray], None] | None = None
     known: Callable[[np.ndarray], bool] = lambda observation: True
     env_kwargs: dict[str, Any] = {}
 
@@ -345,18 +346,17 @@ STEPS = (
     Steps("Walker2d-v5", set_mujoco, not_clipped, POSITIONS),
     Steps("Ant-v5", set_mujoco, env_kwargs=POSITIONS),
     Steps("Humanoid-v5", set_mujoco, env_kwargs=POSITIONS),
+    Steps("BreakoutNoFrameskip-v4"),
+    Steps("PongNoFrameskip-v4"),
 )
 
 
 def step_by_step(steps: Steps) -> dict[str, Any]:
-    """:return: :func:`compare_steps` for each engine"""
-    version = importlib.metadata.version("mujoco")
-    return {
-        "env": steps.env_id,
-        "part": "step by step",
-        "mujoco": version,
-        **{engine: compare_steps(steps, engine) for engine in ENGINES},
-    }
+    """:return: :func:`compare_steps` for each engine; in Atari, :func:`atari_frames`"""
+    result = {"env": steps.env_id, "part": "step by step", "mujoco": importlib.metadata.version("mujoco")}
+    if steps.set_state is None:
+        return {**result, "EnvPool": atari_frames(steps.env_id)}
+    return {**result, **{engine: compare_steps(steps, engine) for engine in ENGINES}}
 
 
 def compare_steps(steps: Steps, engine: str, n_steps: int = 1000) -> dict[str, Any]:
@@ -367,6 +367,7 @@ def compare_steps(steps: Steps, engine: str, n_steps: int = 1000) -> dict[str, A
     :param n_steps: number of steps
     :return: largest differences to gymnasium in one step from the same state with the same action
     """
+    assert steps.set_state is not None
     vec_env = make(engine, steps.env_id, 1, seed=0, **steps.env_kwargs)
     env = gym.make(steps.env_id, **steps.env_kwargs)
     env.reset(seed=0)
@@ -412,6 +413,43 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("envpool", "gymnasium", "mujoco", "stable_baselines3")}
 
 
+def atari_frames(env_id: str, n_steps: int = 1000) -> dict[str, Any]:
+    """:return: largest differences to ALE with SB3's wrappers in the same games: one frame of "fire", then random actions"""
+    register(env_id)
+    vec_env = EnvPoolVecEnv(
+        f"{env_id.removesuffix('NoFrameskip-v4')}-v5", 1, 0, num_threads=1, noop_max=1, stack_num=1, reward_clip=True
+    )
+    raw_env = gym.make(env_id)
+    env = ClipRewardEnv(WarpFrame(MaxAndSkipEnv(raw_env)))
+    act = random_policy(vec_env.action_space, seed=0)
+    vec_env.reset()
+    raw_env.reset(seed=0)
+    raw_env.step(1)
+    found: dict[str, list[float]] = {"observation": [], "reward": [], "terminated": [], "differ": []}
+    for _ in range(n_steps):
+        action = act(np.zeros(1))
+        observations, rewards, dones, infos = vec_env.step(action)
+        observation, reward, terminated, _, _ = env.step(action[0])
+        after = infos[0]["terminal_observation"] if dones[0] else observations[0]
+        # The last picture of a game is another one if the game ends between two steps. SB3: "doesn't matter"
+        if not terminated:
+            found["observation"].append(np.abs(after.squeeze().astype(int) - observation.squeeze()).max())
+        found["reward"].append(abs(float(reward) - float(rewards[0])))
+        found["terminated"].append(terminated)
+        found["differ"].append(terminated != bool(dones[0]))
+        if terminated:
+            raw_env.reset()
+            raw_env.step(1)
+    vec_env.close()
+    env.close()
+    largest = {name: float(np.max(found[name])) for name in ("observation", "reward")}
+    n_terminations = {
+        "terminations": int(np.sum(found["terminated"])),
+        "terminations_that_differ": int(np.sum(found["differ"])),
+    }
+    return {"steps": n_steps, **largest, **n_terminations}
+
+
 def load(path: Path | None) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path is not None and path.exists() else []
 
@@ -439,7 +477,7 @@ def main() -> None:
                 file.write(json.dumps(results[-1]) + "\n")
 
     for result in (result for result in results if result["part"] == "step by step"):
-        for engine in ENGINES:
+        for engine in ENGINES.keys() & result.keys():
             r = result[engine]
             print(
                 f"{result['env']:>26}, {engine:>9}, mujoco {result['mujoco']}: {r['steps']} steps; largest difference of "

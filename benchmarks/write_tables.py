@@ -175,8 +175,8 @@ def same_steps() -> str:
 
     rows = []
     for result in same_task("step by step"):
-        own, control = result["EnvPool"], result["gymnasium"]
-        largest = [size(r[key]) for key in ("observation", "reward") for r in (own, control)]
+        own, control = result["EnvPool"], result.get("gymnasium")
+        largest = [size(r[key]) if r else "" for key in ("observation", "reward") for r in (own, control)]
         terminations = f"{own['terminations_that_differ']} of {own['terminations']}"
         mujoco = result["mujoco"] if result["env"].endswith("-v5") else ""
         rows.append([result["env"], mujoco, str(own["steps"]), *largest, terminations])
