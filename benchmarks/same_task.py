@@ -22,6 +22,7 @@ import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from scipy.stats import ks_2samp
 from stable_baselines3 import PPO
 from stable_baselines3.common.atari_wrappers import AtariWrapper, ClipRewardEnv, MaxAndSkipEnv, WarpFrame
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecFrameStack, VecNormalize
 
 from sb3_vpg import VPG
@@ -216,16 +218,55 @@ def distributions(task: Task) -> dict[str, Any]:
             )
             env.close()
             result[f"{policy}, {engine}"] = {**episodes, "seconds": round(time.process_time() - start, 1)}
+    if register(task.env_id) is AtariWrapper:
+        result["control"] = atari_control(task.env_id, task.n_episodes)
     return result
+
+
+class BeginAsEnvPool(gym.Wrapper):
+    """SB3's frame skip and episodic life, but games and lives begin as in EnvPool: 0 to 29 frames, then "fire"."""
+
+    def __init__(self, env: gym.Env, seed: int):
+        super().__init__(MaxAndSkipEnv(env))
+        self.raw_env, self.rng = env, np.random.default_rng(seed)
+        self.game_over, self.lives = True, 0
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        if self.game_over:
+            self.raw_env.reset(**kwargs)
+        for action in [0] * self.rng.integers(30) + [1]:
+            observation, _, _, _, info = self.raw_env.step(action)
+        self.lives = self.unwrapped.ale.lives()  # type: ignore[attr-defined]
+        return observation, info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        lives, self.game_over = self.unwrapped.ale.lives(), terminated or truncated  # type: ignore[attr-defined]
+        lost, self.lives = 0 < lives < self.lives, lives
+        return observation, reward, terminated or lost, truncated, info
+
+
+def atari_control(env_id: str, n_episodes: int) -> dict[str, Any]:
+    """:return: episodes of a random policy in gymnasium, if they begin as in EnvPool"""
+    register(env_id)
+
+    def make_env(seed: int) -> gym.Env:
+        return WarpFrame(BeginAsEnvPool(Monitor(gym.make(env_id)), seed))
+
+    env = DummyVecEnv([partial(make_env, seed) for seed in range(N_ENVS)])
+    env.seed(2_000_000)
+    episodes = evaluate(env, random_policy(env.action_space, 2_000_000), n_episodes)
+    env.close()
+    return episodes
 
 
 def declared(env_id: str) -> dict[str, Any]:
     """:return: spaces and time limit that EnvPool and gymnasium declare; the spaces of EnvPoolVecEnv are gymnasium's"""
     wrapper = register(env_id)
     env = gym.make(env_id)
-    if wrapper is AtariWrapper:
-        # One frame each: VecFrameStack stacks them on both sides
-        env = AtariWrapper(env)
+    if wrapper is not None:
+        # In Atari one frame each: VecFrameStack stacks them on both sides
+        env = wrapper(env)
     equivalent = find_equivalent([env])
     assert env.spec is not None
     own_spaces = spaces_of(import_envpool().make_spec(equivalent.task_id, **equivalent.options))

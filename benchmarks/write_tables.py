@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from harness import interquartile_mean, median_and_range
 from same_task import ENGINES, LEVEL, load, tests
-from scipy.stats import trim_mean
+from scipy.stats import ks_2samp, trim_mean
 from time_to_solve import by_contestant, median
 from trained_agents import ENVIRONMENTS
 
@@ -153,6 +153,18 @@ def same_distributions() -> str:
             rows.append(row)
     columns = [f"{kind}, {engine}" if engine != "p" else "p" for kind in ("return", "length") for engine in (*ENGINES, "p")]
     return table(["", "policy", "episodes", *columns], rows)
+
+
+def same_beginnings() -> str:
+    rows = []
+    for result in same_task("distributions"):
+        if "control" not in result:
+            continue
+        lengths = [result[key]["lengths"] for key in ("random, gymnasium", "random, EnvPool", "control")]
+        cells = [f"{np.mean(x):.1f} +- {np.std(x):.1f}" for x in lengths]
+        rows.append([result["env"], *cells, f"{ks_2samp(*lengths[1:]).pvalue:.2g}"])
+    header = ["length, random policy", "gymnasium", "EnvPool", "gymnasium, begun as in EnvPool", "p of the last two"]
+    return table(header, rows)
 
 
 def same_spaces() -> str:
