@@ -99,8 +99,8 @@ TASKS = (
     Task("Humanoid-v5", ppo(100_000)),
     Task("Pusher-v5", ppo(200_000)),
     # Fewer episodes where they are long, or where gymnasium is slow
-    Task("HalfCheetah-v5", ppo(200_000), n_episodes=60),
-    Task("Swimmer-v5", ppo(200_000, gamma=0.9999), n_episodes=60),
+    Task("HalfCheetah-v5", ppo(200_000)),
+    Task("Swimmer-v5", ppo(200_000, gamma=0.9999)),
     Task("Ant-v5", ppo(150_000), n_episodes=60),
     Task("BreakoutNoFrameskip-v4", ppo(20_000, n_envs=8, **CNN), n_episodes=100, deterministic=False, normalize=False),
     Task("PongNoFrameskip-v4", ppo(10_000, n_envs=8, **CNN), n_episodes=20, deterministic=False, normalize=False),
