@@ -1,6 +1,6 @@
 """
-Write the tables of README.md, docs/results.md, docs/performance.md and docs/swingup.md, and the figure of learning curves,
-from the results of the other benchmarks.
+Write the tables of README.md, docs/results.md, docs/performance.md, docs/swingup.md and docs/envpool.md, and the figure of
+learning curves, from the results of the other benchmarks.
 
     python benchmarks/write_tables.py
 
@@ -19,13 +19,14 @@ import numpy as np
 from engines import engines_table
 from engines import results_of as lines_of
 from harness import interquartile_mean, markdown_table, median_and_range
-from scipy.stats import trim_mean
+from same_task import ENGINES, LEVEL, load, tests
+from scipy.stats import ks_2samp, trim_mean
 from time_to_solve import by_contestant, median
 from trained_agents import ENVIRONMENTS
 
 HERE = Path(__file__).parent
 RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
-DOCUMENTS = (HERE.parent / "README.md", DOCS / "results.md", DOCS / "performance.md", DOCS / "swingup.md")
+DOCUMENTS = (HERE.parent / "README.md", DOCS / "results.md", DOCS / "performance.md", DOCS / "swingup.md", DOCS / "envpool.md")
 ALGORITHMS = ("vpg", "a2c", "ppo", "trpo")
 
 
@@ -133,6 +134,69 @@ def algorithms_on(env_id: str, *thresholds: str) -> str:
         rows.append([algo.upper(), steps, interquartile_mean(scores), *reached, lowest, length, noisy, seconds])
     at_least = [f"seeds >= {threshold}" for threshold in thresholds]
     return markdown_table(["", "steps", "return", *at_least, "lowest seed", "length", "stochastic", "seconds"], rows)
+
+
+def same_task(part: str) -> list[dict[str, Any]]:
+    return [result for result in load(RESULTS / "same_task.jsonl") if result["part"] == part]
+
+
+def same_distributions() -> str:
+    results = same_task("distributions")
+    of_test, rows = tests(results), []
+    for result in results:
+        for policy in ("random", "trained"):
+            row = [result["env"] if policy == "random" else "", policy]
+            row.append(str(len(result[f"{policy}, EnvPool"]["returns"])))
+            for kind, digits in (("returns", 2), ("lengths", 1)):
+                for engine in ENGINES:
+                    values = result[f"{policy}, {engine}"][kind]
+                    row.append(f"{np.mean(values):,.{digits}f} +- {np.std(values):,.{digits}f}")
+                _, p, adjusted = of_test[result["env"], policy, kind]
+                row.append(f"**{p:.1g}**" if adjusted <= LEVEL else f"{p:.2g}")
+            rows.append(row)
+    columns = [f"{kind}, {engine}" if engine != "p" else "p" for kind in ("return", "length") for engine in (*ENGINES, "p")]
+    return markdown_table(["", "policy", "episodes", *columns], rows)
+
+
+def same_beginnings() -> str:
+    rows = []
+    for result in same_task("distributions"):
+        if "control" not in result:
+            continue
+        lengths = [result[key]["lengths"] for key in ("random, gymnasium", "random, EnvPool", "control")]
+        cells = [f"{np.mean(x):.1f} +- {np.std(x):.1f}" for x in lengths]
+        rows.append([result["env"], *cells, f"{ks_2samp(*lengths[1:]).pvalue:.2g}"])
+    header = ["length, random policy", "gymnasium", "EnvPool", "gymnasium, begun as in EnvPool", "p of the last two"]
+    return markdown_table(header, rows)
+
+
+def same_spaces() -> str:
+    rows = []
+    for result in same_task("distributions"):
+        rewards = []
+        for engine in ENGINES:
+            low, high = zip(*(result[f"{policy}, {engine}"]["rewards"] for policy in ("random", "trained")))
+            rewards.append(f"{min(low):.4g} to {max(high):.4g}")
+        own, limit = result["limits"]
+        limits = str(own) if own == limit else f"{own} instead of {limit}"
+        rows.append([result["env"], limits, *rewards, result["algorithm"], "; ".join(result["spaces"]) or "equal"])
+    rewards_of = [f"rewards, {engine}" for engine in ENGINES]
+    return markdown_table(["", "EnvPool's time limit", *rewards_of, "trained policy", "EnvPool's own spaces"], rows)
+
+
+def same_steps() -> str:
+    def size(x: float) -> str:
+        return f"{x:.0e}" if x else "0"
+
+    rows = []
+    for result in same_task("step by step"):
+        own, control = result["EnvPool"], result.get("gymnasium")
+        largest = [size(r[key]) if r else "" for key in ("observation", "reward") for r in (own, control)]
+        terminations = f"{own['terminations_that_differ']} of {own['terminations']}"
+        mujoco = result["mujoco"] if result["env"].endswith("-v5") else ""
+        rows.append([result["env"], mujoco, str(own["steps"]), *largest, terminations])
+    header = ["", "gymnasium's MuJoCo", "steps", "observation", "(control)", "reward", "(control)", "terminations that differ"]
+    return markdown_table(header, rows)
 
 
 def draw_learning_curves(path: Path) -> None:

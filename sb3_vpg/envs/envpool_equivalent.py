@@ -137,18 +137,21 @@ def translate_keywords(spec: Any) -> dict[str, Any]:
     :raises ValueError: if EnvPool has no such option
     """
     default = gym.spec(spec.id).kwargs
-    known = envpool_options(spec.id)
+    known = envpool_options(spec.id).keys()
     options: dict[str, Any] = {}
     for name, value in spec.kwargs.items():
         bounds = [name.removesuffix("_range") + suffix for suffix in ("_min", "_max")]
         if name == "render_mode" or (name in default and value == default[name]):
             continue
-        if name in known:
+        # EnvPool looks for the file in its own folder only
+        if name in known and name != "xml_file":
             options[name] = value
         elif name.endswith("_range") and all(bound in known or np.isinf(number) for bound, number in zip(bounds, value)):
             options |= {bound: float(number) for bound, number in zip(bounds, value) if bound in known}
         else:
-            raise ValueError(f"EnvPool's {spec.id} has no equivalent of {name}={value!r}; it has {', '.join(sorted(known))}")
+            raise ValueError(
+                f"EnvPool's {spec.id} has no equivalent of {name}={value!r}; it has {', '.join(sorted(known - {'xml_file'}))}"
+            )
     return options
 
 

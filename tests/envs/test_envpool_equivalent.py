@@ -86,6 +86,7 @@ def test_default_values_need_no_equivalent():
     ("env_id", "kwargs", "message"),
     [
         (PENDULUM, {"g": 9.81}, "EnvPool's Pendulum-v1 has no equivalent of g=9.81; it has "),
+        (HOPPER, {"xml_file": "hopper.xml"}, "EnvPool's Hopper-v5 has no equivalent of xml_file='hopper.xml'; it has "),
         ("CartPole-v1", {"sutton_barto_reward": True}, "no equivalent of sutton_barto_reward=True"),
         ("FrozenLake-v1", {"is_slippery": False}, "no equivalent of is_slippery=False"),
         (HOPPER, {"healthy_z_range": (0.7, 2.0)}, r"Hopper-v5 has no equivalent of healthy_z_range=\(0.7, 2.0\)"),
