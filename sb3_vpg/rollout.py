@@ -203,7 +203,8 @@ class RolloutCollector(ResumableAlgorithm):
     def _reset_steps(self, env: VecEnv) -> np.ndarray:
         """
         :return: whether each environment has spent the last step on its reset, shape (N,), updated in place at each step.
-            Such a step is not recorded. See :attr:`NativeVecEnv.reset_steps <sb3_vpg.envs.NativeVecEnv.reset_steps>`
+            Such a step is not recorded. See :attr:`NativeVecEnv.reset_steps
+            <sb3_vpg.envs.native_vec_env.NativeVecEnv.reset_steps>`
         :raises ValueError: if there can be such steps, and the buffer has no mask of recorded steps
         """
         reset_steps = getattr(env, "reset_steps", None)
