@@ -1,5 +1,6 @@
 """
-When vectorized environments reset, and how :class:`~sb3_vpg.envs.native_vec_env.NativeVecEnv` resets them in the step that ends an episode.
+When vectorized environments reset, and how :class:`~sb3_vpg.envs.native_vec_env.NativeVecEnv` resets them in the step that
+ends an episode.
 
 SB3's ``VecEnv`` returns the first observation of an episode together with the last reward of the previous one (same-step
 autoreset). gymnasium's vectorized environments have one of three modes, see https://farama.org/Vector-Autoreset-Mode.
