@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.utils import FloatSchedule
 
 from sb3_vpg.buffers import VPGBufferMixin, VPGRolloutBuffer
 from sb3_vpg.common.checks import check_choice, check_number
@@ -44,17 +45,17 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "n_steps": {"low": 1, "integer": True},
     "gamma": {"low": 0, "high": 1},
     "gae_lambda": {"low": 0, "high": 1},
-    "ent_coef": {},
     "vf_coef": {"low": 0},
     "max_grad_norm": {"low": 0, "low_included": False, "infinite": True, "none": True},
     "n_episodes": {"low": 1, "integer": True, "none": True},
     "n_critic_updates": {"low": 1, "integer": True},
     "critic_batch_size": {"low": 1, "integer": True, "none": True},
 }
-#: Ranges of keywords that are numbers or schedules
-LEARNING_RATES: dict[str, dict[str, Any]] = {
+#: Ranges of keywords that are numbers or schedules: functions of the remaining progress, from 1 to 0
+SCHEDULES: dict[str, dict[str, Any]] = {
     "learning_rate": {"low": 0},
     "critic_learning_rate": {"low": 0, "none": True},
+    "ent_coef": {},
 }
 #: Allowed values of further keywords. Those of the formulation are checked by :class:`Formulation`
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -107,7 +108,7 @@ def make_plan(model: Any, n_environments: int) -> Plan:
     """
     for keyword, limits in NUMBERS.items():
         check_number(keyword, getattr(model, keyword), **limits)
-    for keyword, limits in LEARNING_RATES.items():
+    for keyword, limits in SCHEDULES.items():
         if not callable(getattr(model, keyword)):
             check_number(keyword, getattr(model, keyword), **limits)
     for keyword, choices in CHOICES.items():
@@ -124,6 +125,22 @@ def make_plan(model: Any, n_environments: int) -> Plan:
     _check_single_episode(model, formulation, n_environments)
     _check_rollout_buffer_class(model)
     return Plan(formulation, partial_episodes, model.n_episodes, LOSS_REDUCTIONS[model.loss_reduction])
+
+
+def scheduled_values(model: Any, progress_remaining: float) -> dict[str, float]:
+    """
+    :param model: VPG, with its keywords and their schedules as attributes
+    :param progress_remaining: remaining part of the training, from 1 to 0
+    :return: values of the keywords in :data:`SCHEDULES`
+    :raises ValueError: if a schedule returns a number that is not allowed
+    """
+    values = {"learning_rate": model.lr_schedule(progress_remaining)}
+    if model.critic_learning_rate is not None:
+        values["critic_learning_rate"] = model.critic_lr_schedule(progress_remaining)
+    values["ent_coef"] = FloatSchedule(model.ent_coef)(progress_remaining)
+    for keyword, value in values.items():
+        check_number(f"{keyword}({progress_remaining:g})", value, **{**SCHEDULES[keyword], "none": False})
+    return {"critic_learning_rate": values["learning_rate"], **values}
 
 
 def _resolve_partial_episodes(model: Any, formulation: Formulation) -> PartialEpisodes:

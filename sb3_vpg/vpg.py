@@ -17,7 +17,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
 
 from sb3_vpg.buffers import Samples, buffer_class_for, map_obs
-from sb3_vpg.common.checks import check_number, non_finite_update_error
+from sb3_vpg.common.checks import non_finite_update_error
 from sb3_vpg.common.collectives import current_processes
 from sb3_vpg.common.optimization import (
     check_trainable,
@@ -30,7 +30,7 @@ from sb3_vpg.common.policy_runner import PolicyRunner, make_policy_runner
 from sb3_vpg.common.progress_bar import AllRanksProgressBar
 from sb3_vpg.common.random_states import set_random_states
 from sb3_vpg.common.threads import accumulate_gradients
-from sb3_vpg.keywords import make_plan
+from sb3_vpg.keywords import make_plan, scheduled_values
 from sb3_vpg.policies import CnnPolicy, LogisticPolicy, MlpPolicy, MultiInputPolicy
 from sb3_vpg.rollout import RolloutCollector
 
@@ -59,7 +59,8 @@ class VPG(RolloutCollector):
     :param gamma: Discount factor, in [0, 1]. Typical: 0.9 to 0.999. Larger: longer horizon, more variance.
     :param gae_lambda: Trade-off of bias and variance in GAE, in [0, 1]; used by estimator="gae" only. Typical: 0.9 to 1.
         Larger: less bias, more variance.
-    :param ent_coef: Entropy coefficient for the loss calculation. Typical: 0 to 0.01. Larger: more exploration.
+    :param ent_coef: Entropy coefficient for the loss calculation, a float or a function of the current progress remaining
+        (from 1 to 0). Typical: 0 to 0.01. Larger: more exploration.
     :param vf_coef: Value function coefficient for the loss calculation, >= 0. Typical: 0.25 to 1.
     :param max_grad_norm: Maximum norm of the gradient, clipped separately for actor and critic. Typical: 0.5 to 2; None for
         no clipping. Smaller: less influence of outliers.
@@ -114,7 +115,7 @@ class VPG(RolloutCollector):
         n_steps: int = 64,
         gamma: float = 0.98,
         gae_lambda: float = 0.95,
-        ent_coef: float = 0.0,
+        ent_coef: float | Schedule = 0.0,
         vf_coef: float = 0.5,
         max_grad_norm: float | None = 0.5,
         use_sde: bool = False,
@@ -146,7 +147,7 @@ class VPG(RolloutCollector):
             n_steps=n_steps,
             gamma=gamma,
             gae_lambda=gae_lambda,
-            ent_coef=ent_coef,
+            ent_coef=ent_coef,  # type: ignore[arg-type]
             vf_coef=vf_coef,
             max_grad_norm=max_grad_norm,  # type: ignore[arg-type]
             use_sde=use_sde,
@@ -185,7 +186,7 @@ class VPG(RolloutCollector):
         super()._setup_model()
         self._group_parameters()
         fuse_adam(self.policy.optimizer)
-        set_learning_rates(self.policy.optimizer, self._learning_rates(1.0))
+        set_learning_rates(self.policy.optimizer, scheduled_values(self, 1.0))
         # Batch normalization uses statistics of the whole batch, so the batch cannot be split into chunks
         self._in_chunks = not any(isinstance(module, th.nn.modules.batchnorm._BatchNorm) for module in self.policy.modules())
         if not self._in_chunks and self.processes.size > 1:
@@ -198,7 +199,7 @@ class VPG(RolloutCollector):
         super()._setup_lr_schedule()
         separate = self.critic_learning_rate is not None
         self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate) if separate else self.lr_schedule  # type: ignore[arg-type]
-        self._learning_rates(1.0)
+        scheduled_values(self, 1.0)
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_actor_parameters", "_critic_parameters", "_grouped"]
@@ -212,7 +213,7 @@ class VPG(RolloutCollector):
         """
         self._group_parameters()
         check_trainable(self._actor_parameters + self._critic_parameters * self.plan.uses_value_function)
-        self._update_learning_rates()
+        self._update_schedules()
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
 
@@ -272,25 +273,14 @@ class VPG(RolloutCollector):
         # The last rollout may exceed the budget. SB3 passes negative progress to schedules then
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
-    def _learning_rates(self, progress_remaining: float) -> dict[str, float]:
-        """
-        :return: learning rates of actor and critic
-        :raises ValueError: if a schedule returns a negative number or one that is not finite
-        """
-        schedules = {"learning_rate": self.lr_schedule, "critic_learning_rate": self.critic_lr_schedule}
-        if self.critic_learning_rate is None:
-            del schedules["critic_learning_rate"]
-        rates = {keyword: schedule(progress_remaining) for keyword, schedule in schedules.items()}
-        for keyword, rate in rates.items():
-            check_number(f"{keyword}({progress_remaining:g})", rate, low=0)
-        return {"actor": rates["learning_rate"], "critic": rates.get("critic_learning_rate", rates["learning_rate"])}
-
-    def _update_learning_rates(self) -> None:
-        learning_rates = self._learning_rates(self._current_progress_remaining)
-        set_learning_rates(self.policy.optimizer, learning_rates)
-        self.logger.record("train/learning_rate", learning_rates["actor"])
+    def _update_schedules(self) -> None:
+        values = scheduled_values(self, self._current_progress_remaining)
+        set_learning_rates(self.policy.optimizer, values)
+        self.logger.record("train/learning_rate", values["learning_rate"])
         if self.critic_learning_rate is not None:
-            self.logger.record("train/critic_learning_rate", learning_rates["critic"])
+            self.logger.record("train/critic_learning_rate", values["critic_learning_rate"])
+        if callable(self.ent_coef):
+            self.logger.record("train/ent_coef", values["ent_coef"])
 
     def _accumulate_gradients(
         self, runner: PolicyRunner, n_steps: int, n_segments: int, n_threads: int = 1
@@ -304,6 +294,8 @@ class VPG(RolloutCollector):
         :raises ValueError: if a loss is not finite
         """
         weight = 1 / self.plan.batch_divisor(n_steps, n_segments)
+        # A callback may change it
+        ent_coef = FloatSchedule(self.ent_coef)(self._current_progress_remaining)
 
         def compute_loss(batch: Samples) -> tuple[th.Tensor, tuple[Samples, dict[str, th.Tensor]]]:
             values, log_prob, entropy = runner.evaluate(batch.observations, batch.actions, self.plan.uses_value_function)
@@ -311,8 +303,8 @@ class VPG(RolloutCollector):
             loss = policy_loss = -(batch.advantages * log_prob).sum() * weight
             # Approximate entropy when no analytical form
             entropy_sum = (-log_prob if entropy is None else entropy).sum()
-            if self.ent_coef != 0:
-                loss = loss - self.ent_coef * weight * entropy_sum
+            if ent_coef != 0:
+                loss = loss - ent_coef * weight * entropy_sum
             parts = {"entropy_loss": -entropy_sum.detach() / n_steps, "policy_loss": policy_loss.detach()}
             if values is not None:
                 value_loss = ((batch.returns - values) ** 2).sum() / n_steps

@@ -91,6 +91,34 @@ def test_a_schedule_that_gives_a_bad_learning_rate_is_refused_before_the_step(ke
         small_model(**{keyword: lambda _: bad})
 
 
+def test_the_entropy_coefficient_may_be_a_schedule_or_be_changed_by_a_callback():
+    def coefficient(remaining):
+        return 0.5 * remaining - 0.25
+
+    recorded = []
+
+    def change(spy):
+        recorded.append(spy.model.logger.name_to_value.get("train/ent_coef"))
+        # 2 environments x 10 steps, of 80
+        spy.model.ent_coef = coefficient(1 - spy.model.num_timesteps / 80)
+
+    by_schedule = small_model(ent_coef=coefficient)
+    by_schedule.learn(
+        80, callback=Spy(lambda spy: recorded.append(spy.model.logger.name_to_value["train/ent_coef"]), "rollout_start")
+    )
+    assert_same_weights(by_schedule, small_model().learn(80, callback=Spy(change, "rollout_end")))
+    assert by_schedule.ent_coef is coefficient
+    assert recorded == [0.0, 0.125, 0.0, -0.125, *[None] * 4]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_entropy_coefficient_that_is_not_finite_is_refused_before_the_step(bad):
+    model = small_model(ent_coef=lambda remaining: 0.125 if remaining > 0.5 else bad)
+    with pytest.raises(ValueError, match=rf"ent_coef\(0\.5\)={bad} is not allowed"):
+        model.learn(40)
+    assert model._n_updates == 0
+
+
 def test_each_learning_rate_scales_the_steps_of_its_own_parameters():
     both = small_model(policy_kwargs=SGD, learning_rate=0.5, critic_learning_rate=0.25).learn(20)
     no_critic = small_model(policy_kwargs=SGD, learning_rate=0.5, critic_learning_rate=0.0).learn(20)

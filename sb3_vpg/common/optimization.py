@@ -71,15 +71,15 @@ def split_parameter_groups(optimizer: th.optim.Optimizer, critic: set[int]) -> N
     optimizer.param_groups = groups
 
 
-def set_learning_rates(optimizer: th.optim.Optimizer, learning_rates: dict[str, float]) -> None:
+def set_learning_rates(optimizer: th.optim.Optimizer, keywords: dict[str, float]) -> None:
     """
     Set the learning rates of the optimizer's groups.
 
     :param optimizer: an optimizer that :func:`split_parameter_groups` has split
-    :param learning_rates: learning rates of "actor" and "critic"
+    :param keywords: "learning_rate", of the actor, and "critic_learning_rate"
     """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rates[group["role"]]
+        group["lr"] = keywords["learning_rate" if group["role"] == "actor" else "critic_learning_rate"]
 
 
 def check_trainable(parameters: Iterable[th.nn.Parameter]) -> None:

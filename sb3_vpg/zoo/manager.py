@@ -79,12 +79,12 @@ class VPGExperimentManager(ExperimentManager):
 
     @staticmethod
     def _preprocess_schedules(hyperparams: dict[str, Any]) -> dict[str, Any]:
-        """Convert ``critic_learning_rate: lin_0.001`` into a schedule, as the zoo does for ``learning_rate``."""
+        """Convert ``lin_0.001`` into a schedule for ``critic_learning_rate`` and ``ent_coef``, too."""
         preprocess = ExperimentManager._preprocess_schedules
         hyperparams = preprocess(hyperparams)
-        if hyperparams.get("critic_learning_rate") is not None:
-            schedule = preprocess({"learning_rate": hyperparams["critic_learning_rate"]})
-            hyperparams["critic_learning_rate"] = schedule["learning_rate"]
+        for keyword in ("critic_learning_rate", "ent_coef"):
+            if isinstance(hyperparams.get(keyword), str):
+                hyperparams[keyword] = preprocess({"learning_rate": hyperparams[keyword]})["learning_rate"]
         return hyperparams
 
     def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> Any:

@@ -31,21 +31,21 @@ def test_train_uses_the_hyperparameters_of_the_package(installed: Environment, t
 
 def test_schedules_in_a_hyperparameter_file_become_schedules(installed: Environment):
     entry = {"n_timesteps": 500, "policy": "MlpPolicy", "n_envs": 8, "n_steps": 32}
-    rates = {"learning_rate": "lin_0.005", "critic_learning_rate": "lin_0.01"}
+    rates = {"learning_rate": "lin_0.005", "critic_learning_rate": "lin_0.01", "ent_coef": "lin_0.02"}
     (installed.cwd / "schedules.yml").write_text(yaml.safe_dump({"CartPole-v1": entry | rates}))
     output_of(installed.run_warm(*zoo_command(*TRAIN_CARTPOLE, "-f", "schedules", "-conf", "schedules.yml")))
     script = """
 import json, sys
 from sb3_vpg import VPG
 model = VPG.load(sys.argv[1])
-schedules = (model.lr_schedule, model.critic_lr_schedule)
+schedules = (model.lr_schedule, model.critic_lr_schedule, model.ent_coef)
 rates = [[schedule(progress_remaining) for progress_remaining in (1, 0.5, 0)] for schedule in schedules]
 print(json.dumps([rates, model.num_timesteps, {group["role"]: group["lr"] for group in model.policy.optimizer.param_groups}]))
 """
     process = installed.run_warm("-c", script, "schedules/vpg/CartPole-v1_1/CartPole-v1.zip")
     output_of(process)
     rates, num_timesteps, last_rates = json.loads(process.stdout)
-    assert rates == [[0.005, 0.0025, 0.0], [0.01, 0.005, 0.0]]
+    assert rates == [[0.005, 0.0025, 0.0], [0.01, 0.005, 0.0], [0.02, 0.01, 0.0]]
     # 8 * 32 = 256 steps per update: the last update is the one after which the 500 steps asked for are over
     assert num_timesteps == 512
     assert last_rates["critic"] == 2 * last_rates["actor"]
