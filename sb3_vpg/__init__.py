@@ -1,6 +1,7 @@
 """Vanilla policy gradient for Stable-Baselines3, with switchable reward formulations."""
 
 from importlib.metadata import version
+from typing import Any
 
 from sb3_vpg.envs import register_environments
 from sb3_vpg.policies import CnnPolicy, LogisticPolicy, MlpPolicy, MultiInputPolicy
@@ -10,4 +11,13 @@ register_environments()
 
 __version__ = version("sb3_vpg")
 
-__all__ = ["VPG", "CnnPolicy", "LogisticPolicy", "MlpPolicy", "MultiInputPolicy"]
+__all__ = ["VPG", "CnnPolicy", "LogisticPolicy", "MaskableVPG", "MlpPolicy", "MultiInputPolicy"]
+
+
+def __getattr__(name: str) -> Any:
+    # At the first use only, since it needs sb3-contrib
+    if name == "MaskableVPG":
+        from sb3_vpg.maskable import MaskableVPG
+
+        return MaskableVPG
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,9 +15,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples, TensorDict
 
 from sb3_vpg.common.collectives import SINGLE_PROCESS, SingleProcess
+from sb3_vpg.common.policy_inputs import Samples, SamplesWithInputs
 from sb3_vpg.estimators import NORMALIZATIONS, Formulation, Rollout
 
-Samples = RolloutBufferSamples | DictRolloutBufferSamples
 NumpyObs = np.ndarray | dict[str, np.ndarray]
 In = TypeVar("In")
 Out = TypeVar("Out")
@@ -48,6 +48,7 @@ class VPGBufferMixin(RolloutBuffer):
       finished. All arrays have the shape (T, N, ...) throughout.
     - ``mask``, shape (T, N), is True at recorded steps. :meth:`get` yields only these.
     - ``values`` may be filled in after the rollout. ``log_probs`` are NaN unless they are given to :meth:`add`.
+    - ``inputs`` are further inputs of the policy, such as action masks, by keyword of its methods.
 
     Constructor parameters are those of SB3's ``RolloutBuffer``. ``formulation`` is GAE unless VPG sets another one.
     """
@@ -60,6 +61,8 @@ class VPGBufferMixin(RolloutBuffer):
     mask: np.ndarray
     #: index of each step within its episode, int, shape (T, N)
     steps: np.ndarray
+    #: further inputs of the policy, arrays of shape (T, N, ...)
+    inputs: dict[str, np.ndarray]
     #: True at the last step of each episode, shape (T, N)
     ends: np.ndarray
     #: input of the formulation, set when the advantages are computed
@@ -76,6 +79,7 @@ class VPGBufferMixin(RolloutBuffer):
         self.first_steps = np.zeros(self.n_envs, dtype=np.int64)
         self._time_limits: list[tuple[int, int]] = []
         self._terminal_obs: list[NumpyObs] = []
+        self.inputs = {}
         self._allocate(self.buffer_size)
 
     def _allocate(self, n_rows: int) -> None:
@@ -100,6 +104,7 @@ class VPGBufferMixin(RolloutBuffer):
             setattr(self, name, rows(name, (), dtype))
         self.values[self.pos :] = 0.0
         self.log_probs[self.pos :] = np.nan
+        self.inputs = {key: rows("inputs", array.shape[2:], array.dtype, key) for key, array in self.inputs.items()}
         self.buffer_size = n_rows
 
     def add(
@@ -111,6 +116,7 @@ class VPGBufferMixin(RolloutBuffer):
         value: th.Tensor | None = None,
         log_prob: th.Tensor | None = None,
         recorded: np.ndarray | bool = True,
+        **inputs: np.ndarray,
     ) -> None:
         """
         Append one step of all environments.
@@ -122,6 +128,7 @@ class VPGBufferMixin(RolloutBuffer):
         :param value: V(s_t), N elements; None if it has not been computed
         :param log_prob: log probability of the action, N elements; None if it has not been computed
         :param recorded: Whether the step belongs to the rollout, shape (N,)
+        :param inputs: Further inputs of the policy, shape (N, ...), the same ones at each step
         """
         if self.pos == self.buffer_size:
             self._allocate(2 * self.buffer_size)
@@ -139,6 +146,10 @@ class VPGBufferMixin(RolloutBuffer):
             self.values[row] = value.detach().cpu().numpy().reshape(self.n_envs)
         if log_prob is not None:
             self.log_probs[row] = log_prob.detach().cpu().numpy().reshape(self.n_envs)
+        if row == 0:
+            self.inputs = {key: np.empty((self.buffer_size, *array.shape), array.dtype) for key, array in inputs.items()}
+        for key, array in inputs.items():
+            self.inputs[key][row] = array
         self.pos += 1
 
     def add_time_limit(self, env_index: int, terminal_obs: NumpyObs) -> None:
@@ -158,6 +169,7 @@ class VPGBufferMixin(RolloutBuffer):
         self.observations = map_obs(lambda array: array[rows], self.observations)  # type: ignore[assignment]
         for name in ("actions", *PER_STEP):
             setattr(self, name, getattr(self, name)[rows])
+        self.inputs = {key: array[rows] for key, array in self.inputs.items()}
         self.buffer_size = self.pos
         self.full = True
 
@@ -304,6 +316,13 @@ class VPGBufferMixin(RolloutBuffer):
         """
         return map_obs(lambda array: self._flat(array, indices), self.observations)
 
+    def flat_inputs(self, indices: np.ndarray | slice) -> dict[str, th.Tensor]:
+        """
+        :param indices: indices of steps, see :meth:`batch_indices`
+        :return: further inputs of the policy at these steps, on the buffer's device
+        """
+        return {key: self._flat(array, indices) for key, array in self.inputs.items()}
+
     def flat(self, array: np.ndarray, indices: np.ndarray | slice) -> th.Tensor:
         """
         :param array: shape (T, N)
@@ -318,15 +337,19 @@ class VPGBufferMixin(RolloutBuffer):
     def _get_samples(  # type: ignore[override]
         self, batch_inds: np.ndarray | slice, env: Any = None
     ) -> Samples:
-        samples = DictRolloutBufferSamples if isinstance(self.observations, dict) else RolloutBufferSamples
+        samples: Any = DictRolloutBufferSamples if isinstance(self.observations, dict) else RolloutBufferSamples
+        inputs: dict[str, Any] = {}
+        if self.inputs:
+            samples, inputs = SamplesWithInputs, {"inputs": self.flat_inputs(batch_inds)}
         return samples(
-            observations=self.flat_observations(batch_inds),  # type: ignore[arg-type]
+            observations=self.flat_observations(batch_inds),
             # In single precision, as in SB3: some distributions do not support the dtype of MultiBinary
             actions=self._flat(self.actions, batch_inds).to(th.float32),
             old_values=self.flat(self.values, batch_inds),
             old_log_prob=self.flat(self.log_probs, batch_inds),
             advantages=self.flat(self.advantages, batch_inds),
             returns=self.flat(self.returns, batch_inds),
+            **inputs,
         )
 
 
@@ -381,11 +404,12 @@ class RolloutBufferAdapter:
         value: th.Tensor | None = None,
         log_prob: th.Tensor | None = None,
         recorded: np.ndarray | bool = True,
+        **inputs: np.ndarray,
     ) -> None:
         for env_index, terminal_value in self._values_at_time_limits.items():
             reward[env_index] += self.buffer.gamma * terminal_value
         self._values_at_time_limits.clear()
-        self.buffer.add(obs, action, reward, episode_start, value, log_prob)  # type: ignore[arg-type]
+        self.buffer.add(obs, action, reward, episode_start, value, log_prob, **inputs)  # type: ignore[arg-type]
 
     def finish(self) -> None:
         """Do nothing: the length is fixed."""

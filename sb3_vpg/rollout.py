@@ -28,6 +28,7 @@ from sb3_vpg.buffers import Recorder, VPGBufferMixin, adapt_buffer
 from sb3_vpg.common.checkpoint import ResumableAlgorithm
 from sb3_vpg.common.collectives import SINGLE_PROCESS, SingleProcess
 from sb3_vpg.common.faults import LOST_WORKER_ERRORS, find_failed_environment
+from sb3_vpg.common.policy_inputs import action_masks_of
 from sb3_vpg.common.policy_runner import FastPolicyRunner, PolicyRunner, make_policy_runner
 from sb3_vpg.keywords import Plan
 
@@ -44,6 +45,8 @@ class RolloutCollector(ResumableAlgorithm):
     processes: SingleProcess = SINGLE_PROCESS
     #: The buffer, or an adapter around it, that holds the last rollout
     recorder: Recorder
+    #: Whether the environments give action masks, see :class:`sb3_vpg.maskable.MaskableVPG`
+    use_masking = False
 
     #: If whole episodes are collected, a longer episode raises an error: it may never end
     max_episode_steps = 100_000
@@ -130,7 +133,8 @@ class RolloutCollector(ResumableAlgorithm):
                 self.policy.reset_noise(env.num_envs)
 
             obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]
-            actions, values, log_probs = self._sample_actions(obs_tensor, fast_runner, values_at_each_step)
+            inputs = self._policy_inputs(env)
+            actions, values, log_probs = self._sample_actions(obs_tensor, fast_runner, values_at_each_step, inputs)
             clipped_actions = self._clip_actions(actions)
 
             try:
@@ -148,7 +152,7 @@ class RolloutCollector(ResumableAlgorithm):
                 return self._end_rollout(False, (n_steps + 1) * env.num_envs)
 
             n_steps += 1
-            self._record(actions, rewards, values, log_probs, dones, infos, recording & ~reset_steps)
+            self._record(actions, rewards, values, log_probs, dones, infos, recording & ~reset_steps, inputs)
             self._advance(new_obs, dones | reset_steps)
             self._check_finite("observation", new_obs)
 
@@ -217,21 +221,29 @@ class RolloutCollector(ResumableAlgorithm):
             )
         return reset_steps
 
+    def _policy_inputs(self, env: VecEnv) -> dict[str, np.ndarray]:
+        """
+        :return: inputs of the policy in addition to the observations, by keyword of its methods, arrays of shape (N, ...)
+        :raises ValueError: if an environment allows no action
+        """
+        return action_masks_of(env, self.action_space) if self.use_masking else {}
+
     def _sample_actions(
-        self, obs: PyTorchObs, fast_runner: FastPolicyRunner | None, with_values: bool
+        self, obs: PyTorchObs, fast_runner: FastPolicyRunner | None, with_values: bool, inputs: dict[str, np.ndarray]
     ) -> tuple[np.ndarray, th.Tensor | None, th.Tensor | None]:
         """
         :param obs: observations of N environments
         :param fast_runner: samples the actions; None to call the policy itself
         :param with_values: whether the fast runner computes values
+        :param inputs: further inputs of the policy
         :return: actions in the shape of the action space; values and log probabilities, None if not computed
         """
         shape = (-1, *self.action_space.shape)  # type: ignore[misc]
         if fast_runner is not None:
-            actions, values = fast_runner.sample(obs, with_values)
+            actions, values = fast_runner.sample(obs, with_values, **inputs)
             return actions.reshape(shape), values, None
         with th.no_grad():
-            action_tensor, values, log_probs = self.policy(obs)
+            action_tensor, values, log_probs = self.policy(obs, **inputs)
         return action_tensor.cpu().numpy().reshape(shape), values, log_probs
 
     def _clip_actions(self, actions: np.ndarray) -> np.ndarray:
@@ -254,6 +266,7 @@ class RolloutCollector(ResumableAlgorithm):
         dones: np.ndarray,
         infos: list[dict[str, Any]],
         recording: np.ndarray,
+        inputs: dict[str, np.ndarray],
     ) -> None:
         """Add one step of all environments to the episode statistics and to the buffer."""
         # Episodes that end after their environment is done are not recorded. They are mostly short, so that including them
@@ -278,6 +291,7 @@ class RolloutCollector(ResumableAlgorithm):
             values,
             log_probs,
             recording,
+            **inputs,
         )
 
     def _finish_recording(self, new_obs: VecEnvObs, dones: np.ndarray, runner: PolicyRunner, has_values: bool) -> th.Tensor:

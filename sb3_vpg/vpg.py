@@ -16,7 +16,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
 
-from sb3_vpg.buffers import Samples, buffer_class_for, map_obs
+from sb3_vpg.buffers import buffer_class_for, map_obs
 from sb3_vpg.common.checks import non_finite_update_error
 from sb3_vpg.common.collectives import current_processes
 from sb3_vpg.common.optimization import (
@@ -26,6 +26,7 @@ from sb3_vpg.common.optimization import (
     set_learning_rates,
     split_parameter_groups,
 )
+from sb3_vpg.common.policy_inputs import Samples, inputs_of
 from sb3_vpg.common.policy_runner import PolicyRunner, make_policy_runner
 from sb3_vpg.common.progress_bar import AllRanksProgressBar
 from sb3_vpg.common.random_states import set_random_states
@@ -223,16 +224,16 @@ class VPG(RolloutCollector):
         with runner.threads():
             # 1. Gradient of policy loss, entropy bonus and value loss over the whole batch
             self.policy.optimizer.zero_grad()
-            losses, kl_sample = self._accumulate_gradients(runner, n_steps, n_segments, n_threads)
+            losses, (obs, actions, inputs) = self._accumulate_gradients(runner, n_steps, n_segments, n_threads)
             policy_grad_norm = self._clip_gradients("policy gradient", self._actor_parameters)
             value_grad_norm = self._clip_gradients("value gradient", self._critic_parameters)
 
             # 2. One step of the policy. Its KL divergence is computed in evaluation mode, in which the policy acts
             self.policy.set_training_mode(False)
-            policy_before = runner.snapshot(*kl_sample)
+            policy_before = runner.snapshot(obs, actions, **inputs)
             self.policy.optimizer.step()
             self._n_updates += 1
-            kl = runner.kl_divergence(policy_before, runner.snapshot(*kl_sample))
+            kl = runner.kl_divergence(policy_before, runner.snapshot(obs, actions, **inputs))
 
             # 3. Further passes of the value regression
             if self.plan.uses_value_function and any(p.requires_grad for p in self._critic_parameters):
@@ -284,13 +285,13 @@ class VPG(RolloutCollector):
 
     def _accumulate_gradients(
         self, runner: PolicyRunner, n_steps: int, n_segments: int, n_threads: int = 1
-    ) -> tuple[dict[str, float], tuple[Any, th.Tensor]]:
+    ) -> tuple[dict[str, float], tuple[Any, th.Tensor, dict[str, th.Tensor]]]:
         """
         Add the gradient of policy loss, entropy bonus and value loss over the whole batch to the parameters' gradients.
 
         :param n_steps: number of steps in the batch of all processes
         :param n_segments: number of episodes (whole or in part) in it
-        :return: the losses, under the names that A2C logs; evenly spaced observations and actions, for the KL divergence
+        :return: the losses, under the names that A2C logs; evenly spaced inputs of the policy, for the KL divergence
         :raises ValueError: if a loss is not finite
         """
         weight = 1 / self.plan.batch_divisor(n_steps, n_segments)
@@ -298,7 +299,9 @@ class VPG(RolloutCollector):
         ent_coef = FloatSchedule(self.ent_coef)(self._current_progress_remaining)
 
         def compute_loss(batch: Samples) -> tuple[th.Tensor, tuple[Samples, dict[str, th.Tensor]]]:
-            values, log_prob, entropy = runner.evaluate(batch.observations, batch.actions, self.plan.uses_value_function)
+            values, log_prob, entropy = runner.evaluate(
+                batch.observations, batch.actions, self.plan.uses_value_function, **inputs_of(batch)
+            )
             # -mean(A_t log pi(a_t | s_t))
             loss = policy_loss = -(batch.advantages * log_prob).sum() * weight
             # Approximate entropy when no analytical form
@@ -322,7 +325,8 @@ class VPG(RolloutCollector):
         for name, total in losses.items():
             self._check_finite_update(name, total)
         sample = slice(None, None, -(-len(batch.actions) // KL_STEPS))
-        return losses, (map_obs(lambda obs: obs[sample], batch.observations), batch.actions[sample])
+        inputs = {key: array[sample] for key, array in inputs_of(batch).items()}
+        return losses, (map_obs(lambda obs: obs[sample], batch.observations), batch.actions[sample], inputs)
 
     def _fit_critic(self, runner: PolicyRunner, n_steps: int, n_threads: int) -> None:
         """One pass of the value regression. It changes only parameters that the actor does not use."""

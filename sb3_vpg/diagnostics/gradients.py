@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_vpg.buffers import VPGBufferMixin, buffer_class_for
 from sb3_vpg.common.checks import check_choice, check_number
+from sb3_vpg.common.policy_inputs import inputs_of
 from sb3_vpg.common.policy_runner import PolicyRunner, temporary_distribution
 from sb3_vpg.diagnostics.statistics import GradientStatistics, statistics_of
 from sb3_vpg.estimators import Array, Formulation, Rollout, segment_index
@@ -31,7 +32,7 @@ def actor_parameters(policy: ActorCriticPolicy, buffer: VPGBufferMixin) -> list[
 def log_probabilities(runner: PolicyRunner, buffer: VPGBufferMixin, indices: Array) -> th.Tensor:
     """:return: log probabilities of the actions at these steps, shape (n,)"""
     samples = buffer._get_samples(indices)
-    return runner.evaluate(samples.observations, samples.actions, with_values=False)[1]
+    return runner.evaluate(samples.observations, samples.actions, with_values=False, **inputs_of(samples))[1]
 
 
 def weighted_score(
@@ -120,6 +121,7 @@ class _EpisodeCollector(RolloutCollector):
             _init_setup_model=False,
         )
         self.policy = model.policy
+        self.use_masking = getattr(model, "use_masking", False)
         self.plan = Plan(Formulation("gae"), PARTIAL_EPISODES["finish"], n_episodes)
         self._episode_steps = np.zeros(self.n_envs, dtype=np.int64)
         self.rollout_buffer = buffer_class_for(self.observation_space)(

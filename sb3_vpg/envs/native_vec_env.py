@@ -277,9 +277,9 @@ class NativeVecEnv(VecEnv):
     ) -> list[Any]:
         """
         Call a method of the vectorized environment that applies to all environments, such as ``set_start_std`` of the
-        swing-ups.
+        swing-ups, or ``action_masks``, which returns the masks of all environments.
 
-        :return: the result of the call, repeated for each environment
+        :return: the result of the call, repeated for each environment; of ``action_masks``, one mask for each
         :raises NotImplementedError: if there is no such method, if it is a method of gymnasium's ``VectorEnv`` (such as
             ``reset``), or if ``indices`` does not include all environments
         """
@@ -289,6 +289,9 @@ class NativeVecEnv(VecEnv):
                 f"NativeVecEnv has no single environments to call {method_name!r} on: all are in one array. "
                 "Call a method of `vector_env`, or use DummyVecEnv"
             )
+        if method_name == "action_masks":
+            masks = method(*method_args, **method_kwargs)
+            return [masks[i] for i in self._get_indices(indices)]
         self._require_all(f"call {method_name!r}", indices)
         return [method(*method_args, **method_kwargs)] * self.num_envs
 

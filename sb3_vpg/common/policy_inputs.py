@@ -1,0 +1,78 @@
+"""Inputs of policies in addition to observations: action masks, in sb3-contrib's convention."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples, TensorDict
+from stable_baselines3.common.vec_env import VecEnv
+
+METHOD = "action_masks"
+
+
+class SamplesWithInputs(NamedTuple):
+    """
+    SB3's ``RolloutBufferSamples`` for a policy with further inputs.
+
+    :param inputs: by keyword of the policy's methods, tensors of shape (n, ...)
+    """
+
+    observations: th.Tensor | TensorDict
+    actions: th.Tensor
+    old_values: th.Tensor
+    old_log_prob: th.Tensor
+    advantages: th.Tensor
+    returns: th.Tensor
+    inputs: dict[str, th.Tensor]
+
+
+Samples = RolloutBufferSamples | DictRolloutBufferSamples | SamplesWithInputs
+
+
+def inputs_of(batch: Samples) -> dict[str, th.Tensor]:
+    """:return: further inputs of the policy in a batch, by keyword of its methods"""
+    if hasattr(batch, METHOD):
+        # A batch of sb3-contrib's buffers
+        return {METHOD: batch.action_masks}  # type: ignore[union-attr]
+    return getattr(batch, "inputs", {})
+
+
+def mask_sizes(action_space: spaces.Space) -> list[int]:
+    """
+    :param action_space: Discrete, MultiDiscrete, or MultiBinary with one dimension
+    :return: for each dimension of an action, the number of its values. A mask has an entry for each value
+    :raises ValueError: if the space cannot be masked
+    """
+    if isinstance(action_space, spaces.Discrete):
+        return [int(action_space.n)]
+    if isinstance(action_space, spaces.MultiDiscrete):
+        return action_space.nvec.tolist()
+    if isinstance(action_space, spaces.MultiBinary) and len(action_space.shape) == 1:
+        return [2] * action_space.shape[0]
+    raise ValueError(f"{action_space} cannot be masked; allowed: Discrete, MultiDiscrete, MultiBinary with one dimension")
+
+
+def action_masks_of(env: VecEnv, action_space: spaces.Space) -> dict[str, np.ndarray]:
+    """
+    :param env: environments with a method ``action_masks()``, which returns one boolean for each action
+    :param action_space: space of the actions
+    :return: "action_masks", bool, shape (N, entries of a mask); True: the action is allowed
+    :raises ValueError: if an environment has no masks, a mask has a wrong size, or allows no action
+    """
+    try:
+        masks = np.array(env.env_method(METHOD), dtype=bool)
+    except AttributeError as error:
+        raise ValueError(
+            "The environment has no method action_masks(): add it, use sb3_contrib.common.wrappers.ActionMasker, or "
+            "learn(use_masking=False)"
+        ) from error
+    masks = masks.reshape(env.num_envs, -1)
+    sizes = mask_sizes(action_space)
+    if masks.shape[1] != sum(sizes):
+        raise ValueError(f"action_masks() has {masks.shape[1]} entries; {action_space} needs {sum(sizes)}")
+    for part in np.split(masks, np.cumsum(sizes)[:-1], axis=1):
+        allowed = part.any(axis=1)
+        if not allowed.all():
+            raise ValueError(f"action_masks() of environment {int(np.argmin(allowed))} allows no action")
+    return {METHOD: masks}
