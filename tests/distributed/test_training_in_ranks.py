@@ -52,7 +52,10 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "whole episodes": {"n_episodes": 2, "normalize_advantage": "batch", "max_grad_norm": None, "critic_learning_rate": 0.01},
 }
-CASES = [(*formulation, way) for formulation, way in itertools.product([*ESTIMATORS_WITH_BASELINES.values(), ("gae", "per episode")], WAYS)]
+CASES = [
+    (*formulation, way)
+    for formulation, way in itertools.product([*ESTIMATORS_WITH_BASELINES.values(), ("gae", "per episode")], WAYS)
+]
 
 
 def keywords_of(estimator: str, baseline: str | None, way: str) -> dict[str, Any]:
