@@ -27,7 +27,7 @@ from sb3_vpg.common.collectives import running_statistics
 from sb3_vpg.common.policy_runner import FastPolicyRunner
 from sb3_vpg.common.progress_bar import AllRanksProgressBar
 from sb3_vpg.diagnostics import GradientStatisticsCallback
-from sb3_vpg.zoo.search_space import FORMULATIONS
+from sb3_vpg.zoo.search_space import ESTIMATORS_WITH_BASELINES
 
 SMALL = {"policy_kwargs": {"net_arch": [16]}, "device": "cpu"}
 
@@ -52,7 +52,10 @@ WAYS: dict[str, dict[str, Any]] = {
     },
     "whole episodes": {"n_episodes": 2, "normalize_advantage": "batch", "max_grad_norm": None, "critic_learning_rate": 0.01},
 }
-CASES = [(*formulation, way) for formulation, way in itertools.product([*FORMULATIONS.values(), ("gae", "per episode")], WAYS)]
+CASES = [
+    (*formulation, way)
+    for formulation, way in itertools.product([*ESTIMATORS_WITH_BASELINES.values(), ("gae", "per episode")], WAYS)
+]
 
 
 def keywords_of(estimator: str, baseline: str | None, way: str) -> dict[str, Any]:
