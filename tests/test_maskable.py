@@ -1,10 +1,14 @@
 """MaskableVPG: sb3-contrib's MaskablePPO is the oracle, and a masked action must have no part in anything."""
 
+import copy
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers.models import SMALL, assert_same_weights, weights
+from helpers.models import SMALL, Spy, assert_same_weights, weights
 from sb3_contrib import MaskablePPO
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer
@@ -187,6 +191,18 @@ def test_the_kl_divergence_is_that_of_the_allowed_actions(action_space):
     assert kl > 0.01
 
 
+def test_the_logged_kl_divergence_is_that_of_the_masked_distributions():
+    before = []
+    spy = Spy(lambda spy: before.append(copy.deepcopy(spy.model.policy)), "rollout_end")
+    model = masked_model(learning_rate=0.1, normalize_advantage=False).learn(20, callback=spy, log_interval=100)
+    (batch,) = model.recorder.get()
+    old, new = make_policy_runner(before[0]), make_policy_runner(model.policy)
+    snapshots = [runner.snapshot(batch.observations, batch.actions, **batch.inputs) for runner in (old, new)]
+    assert model.logger.name_to_value["train/kl_divergence"] == pytest.approx(new.kl_divergence(*snapshots), rel=1e-4)
+    without_masks = [runner.snapshot(batch.observations, batch.actions) for runner in (old, new)]
+    assert new.kl_divergence(*without_masks) != pytest.approx(new.kl_divergence(*snapshots), rel=0.01)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Rollouts
 # ---------------------------------------------------------------------------------------------------------------
@@ -354,3 +370,23 @@ def test_what_cannot_be_masked_is_refused(action_space, keywords, message):
     env = DummyVecEnv([lambda: RandomWalk(VECTOR, action_space)])
     with pytest.raises(ValueError, match=message):
         MaskableVPG(**{"policy": "MlpPolicy", "env": env, **keywords})
+
+
+def test_without_sb3_contrib_the_message_has_the_command():
+    script = """
+import sys
+
+class Missing:
+    def find_spec(self, name, *_):
+        if name == "sb3_contrib":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import sb3_vpg
+try:
+    sb3_vpg.MaskableVPG
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "MaskableVPG needs sb3-contrib: pip install 'sb3_vpg[contrib]'\n"
