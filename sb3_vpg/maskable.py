@@ -3,6 +3,7 @@
 from typing import ClassVar
 
 import numpy as np
+from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
 
@@ -38,6 +39,7 @@ class MaskableVPG(VPG):
         "CnnPolicy": policies.MaskableActorCriticCnnPolicy,
         "MultiInputPolicy": policies.MaskableMultiInputActorCriticPolicy,
     }
+    supported_action_spaces = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
     policy: policies.MaskableActorCriticPolicy  # type: ignore[assignment]
 
     def _setup_model(self) -> None:
