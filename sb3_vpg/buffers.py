@@ -55,6 +55,8 @@ class VPGBufferMixin(RolloutBuffer):
 
     #: Whether the rollout must compute ``log_probs`` and ``values`` at each step
     needs_log_probs: ClassVar[bool] = False
+    #: Whether a batch has all recorded steps of some environments, ordered by environment, as recurrent policies need
+    by_environment = False
 
     formulation: Formulation
     #: True at recorded steps, shape (T, N)
@@ -289,6 +291,10 @@ class VPGBufferMixin(RolloutBuffer):
         """
         n = self.n_recorded
         batch_size = batch_size or n
+        if self.by_environment:
+            n_at_once = self.n_envs if batch_size >= n else max(1, batch_size // self.buffer_size)
+            yield from self._indices_of_environments(n_at_once, shuffle)
+            return
         recorded = None if n == self.mask.size else np.flatnonzero(self.mask)
         if shuffle:
             # SB3 seeds the global generator
@@ -301,6 +307,15 @@ class VPGBufferMixin(RolloutBuffer):
             for first in range(n_batches):
                 batch = slice(first, n, n_batches)
                 yield batch if recorded is None else recorded[batch]
+
+    def _indices_of_environments(self, n_at_once: int, shuffle: bool) -> Iterator[np.ndarray]:
+        order = np.random.permutation(self.n_envs) if shuffle else np.arange(self.n_envs)  # noqa: NPY002
+        rows = np.arange(self.buffer_size) * self.n_envs
+        for start in range(0, self.n_envs, n_at_once):
+            columns = order[start : start + n_at_once]
+            indices = (rows + columns[:, None])[self.mask.T[columns]]
+            if len(indices):
+                yield indices
 
     @property
     def chunk_size(self) -> int:

@@ -117,7 +117,7 @@ class RolloutCollector(ResumableAlgorithm):
         # Called before any random number is drawn: a model that is saved here resumes with the same rollout
         callback.on_rollout_start()
         recorder = self.recorder = adapt_buffer(rollout_buffer, self.plan.formulation, self.policy)
-        runner = make_policy_runner(self.policy)
+        runner = self._make_runner()
         fast_runner = runner if isinstance(runner, FastPolicyRunner) and not recorder.needs_log_probs else None
         # Values are computed in one batch after the rollout, unless features that actor and critic share are computed anyway
         values_at_each_step = self.plan.uses_value_function and (fast_runner is None or fast_runner.shares_features)
@@ -280,7 +280,7 @@ class RolloutCollector(ResumableAlgorithm):
                 terminal_obs = infos[env_index].get("terminal_observation")
                 if terminal_obs is not None and infos[env_index].get("TimeLimit.truncated", False):
                     self._check_finite("terminal observation", terminal_obs, env_index)
-                    self.recorder.add_time_limit(env_index, terminal_obs)
+                    self._add_time_limit(env_index, terminal_obs)
         else:
             values = None
         self.recorder.add(
@@ -314,7 +314,7 @@ class RolloutCollector(ResumableAlgorithm):
         if not self.plan.partial_episodes.bootstrap:
             return th.zeros(len(dones))
         with th.no_grad():
-            last_values = runner.values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
+            last_values = self._last_values(obs_as_tensor(new_obs, self.device), dones, runner)  # type: ignore[arg-type]
         self._check_finite("value", last_values.cpu().numpy())
         return last_values
 
@@ -336,8 +336,22 @@ class RolloutCollector(ResumableAlgorithm):
         if terminal_obs is not None:
             # V(terminal observation) at each time limit of the rollout
             with th.no_grad():
-                terminal_values = runner.values(obs_as_tensor(terminal_obs, self.device)).cpu().numpy()
+                terminal_values = self._terminal_values(obs_as_tensor(terminal_obs, self.device), runner).cpu().numpy()
         self.recorder.compute_returns_and_advantage(last_values, dones, terminal_values, self.processes)
+
+    def _make_runner(self) -> PolicyRunner:
+        return make_policy_runner(self.policy)
+
+    def _add_time_limit(self, env_index: int, terminal_obs: VecEnvObs) -> None:
+        self.recorder.add_time_limit(env_index, terminal_obs)  # type: ignore[arg-type]
+
+    def _last_values(self, obs: PyTorchObs, dones: np.ndarray, runner: PolicyRunner) -> th.Tensor:
+        """:return: V of the observations after the last step, shape (N,)"""
+        return runner.values(obs)
+
+    def _terminal_values(self, obs: PyTorchObs, runner: PolicyRunner) -> th.Tensor:
+        """:return: V of the observations at the time limits of the rollout, in their order"""
+        return runner.values(obs)
 
     def _advance(self, new_obs: VecEnvObs, dones: np.ndarray) -> None:
         """Store the state of the environments from which the next step starts."""

@@ -27,7 +27,7 @@ from sb3_vpg.common.optimization import (
     split_parameter_groups,
 )
 from sb3_vpg.common.policy_inputs import Samples, inputs_of
-from sb3_vpg.common.policy_runner import PolicyRunner, make_policy_runner
+from sb3_vpg.common.policy_runner import PolicyRunner
 from sb3_vpg.common.progress_bar import AllRanksProgressBar
 from sb3_vpg.common.random_states import set_random_states
 from sb3_vpg.common.threads import accumulate_gradients
@@ -101,12 +101,7 @@ class VPG(RolloutCollector):
     """
 
     identifying_keyword = "estimator"
-    supported_action_spaces: ClassVar[tuple[type[spaces.Space], ...]] = (
-        spaces.Box,
-        spaces.Discrete,
-        spaces.MultiDiscrete,
-        spaces.MultiBinary,
-    )
+    supported_action_spaces: tuple = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": MlpPolicy,
         "CnnPolicy": CnnPolicy,
@@ -224,7 +219,7 @@ class VPG(RolloutCollector):
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
 
-        runner = make_policy_runner(self.policy)
+        runner = self._make_runner()
         n_threads = self._n_threads(runner)
         n_steps, n_segments, n_episodes = self._batch_counts()
         with runner.threads():
@@ -330,7 +325,7 @@ class VPG(RolloutCollector):
         losses = self.processes.sum_gradients(self.policy.parameters(), losses)
         for name, total in losses.items():
             self._check_finite_update(name, total)
-        sample = slice(None, None, -(-len(batch.actions) // KL_STEPS))
+        sample = slice(None, None, 1 if runner.sequences else -(-len(batch.actions) // KL_STEPS))
         inputs = {key: array[sample] for key, array in inputs_of(batch).items()}
         return losses, (map_obs(lambda obs: obs[sample], batch.observations), batch.actions[sample], inputs)
 
@@ -346,7 +341,8 @@ class VPG(RolloutCollector):
         for chunks, n_steps in batches:
 
             def compute_loss(chunk: Samples, n_steps: int = n_steps) -> tuple[th.Tensor, None]:
-                return self.vf_coef * ((chunk.returns - runner.values(chunk.observations)) ** 2).sum() / n_steps, None
+                values = runner.values(chunk.observations, **inputs_of(chunk))
+                return self.vf_coef * ((chunk.returns - values) ** 2).sum() / n_steps, None
 
             self.policy.optimizer.zero_grad()
             list(accumulate_gradients(compute_loss, chunks, self._critic_parameters, n_threads))

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -10,6 +11,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_vpg.common.policy_runner import temporary_distribution
+from sb3_vpg.common.recurrent_runner import is_recurrent, zero_states
 
 # Since PyTorch 2.4
 FUSED_ADAM_ON_CPU = tuple(map(int, th.__version__.split(".")[:2])) >= (2, 4)
@@ -35,8 +37,13 @@ def critic_only_parameters(policy: ActorCriticPolicy) -> set[int]:
         return [gradient is not None for gradient in gradients]
 
     with temporary_distribution(policy), unfrozen(parameters), th.enable_grad():
-        action = policy._predict(obs, deterministic=True).detach()
-        values, log_prob, entropy = policy.evaluate_actions(obs, action)
+        inputs: dict[str, Any] = {}
+        if is_recurrent(policy):
+            inputs = {"lstm_states": zero_states(policy, 1), "episode_starts": th.ones(1, device=policy.device)}
+            action = policy.forward(obs, deterministic=True, **inputs)[0].detach()  # type: ignore[arg-type]
+        else:
+            action = policy._predict(obs, deterministic=True).detach()
+        values, log_prob, entropy = policy.evaluate_actions(obs, action, **inputs)
         in_value = depends(values.sum())
         in_actor = depends(log_prob.sum() + (0.0 if entropy is None else entropy.sum()))
     return {id(p) for p, value, actor in zip(parameters, in_value, in_actor) if value and not actor}

@@ -125,6 +125,8 @@ class PolicyRunner:
     :param policy: any actor-critic policy
     """
 
+    #: Whether batches are sequences, which cannot be sampled
+    sequences = False
     #: Whether a forward pass is faster on one thread of PyTorch. Several such passes can run in parallel threads.
     single_threaded = False
 
@@ -150,7 +152,7 @@ class PolicyRunner:
         values, log_prob, entropy = self.policy.evaluate_actions(obs, self._actions(actions), **inputs)
         return values.flatten() if with_values else None, log_prob, entropy
 
-    def values(self, obs: PyTorchObs) -> th.Tensor:
+    def values(self, obs: PyTorchObs, **inputs: th.Tensor) -> th.Tensor:
         """:return: V(s), shape (N,)"""
         return self.policy.predict_values(obs).flatten()
 
@@ -248,7 +250,7 @@ class FastPolicyRunner(PolicyRunner):
         log_prob, entropy = self._head.evaluate(latent, self._actions(actions), **inputs)
         return self._values(obs, features) if with_values else None, log_prob, entropy
 
-    def values(self, obs: PyTorchObs) -> th.Tensor:
+    def values(self, obs: PyTorchObs, **inputs: th.Tensor) -> th.Tensor:
         with self.threads():
             return self._values(obs)
 

@@ -15,6 +15,7 @@ from sb3_vpg.buffers import VPGBufferMixin, buffer_class_for
 from sb3_vpg.common.checks import check_choice, check_number
 from sb3_vpg.common.policy_inputs import inputs_of
 from sb3_vpg.common.policy_runner import PolicyRunner, temporary_distribution
+from sb3_vpg.common.recurrent_runner import is_recurrent
 from sb3_vpg.diagnostics.statistics import GradientStatistics, statistics_of
 from sb3_vpg.estimators import Array, Formulation, Rollout, segment_index
 from sb3_vpg.keywords import LOSS_REDUCTIONS, PARTIAL_EPISODES, Plan
@@ -208,8 +209,11 @@ def gradient_statistics(
     :param n_bootstrap: number of bootstrap resamples. Typical: 1000 to 10000. Larger: more accurate interval ends.
     :param max_bytes: approximate limit on the memory for gradients; formulations are processed in groups that fit
     :return: the statistics, by name
-    :raises ValueError: if ``reference`` is not in ``measured``, or ``n_episodes`` gives fewer than two batches of an update
+    :raises ValueError: if the policy is recurrent, ``reference`` is not in ``measured``, or ``n_episodes`` gives fewer than
+        two batches of an update
     """
+    if is_recurrent(model.policy):
+        raise ValueError("Gradient statistics of recurrent policies are not supported")
     if reference is not None:
         check_choice("reference", reference, measured)
     for name, update in measured.items():

@@ -1,0 +1,270 @@
+"""RecurrentVPG: sb3-contrib's RecurrentPPO is the oracle, and the update must see what the rollout has seen."""
+
+import copy
+import subprocess
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from helpers.models import Spy, assert_same_weights, weights
+from sb3_contrib import RecurrentPPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from test_vpg_is_a2c import FORCE, IMAGE, VECTOR, RandomWalk
+
+from sb3_vpg import VPG, RecurrentVPG
+from sb3_vpg.buffers import VPGBufferMixin
+from sb3_vpg.diagnostics import GradientStatisticsCallback, UpdateSpec, gradient_statistics
+from sb3_vpg.estimators import Formulation
+
+SMALL = {"net_arch": [8], "lstm_hidden_size": 8}
+SGD = {**SMALL, "optimizer_class": th.optim.SGD}
+#: Ways in which the critic may remember
+CRITICS = {
+    "separate": {},
+    "shared": {"shared_lstm": True, "enable_critic_lstm": False},
+    "none": {"enable_critic_lstm": False},
+    "two layers": {"n_lstm_layers": 2},
+}
+each_critic = pytest.mark.parametrize("critic", CRITICS.values(), ids=CRITICS)
+
+
+def walks(observation_space=VECTOR, action_space=None, n_envs=3):
+    env = DummyVecEnv([lambda: RandomWalk(observation_space, action_space or spaces.Discrete(3))] * n_envs)
+    env.seed(1)
+    return env
+
+
+def recurrent_model(env=None, policy="MlpLstmPolicy", critic=None, **keywords):
+    env = walks() if env is None else env
+    keywords = {"n_steps": 12, "seed": 0, "policy_kwargs": {**SMALL, **(critic or {})}, "device": "cpu", **keywords}
+    return RecurrentVPG(policy, env, **keywords)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The same as RecurrentPPO with one epoch
+# ---------------------------------------------------------------------------------------------------------------
+
+CASES = {
+    **{f"critic: {name}": ("MlpLstmPolicy", VECTOR, None, {**SGD, **critic}, {}) for name, critic in CRITICS.items()},
+    "box, entropy bonus": ("MlpLstmPolicy", VECTOR, FORCE, SGD, {"ent_coef": 0.1}),
+    "multi-discrete": ("MlpLstmPolicy", VECTOR, spaces.MultiDiscrete([2, 3]), SGD, {"normalize_advantage": True}),
+    "dict": ("MultiInputLstmPolicy", spaces.Dict({"a": VECTOR, "b": FORCE}), None, SGD, {}),
+    "CNN": ("CnnLstmPolicy", IMAGE, None, {**SGD, "features_extractor_kwargs": {"features_dim": 16}}, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_recurrent_ppo_with_one_epoch(case, monkeypatch):
+    policy, observation_space, action_space, policy_kwargs, keywords = CASES[case]
+    # RecurrentPPO cuts one sequence at a random step, where the gradient ends
+    monkeypatch.setattr("sb3_contrib.common.recurrent.buffers.np.random.randint", lambda *_: 0)
+    common = {"n_steps": 12, "gamma": 0.9, "gae_lambda": 1.0, "learning_rate": 0.01, "normalize_advantage": False, "seed": 3}
+    common |= {"policy_kwargs": policy_kwargs, "device": "cpu", **keywords}
+    own = {"n_critic_updates": 1, "max_grad_norm": None}
+    ppo = {"n_epochs": 1, "batch_size": 36, "max_grad_norm": 1e9}
+    first, second = (
+        algorithm(policy, walks(observation_space, action_space), **common, **further).learn(360)
+        for algorithm, further in ((RecurrentVPG, own), (RecurrentPPO, ppo))
+    )
+    start = weights(RecurrentVPG(policy, walks(observation_space, action_space), **common, **own))
+    for name, values in weights(first).items():
+        np.testing.assert_allclose(values, weights(second)[name], rtol=1e-3, atol=2e-5, err_msg=name)
+        assert not np.array_equal(values, start[name]), name
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sequences
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {},
+        {"estimator": "reward_to_go"},
+        {"estimator": "total_return", "baseline": "value", "n_episodes": 2},
+        {"estimator": "td_residual", "partial_episodes": "truncate"},
+    ],
+    ids=str,
+)
+@each_critic
+def test_the_update_sees_the_probabilities_and_values_of_the_rollout(critic, keywords):
+    """Through episodes that begin in the middle of a rollout, and rollouts that begin in the middle of an episode."""
+    seen = []
+
+    def compare(spy):
+        model, buffer = spy.model, spy.model.recorder
+        buffer.compute_returns_and_advantage(th.zeros(3), np.zeros(3, dtype=bool))
+        for batch_size in (None, 1):
+            for indices in buffer.batch_indices(batch_size):
+                inputs = buffer.flat_inputs(indices)
+                actions = buffer.to_torch(buffer.actions.reshape(-1, 1)[indices])
+                with th.no_grad():
+                    runner = model._make_runner()
+                    values, log_prob, _ = runner.evaluate(buffer.flat_observations(indices), actions, True, **inputs)
+                    alone = runner.values(buffer.flat_observations(indices), **inputs)
+                np.testing.assert_allclose(log_prob, buffer.log_probs.reshape(-1)[indices], atol=1e-5)
+                if model.plan.uses_value_function:
+                    np.testing.assert_allclose(values, buffer.values.reshape(-1)[indices], atol=1e-5)
+                np.testing.assert_allclose(alone, values, atol=1e-5)
+                seen.append((batch_size, len(indices)))
+
+    model = recurrent_model(critic=critic, **keywords)
+    model.learn(150, callback=Spy(compare, "rollout_end"))
+    n_recorded = model.recorder.n_recorded
+    assert (None, n_recorded) in seen
+    # One environment at a time
+    assert sum(n for size, n in seen[-3:] if size == 1) == n_recorded
+
+
+@each_critic
+def test_the_value_at_a_time_limit_has_the_state_of_the_critic_there(critic):
+    model = recurrent_model(critic=critic, gamma=1.0, gae_lambda=1.0)
+    before = copy.deepcopy(model.policy)
+    model.learn(36)
+    buffer: VPGBufferMixin = model.recorder
+    limits = buffer._time_limits
+    assert limits
+    for (row, env_index), terminal_obs in zip(limits, buffer._terminal_obs):
+        # The whole episode once more, one observation after the other
+        begin = row - buffer.steps[row, env_index]
+        observations = [*buffer.observations[begin : row + 1, env_index], terminal_obs]
+        states = model._first_states
+        states = type(states)(*(tuple(part[:, :1] * 0 for part in state) for state in states))
+        for obs in observations:
+            tensor = th.as_tensor(obs)[None]
+            with th.no_grad():
+                value = before.predict_values(tensor, states.vf, th.zeros(1))
+                *_, states = before(tensor, states, th.zeros(1))
+        assert buffer.rollout.next_values[row, env_index] == pytest.approx(value.item(), rel=1e-4, abs=1e-6)
+
+
+def test_the_value_after_the_last_step_has_the_state_of_the_critic():
+    model = recurrent_model(n_steps=4)
+    before = copy.deepcopy(model.policy)
+    model.learn(12)
+    buffer = model.recorder
+    env_index = int(np.argmin(buffer.ends[-1]))
+    assert not buffer.ends[-1, env_index]
+    with th.no_grad():
+        values = before.predict_values(th.as_tensor(model._last_obs), model._lstm_states.vf, th.zeros(3)).flatten()
+    assert buffer.rollout.next_values[-1, env_index] == pytest.approx(values[env_index].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("keywords", [{}, {"estimator": "reward_to_go"}, {"n_critic_updates": 3}], ids=str)
+def test_chunks_of_environments_give_the_same_update(keywords, monkeypatch):
+    whole = recurrent_model(policy_kwargs=SGD, **keywords).learn(100)
+    monkeypatch.setattr(VPGBufferMixin, "chunk_size", 1)
+    chunks = recurrent_model(policy_kwargs=SGD, **keywords).learn(100)
+    for name, values in weights(chunks).items():
+        np.testing.assert_allclose(values, weights(whole)[name], rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+def test_minibatches_of_the_critic_are_whole_environments():
+    model = recurrent_model(critic_batch_size=10, n_critic_updates=3).learn(72)
+    batches = list(model.recorder.get(10))
+    assert len(batches) == 3
+    for batch in batches:
+        assert len(batch.inputs["env_indices"].unique()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Use
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Recall(gym.Env):
+    """The first observation tells which action is right in the fourth step. Nothing else does."""
+
+    observation_space, action_space = spaces.Box(-1, 1, (1,)), spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.right = 0, int(self.np_random.integers(2))
+        return np.array([2.0 * self.right - 1], dtype=np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        done = self.t == 4
+        return np.zeros(1, dtype=np.float32), float(done and action == self.right), done, False, {}
+
+
+def test_it_learns_what_needs_memory():
+    keywords = {"n_steps": 32, "learning_rate": 0.01, "gamma": 1.0, "seed": 0}
+    model = RecurrentVPG("MlpLstmPolicy", make_vec_env(Recall, 8), policy_kwargs={"lstm_hidden_size": 16}, **keywords)
+    assert evaluate_policy(model.learn(12_000), make_vec_env(Recall, 1, seed=5), n_eval_episodes=50)[0] > 0.95
+
+
+def test_a_resumed_run_gives_the_same_weights(tmp_path):
+    whole = recurrent_model(make_vec_env("CartPole-v1", 2, seed=0)).learn(144)
+    env = make_vec_env("CartPole-v1", 2, seed=0)
+    half = recurrent_model(env).learn(72)
+    half.save(tmp_path / "half")
+    resumed = RecurrentVPG.load(tmp_path / "half")
+    # The environments go on where they are, in the middle of episodes
+    resumed.env, resumed.n_envs = half.env, 2
+    resumed._last_obs, resumed._last_episode_starts = half._last_obs, half._last_episode_starts
+    assert_same_weights(resumed.learn(72, reset_num_timesteps=False), whole)
+
+
+def test_normalized_environments_and_prediction(tmp_path):
+    env = VecNormalize(walks())
+    model = recurrent_model(env).learn(72)
+    model.save(tmp_path / "model")
+    loaded = RecurrentVPG.load(tmp_path / "model", env=env)
+    obs, state, starts = env.reset(), None, np.ones(3, dtype=bool)
+    for _ in range(10):
+        actions, new_state = loaded.predict(obs, state, starts, deterministic=True)
+        expected, expected_state = model.policy.predict(obs, state, starts, deterministic=True)
+        np.testing.assert_array_equal(actions, expected)
+        np.testing.assert_array_equal(new_state, expected_state)
+        state = new_state
+        obs, _, starts, _ = env.step(actions)
+    loaded.learn(36)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"policy": VPG.policy_aliases["MlpPolicy"]}, "a subclass of RecurrentActorCriticPolicy"),
+        ({"rollout_buffer_class": RolloutBuffer}, "rollout_buffer_class=RolloutBuffer is not allowed with a recurrent policy"),
+    ],
+)
+def test_what_cannot_be_recurrent_is_refused(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        RecurrentVPG(**{"policy": "MlpLstmPolicy", "env": walks(), **keywords})
+
+
+def test_gradient_statistics_are_refused():
+    model = recurrent_model()
+    spec = UpdateSpec(Formulation("reward_to_go"), episodes_per_batch=2)
+    with pytest.raises(ValueError, match="of recurrent policies are not supported"):
+        gradient_statistics(model, walks(), {"to go": spec}, n_episodes=8)
+    with pytest.raises(ValueError, match="of recurrent policies are not supported"):
+        model.learn(72, callback=GradientStatisticsCallback())
+
+
+def test_without_sb3_contrib_the_message_has_the_command():
+    script = """
+import sys
+
+class Missing:
+    def find_spec(self, name, *_):
+        if name == "sb3_contrib":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import sb3_vpg
+try:
+    sb3_vpg.RecurrentVPG
+except ImportError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "RecurrentVPG needs sb3-contrib: pip install 'sb3_vpg[contrib]'\n"
