@@ -7,7 +7,7 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
 
-from sb3_vpg.common.policy_inputs import mask_sizes
+from sb3_vpg.common.policy_inputs import check_has_masks, mask_sizes
 from sb3_vpg.vpg import VPG
 
 try:
@@ -70,6 +70,8 @@ class MaskableVPG(VPG):
         :param use_masking: whether the environments give action masks; False to train without
         """
         self.use_masking = use_masking
+        if use_masking and self.env is not None:
+            check_has_masks(self.env)
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def predict(

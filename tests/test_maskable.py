@@ -245,8 +245,9 @@ def test_the_masks_are_those_of_the_observations():
     assert len(buffer.observations) > 10
 
 
-def test_without_masking_no_mask_is_asked_for():
-    model = masked_model(DummyVecEnv([lambda: RandomWalk(VECTOR, ACTIONS["Discrete"])] * 2))
+@pytest.mark.parametrize("cls", [DummyVecEnv, SubprocVecEnv])
+def test_without_masking_no_mask_is_asked_for(cls):
+    model = masked_model(cls([lambda: RandomWalk(VECTOR, ACTIONS["Discrete"])] * 2))
     model.learn(40, use_masking=False)
     assert model.rollout_buffer.inputs == {}
     with pytest.raises(

@@ -52,6 +52,7 @@ def recurrent_model(env=None, policy="MlpLstmPolicy", critic=None, **keywords):
 
 CASES = {
     **{f"critic: {name}": ("MlpLstmPolicy", VECTOR, None, {**SGD, **critic}, {}) for name, critic in CRITICS.items()},
+    "two dimensions": ("MlpLstmPolicy", VECTOR, spaces.Box(-1, 1, (2, 2)), SGD, {}),
     "box, entropy bonus": ("MlpLstmPolicy", VECTOR, FORCE, SGD, {"ent_coef": 0.1}),
     "multi-discrete": ("MlpLstmPolicy", VECTOR, spaces.MultiDiscrete([2, 3]), SGD, {"normalize_advantage": True}),
     "dict": ("MultiInputLstmPolicy", spaces.Dict({"a": VECTOR, "b": FORCE}), None, SGD, {}),

@@ -41,6 +41,8 @@ def critic_only_parameters(policy: ActorCriticPolicy) -> set[int]:
         if is_recurrent(policy):
             inputs = {"lstm_states": zero_states(policy, 1), "episode_starts": th.ones(1, device=policy.device)}
             action = policy.forward(obs, deterministic=True, **inputs)[0].detach()  # type: ignore[arg-type]
+            # Actions of several dimensions are stored flat
+            action = action.flatten(1) if action.dim() > 2 else action
         else:
             action = policy._predict(obs, deterministic=True).detach()
         values, log_prob, entropy = policy.evaluate_actions(obs, action, **inputs)

@@ -53,21 +53,23 @@ def mask_sizes(action_space: spaces.Space) -> list[int]:
     raise ValueError(f"{action_space} cannot be masked; allowed: Discrete, MultiDiscrete, MultiBinary with one dimension")
 
 
+def check_has_masks(env: VecEnv) -> None:
+    """:raises ValueError: if the environments have no method ``action_masks()``"""
+    if not env.has_attr(METHOD):
+        raise ValueError(
+            "The environment has no method action_masks(): add it, use sb3_contrib.common.wrappers.ActionMasker, or "
+            "learn(use_masking=False)"
+        )
+
+
 def action_masks_of(env: VecEnv, action_space: spaces.Space) -> dict[str, np.ndarray]:
     """
     :param env: environments with a method ``action_masks()``, which returns one boolean for each action
     :param action_space: space of the actions
     :return: "action_masks", bool, shape (N, entries of a mask); True: the action is allowed
-    :raises ValueError: if an environment has no masks, a mask has a wrong size, or allows no action
+    :raises ValueError: if a mask has a wrong size, or allows no action
     """
-    try:
-        masks = np.array(env.env_method(METHOD), dtype=bool)
-    except AttributeError as error:
-        raise ValueError(
-            "The environment has no method action_masks(): add it, use sb3_contrib.common.wrappers.ActionMasker, or "
-            "learn(use_masking=False)"
-        ) from error
-    masks = masks.reshape(env.num_envs, -1)
+    masks = np.array(env.env_method(METHOD), dtype=bool).reshape(env.num_envs, -1)
     sizes = mask_sizes(action_space)
     if masks.shape[1] != sum(sizes):
         raise ValueError(f"action_masks() has {masks.shape[1]} entries; {action_space} needs {sum(sizes)}")
