@@ -292,8 +292,7 @@ class VPGBufferMixin(RolloutBuffer):
         n = self.n_recorded
         batch_size = batch_size or n
         if self.by_environment:
-            n_at_once = self.n_envs if batch_size >= n else max(1, batch_size // self.buffer_size)
-            yield from self._indices_of_environments(n_at_once, shuffle)
+            yield from self._indices_of_environments(min(-(-n // batch_size), self.n_envs), shuffle)
             return
         recorded = None if n == self.mask.size else np.flatnonzero(self.mask)
         if shuffle:
@@ -308,14 +307,11 @@ class VPGBufferMixin(RolloutBuffer):
                 batch = slice(first, n, n_batches)
                 yield batch if recorded is None else recorded[batch]
 
-    def _indices_of_environments(self, n_at_once: int, shuffle: bool) -> Iterator[np.ndarray]:
+    def _indices_of_environments(self, n_batches: int, shuffle: bool) -> Iterator[np.ndarray]:
         order = np.random.permutation(self.n_envs) if shuffle else np.arange(self.n_envs)  # noqa: NPY002
         rows = np.arange(self.buffer_size) * self.n_envs
-        for start in range(0, self.n_envs, n_at_once):
-            columns = order[start : start + n_at_once]
-            indices = (rows + columns[:, None])[self.mask.T[columns]]
-            if len(indices):
-                yield indices
+        for columns in np.array_split(order, n_batches):
+            yield (rows + columns[:, None])[self.mask.T[columns]]
 
     @property
     def chunk_size(self) -> int:
