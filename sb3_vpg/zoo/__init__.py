@@ -1,5 +1,5 @@
 """
-VPG in RL Baselines3 Zoo: the algorithm, hyperparameter files, native vectorization, and the search space for Optuna.
+VPG in RL Baselines3 Zoo: the algorithms, hyperparameter files, native vectorization, and the search space for Optuna.
 
 VPG is added to rl_zoo3's modules by :func:`patch`. The start-up hook calls it when these modules are imported;
 :func:`register` (used by ``python -m sb3_vpg``) calls it explicitly.
@@ -12,9 +12,9 @@ from types import ModuleType
 from typing import Any
 
 from sb3_vpg.vpg import VPG
-from sb3_vpg.zoo.hyperparameter_files import HYPERPARAMS
+from sb3_vpg.zoo.hyperparameter_files import ALGORITHMS, HYPERPARAMS
 
-__all__ = ["HYPERPARAMS", "patch", "register"]
+__all__ = ["ALGORITHMS", "HYPERPARAMS", "patch", "register"]
 
 
 def register() -> None:
@@ -37,9 +37,10 @@ def patch(module: ModuleType) -> None:
 
 
 def _add_algorithm(utils: ModuleType) -> None:
+    from sb3_vpg.recurrent import RecurrentVPG
     from sb3_vpg.zoo import hub
 
-    utils.ALGOS["vpg"] = VPG
+    utils.ALGOS.update(vpg=VPG, vpg_lstm=RecurrentVPG)
     # At this point the Hub's packages are imported, and the zoo's modules that use them are not
     hub.patch()
 
@@ -48,12 +49,13 @@ def _add_search_space(hyperparams_opt: ModuleType) -> None:
     from sb3_vpg.zoo.search_space import convert_vpg_params, sample_vpg_params
 
     convert = functools.partial(convert_vpg_params, convert_onpolicy_params=hyperparams_opt.convert_onpolicy_params)
-    hyperparams_opt.HYPERPARAMS_CONVERTER["vpg"] = convert
 
     def sample(trial: Any, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
         return convert(sample_vpg_params(trial, n_envs, trial.user_attrs.get("n_timesteps")))
 
-    hyperparams_opt.HYPERPARAMS_SAMPLER["vpg"] = sample
+    for algo in ALGORITHMS:
+        hyperparams_opt.HYPERPARAMS_CONVERTER[algo] = convert
+        hyperparams_opt.HYPERPARAMS_SAMPLER[algo] = sample
 
 
 def _replace_manager(exp_manager: Any) -> None:

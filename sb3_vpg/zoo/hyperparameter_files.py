@@ -4,14 +4,19 @@ from pathlib import Path
 
 import yaml
 
+#: Names of the package's algorithms in the zoo
+ALGORITHMS = ("vpg", "vpg_lstm")
 _PACKAGE = Path(__file__).parent.parent
 #: Folder of the hyperparameter files: inside an installed package, beside the package in a checkout
 HYPERPARAMS = next(path for path in (_PACKAGE / "hyperparams", _PACKAGE.parent / "hyperparams") if path.is_dir())
 
 
 def own_config(algo: str, env_id: str) -> str | None:
-    """:return: the package's hyperparameter file for VPG, or for an environment of the package; None to use the zoo's file"""
+    """
+    :return: the package's hyperparameter file for one of its algorithms, or for one of its environments; None to use the zoo's
+        file
+    """
     path = HYPERPARAMS / f"{algo}.yml"
-    if algo == "vpg" or (path.is_file() and env_id in yaml.safe_load(path.read_text())):
+    if algo in ALGORITHMS or (path.is_file() and env_id in yaml.safe_load(path.read_text())):
         return str(path)
     return None

@@ -29,8 +29,8 @@ from sb3_vpg.common.progress_bar import AllRanksProgressBar
 from sb3_vpg.distributed.launcher import JOB_FILE, job_id, last_model_of_this_job, launched_by_torchrun, restarted_by_torchrun
 from sb3_vpg.envs import ENVIRONMENTS, NativeVecEnv
 from sb3_vpg.vpg import VPG
-from sb3_vpg.zoo.hyperparameter_files import own_config
-from sb3_vpg.zoo.runs import ContinuedVPG, StopAtBudget, check_budget, sigterm_as_ctrl_c
+from sb3_vpg.zoo.hyperparameter_files import ALGORITHMS, own_config
+from sb3_vpg.zoo.runs import StopAtBudget, check_budget, continue_in_place, sigterm_as_ctrl_c
 
 
 class VPGExperimentManager(ExperimentManager):
@@ -54,7 +54,7 @@ class VPGExperimentManager(ExperimentManager):
 
     def __init__(self, args: Namespace, algo: str, env_id: str, *more: Any, **kwargs: Any) -> None:
         self.processes = current_processes()
-        self.is_vpg = algo == "vpg"
+        self.is_vpg = algo in ALGORITHMS
         if self.is_vpg and launched_by_torchrun() and self.processes.size != int(os.environ["WORLD_SIZE"]):
             raise ValueError("With torchrun, train VPG with `torchrun ... -m sb3_vpg train`, not with rl_zoo3.train")
         kwargs["config"] = kwargs.get("config") or own_config(algo, env_id)
@@ -176,7 +176,7 @@ class VPGExperimentManager(ExperimentManager):
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> BaseAlgorithm:
         model = super()._load_pretrained_agent(hyperparams, env)
         if isinstance(model, VPG):
-            model.__class__ = ContinuedVPG
+            continue_in_place(model)
             # The zoo passes a seed to `load`, which would discard the random states
             model._resumes = bool(model._random_states)
             print(f"Continuing after {model.num_timesteps} of {self.n_timesteps} timesteps")
@@ -232,4 +232,4 @@ def uses_native_vec_env(algo: str, env_id: str) -> bool:
     :return: whether to use NativeVecEnv by default: the environment has a vectorized form, and the algorithm is VPG or the
         environment is one of the package
     """
-    return (algo == "vpg" or env_id in ENVIRONMENTS) and gym.spec(env_id).vector_entry_point is not None
+    return (algo in ALGORITHMS or env_id in ENVIRONMENTS) and gym.spec(env_id).vector_entry_point is not None

@@ -25,14 +25,19 @@ class StopAtBudget(BaseCallback):
         return self.num_timesteps < self.model._total_timesteps
 
 
-class ContinuedVPG(VPG):
-    """VPG that the zoo's ``-i model.zip`` continues, with its counters, schedules and random states."""
+class ContinuedRun(VPG):
+    """A model that the zoo's ``-i model.zip`` continues, with its counters, schedules and random states."""
 
-    def learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> "ContinuedVPG":
+    def learn(self, total_timesteps: int, *args: Any, **kwargs: Any) -> "ContinuedRun":
         """
         :param total_timesteps: budget of the whole run, including the timesteps of the loaded model
         """
         return super().learn(total_timesteps - self.num_timesteps, *args, **{**kwargs, "reset_num_timesteps": False})
+
+
+def continue_in_place(model: VPG) -> None:
+    """Give a loaded model the method ``learn`` of :class:`ContinuedRun`."""
+    model.__class__ = type(f"Continued{type(model).__name__}", (ContinuedRun, type(model)), {})
 
 
 def check_budget(model_file: str | Path, n_timesteps: int) -> None:

@@ -171,6 +171,19 @@ def test_other_algorithms_keep_the_hyperparameters_of_the_zoo(installed: Environ
     assert (installed.cwd / "ppo/ppo/CartPole-v1_1/CartPole-v1.zip").is_file()
 
 
+def test_the_zoo_trains_shows_and_continues_recurrent_models(installed: Environment):
+    arguments = ("--algo", "vpg_lstm", "--env", "CartPoleNoVel-v1", "-f", "lstm")
+    train = (*arguments, "--eval-freq", "256", "--eval-episodes", "1", "-params", "n_envs:2")
+    output = output_of(installed.run_warm(*zoo_command("train", *train, "-n", "300")))
+    assert "sb3_vpg/hyperparams/vpg_lstm.yml" in output.replace("\\", "/")
+    assert "Eval num_timesteps=256" in output
+    output = output_of(installed.run_warm(*zoo_command("enjoy", *arguments, "--no-render", "-n", "200")))
+    assert re.search(r"Mean reward: \d+", output)
+    agent = "lstm/vpg_lstm/CartPoleNoVel-v1_1/CartPoleNoVel-v1.zip"
+    output = output_of(installed.run_warm(*zoo_command("train", *train, "-n", "500", "-i", agent)))
+    assert "Continuing after 320 of 500 timesteps" in output
+
+
 NATIVE = "Using NativeVecEnv"
 
 

@@ -7,7 +7,7 @@ import pytest
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_vpg import VPG
-from sb3_vpg.zoo.runs import ContinuedVPG, StopAtBudget, check_budget
+from sb3_vpg.zoo.runs import StopAtBudget, check_budget, continue_in_place
 
 # ---------------------------------------------------------------------------------------------------------------
 # Commands
@@ -26,7 +26,9 @@ def trained_for_1000_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("n", "steps_more"), [(1001, 50), (1050, 50), (1051, 100), (1500, 500), (2000, 1000)])
 def test_n_is_the_budget_of_the_loaded_model_and_the_run_together(trained_for_1000_steps: Path, n: int, steps_more: int):
     check_budget(trained_for_1000_steps, n)
-    model = ContinuedVPG.load(trained_for_1000_steps, env=gym.make("CartPole-v1")).learn(n)
+    model = VPG.load(trained_for_1000_steps, env=gym.make("CartPole-v1"))
+    continue_in_place(model)
+    model.learn(n)
     assert model.num_timesteps == 1000 + steps_more
 
 
@@ -38,7 +40,9 @@ def test_a_budget_that_is_used_up_is_refused(trained_for_1000_steps: Path, n: in
 
 
 def test_where_the_budget_is_used_up_nothing_is_left_to_train(trained_for_1000_steps: Path):
-    model = ContinuedVPG.load(trained_for_1000_steps, env=gym.make("CartPole-v1")).learn(900)
+    model = VPG.load(trained_for_1000_steps, env=gym.make("CartPole-v1"))
+    continue_in_place(model)
+    model.learn(900)
     assert (model.num_timesteps, model._n_updates) == (1000, 20)
 
 
