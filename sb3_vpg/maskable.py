@@ -4,18 +4,12 @@ from typing import ClassVar
 
 import numpy as np
 from gymnasium import spaces
+from sb3_contrib.common.maskable import policies
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
 
 from sb3_vpg.common.policy_inputs import check_has_masks, mask_sizes
 from sb3_vpg.vpg import VPG
-
-try:
-    from sb3_contrib.common.maskable import policies
-except ModuleNotFoundError as error:
-    if error.name != "sb3_contrib":
-        raise
-    raise ImportError("MaskableVPG needs sb3-contrib: pip install 'sb3_vpg[contrib]'") from error
 
 
 class MaskableVPG(VPG):

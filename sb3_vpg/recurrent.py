@@ -4,6 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 import torch as th
+from sb3_contrib.common.recurrent import policies
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback, PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv
@@ -13,13 +14,6 @@ from sb3_vpg.buffers import VPGBufferMixin
 from sb3_vpg.common.policy_runner import FastPolicyRunner, PolicyRunner
 from sb3_vpg.common.recurrent_runner import RecurrentRunner, States, zero_states
 from sb3_vpg.vpg import VPG
-
-try:
-    from sb3_contrib.common.recurrent import policies
-except ModuleNotFoundError as error:
-    if error.name != "sb3_contrib":
-        raise
-    raise ImportError("RecurrentVPG needs sb3-contrib: pip install 'sb3_vpg[contrib]'") from error
 
 
 class RecurrentVPG(VPG):

@@ -1,6 +1,7 @@
 """The structure of the package: the order of imports, the length of modules, and no import of optional packages."""
 
 import ast
+import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -124,3 +125,21 @@ def test_the_checks_see_imports_in_functions_and_for_types_only():
 )
 def test_the_order_forbids(importer, target):
     assert not may_import(importer, target)
+
+
+@pytest.mark.parametrize("name", ["MaskableVPG", "RecurrentVPG"])
+def test_without_sb3_contrib_the_message_has_the_command(name, monkeypatch):
+    class Missing:
+        def find_spec(self, name, *_):
+            if name == "sb3_contrib":
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    for module in [module for module in sys.modules if module.split(".")[0] == "sb3_contrib"]:
+        monkeypatch.delitem(sys.modules, module)
+    for module in ("sb3_vpg.maskable", "sb3_vpg.recurrent"):
+        monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
+    with pytest.raises(ImportError, match=rf"^{name} needs sb3-contrib: pip install 'sb3_vpg\[contrib\]'$"):
+        getattr(sb3_vpg, name)
+    with pytest.raises(AttributeError, match="module 'sb3_vpg' has no attribute 'Other'"):
+        sb3_vpg.Other  # noqa: B018

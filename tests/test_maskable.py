@@ -1,8 +1,6 @@
 """MaskableVPG: sb3-contrib's MaskablePPO is the oracle, and a masked action must have no part in anything."""
 
 import copy
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -372,23 +370,3 @@ def test_what_cannot_be_masked_is_refused(action_space, keywords, message):
     env = DummyVecEnv([lambda: RandomWalk(VECTOR, action_space)])
     with pytest.raises((ValueError, AssertionError), match=message):
         MaskableVPG(**{"policy": "MlpPolicy", "env": env, **keywords})
-
-
-def test_without_sb3_contrib_the_message_has_the_command():
-    script = """
-import sys
-
-class Missing:
-    def find_spec(self, name, *_):
-        if name == "sb3_contrib":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Missing())
-import sb3_vpg
-try:
-    sb3_vpg.MaskableVPG
-except ImportError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == "MaskableVPG needs sb3-contrib: pip install 'sb3_vpg[contrib]'\n"

@@ -1,8 +1,6 @@
 """RecurrentVPG: sb3-contrib's RecurrentPPO is the oracle, and the update must see what the rollout has seen."""
 
 import copy
-import subprocess
-import sys
 
 import gymnasium as gym
 import numpy as np
@@ -249,23 +247,3 @@ def test_gradient_statistics_are_refused():
         gradient_statistics(model, walks(), {"to go": spec}, n_episodes=8)
     with pytest.raises(ValueError, match="of recurrent policies are not supported"):
         model.learn(72, callback=GradientStatisticsCallback())
-
-
-def test_without_sb3_contrib_the_message_has_the_command():
-    script = """
-import sys
-
-class Missing:
-    def find_spec(self, name, *_):
-        if name == "sb3_contrib":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-
-sys.meta_path.insert(0, Missing())
-import sb3_vpg
-try:
-    sb3_vpg.RecurrentVPG
-except ImportError as error:
-    print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert done.stdout == "RecurrentVPG needs sb3-contrib: pip install 'sb3_vpg[contrib]'\n"
