@@ -41,7 +41,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from contestants import CONTESTANTS, training
-from harness import frames_per_second, machine, markdown_table, median_and_range
+from harness import frames_per_second, machine, markdown_table, median_and_range, read_lines
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack
@@ -174,10 +174,6 @@ def summary(line: dict[str, Any]) -> str:
     return f"{line['env']} x {line['n_envs']}, {line['measure']}: {np.median(speeds[BASELINE]):,.0f} frames/s{others}"
 
 
-def results_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def engines_table(results: list[dict[str, Any]], measure: str) -> str:
     """:return: Markdown table of a measure and a line of settings, in the order of ``ENVIRONMENTS``"""
     lines = [line for line in results if line["measure"] == measure]
@@ -208,7 +204,7 @@ def main() -> None:
 
     # SubprocVecEnv needs a process that is allowed to have children, which the workers of `in_processes` are not
     with ProcessPoolExecutor(1, mp.get_context("spawn"), max_tasks_per_child=1) as pool:
-        known = {(line["env"], line["n_envs"], line["measure"]) for line in results_of(args.output)}
+        known = {(line["env"], line["n_envs"], line["measure"]) for line in read_lines(args.output)}
         for env_id, n_envs in itertools.product(args.env, args.n_envs):
             measures = tuple(
                 measure
@@ -218,7 +214,7 @@ def main() -> None:
             if measures:
                 pool.submit(measure_engines, Job(env_id, n_envs, measures, args.rounds, args.seconds, args.output)).result()
     for measure in SETTINGS:
-        print(f"\n{engines_table(results_of(args.output), measure)}")
+        print(f"\n{engines_table(read_lines(args.output), measure)}")
 
 
 if __name__ == "__main__":

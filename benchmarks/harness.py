@@ -42,6 +42,11 @@ def median_and_range(values: Sequence[float] | np.ndarray) -> str:
     return f"{np.median(values):.2f} [{np.min(values):.2f}, {np.max(values):.2f}]"
 
 
+def read_lines(path: Path | None) -> list[dict[str, Any]]:
+    """:return: the JSON objects in a file, one per line; none if there is no file"""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path is not None and path.exists() else []
+
+
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

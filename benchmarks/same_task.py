@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium as gym
-import harness  # noqa: F401  one thread, before NumPy is imported
 import numpy as np
 from gymnasium import spaces
+from harness import read_lines
 from scipy.stats import ks_2samp
 from stable_baselines3 import PPO
 from stable_baselines3.common.atari_wrappers import AtariWrapper, ClipRewardEnv, MaxAndSkipEnv, WarpFrame
@@ -491,10 +491,6 @@ def atari_frames(env_id: str, n_steps: int = 1000) -> dict[str, Any]:
     return {"steps": n_steps, **largest, **n_terminations}
 
 
-def load(path: Path | None) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path is not None and path.exists() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", nargs="+", help="only these ids")
@@ -502,7 +498,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="save results in this file, and skip what it has")
     args = parser.parse_args()
 
-    results = load(args.output)
+    results = read_lines(args.output)
     jobs: list[tuple[str, Any, Callable[[Any], dict[str, Any]]]] = [("step by step", s, step_by_step) for s in STEPS]
     jobs += [("distributions", task, distributions) for task in TASKS]
     mujoco = importlib.metadata.version("mujoco")

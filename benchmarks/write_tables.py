@@ -17,9 +17,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from engines import engines_table
-from engines import results_of as lines_of
-from harness import interquartile_mean, markdown_table, median_and_range
-from same_task import ENGINES, LEVEL, load, tests
+from harness import interquartile_mean, markdown_table, median_and_range, read_lines
+from same_task import ENGINES, LEVEL, tests
 from scipy.stats import ks_2samp, trim_mean
 from time_to_solve import by_contestant, median
 from trained_agents import ENVIRONMENTS
@@ -73,7 +72,7 @@ def time_to_solve(env_id: str) -> str:
 
 
 def engines(*measure: str) -> str:
-    return engines_table(lines_of(RESULTS / "engines.jsonl"), " ".join(measure))
+    return engines_table(read_lines(RESULTS / "engines.jsonl"), " ".join(measure))
 
 
 def scaling(part: str) -> str:
@@ -137,7 +136,7 @@ def algorithms_on(env_id: str, *thresholds: str) -> str:
 
 
 def same_task(part: str) -> list[dict[str, Any]]:
-    return [result for result in load(RESULTS / "same_task.jsonl") if result["part"] == part]
+    return [result for result in read_lines(RESULTS / "same_task.jsonl") if result["part"] == part]
 
 
 def same_distributions() -> str:

@@ -104,17 +104,3 @@ class RecurrentVPG(VPG):
         progress_bar: bool = False,
     ) -> "RecurrentVPG":
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
-
-    def predict(
-        self,
-        observation: np.ndarray | dict[str, np.ndarray],
-        state: tuple[np.ndarray, ...] | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
-    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """
-        :param state: states of the actor's LSTM, as the last call has returned them; None at the beginning
-        :param episode_start: whether an episode begins, shape (N,): the state is zero then
-        :return: actions, and the states for the next call
-        """
-        return self.policy.predict(observation, state, episode_start, deterministic)

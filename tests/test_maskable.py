@@ -11,6 +11,7 @@ from sb3_contrib import MaskablePPO
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
 from sb3_contrib.common.maskable.buffers import MaskableRolloutBuffer
 from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
+from sb3_contrib.common.maskable.distributions import MaskableCategoricalDistribution
 from sb3_contrib.common.maskable.evaluation import evaluate_policy
 from sb3_contrib.common.maskable.utils import get_action_masks
 from sb3_contrib.common.wrappers import ActionMasker
@@ -144,6 +145,18 @@ def test_sampled_actions_are_those_of_the_policy_from_the_same_random_state(acti
         expected = policy.get_distribution(obs, **inputs).get_actions().numpy()
     assert values is None
     np.testing.assert_array_equal(actions.reshape(expected.shape), expected)
+
+
+def test_a_distribution_of_the_users_own_is_masked_too():
+    class OwnDistribution(MaskableCategoricalDistribution):
+        pass
+
+    model = masked_model()
+    model.policy.action_dist = OwnDistribution(4)
+    model.learn(40)
+    assert isinstance(make_policy_runner(model.policy), FastPolicyRunner)
+    for name, values in weights(masked_model().learn(40)).items():
+        np.testing.assert_allclose(weights(model)[name], values, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize("masked", [True, False])

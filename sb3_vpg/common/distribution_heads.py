@@ -52,8 +52,11 @@ class Head:
         # The policy has a single distribution object, which each forward pass changes
         return copy.copy(self._distribution(latent, **inputs))
 
-    def _distribution(self, latent: th.Tensor) -> Distribution:
-        return self.policy._get_action_dist_from_latent(latent)
+    def _distribution(self, latent: th.Tensor, action_masks: th.Tensor | np.ndarray | None = None) -> Distribution:
+        distribution: Any = self.policy._get_action_dist_from_latent(latent)
+        if action_masks is not None:
+            distribution.apply_masking(action_masks)
+        return distribution
 
     def kl_divergence(self, before: Any, after: Any) -> th.Tensor:
         """:return: KL(before || after), shape (N,)"""

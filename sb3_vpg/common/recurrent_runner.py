@@ -53,9 +53,8 @@ class RecurrentRunner(PolicyRunner):
         :param env_indices: index of the environment of each step, shape (n,)
         :param episode_starts: whether each step begins an episode, shape (n,)
         """
-        places, length, states = self._sequences(env_indices, episode_starts)
-        padded = [_pad(array, places, len(length) * int(length.max())) for array in (obs, self._actions(actions))]
-        no_starts = th.zeros(len(padded[1]), device=actions.device)
+        places, no_starts, states = self._sequences(env_indices, episode_starts)
+        padded = [_pad(array, places, len(no_starts)) for array in (obs, self._actions(actions))]
         values, log_prob, entropy = self.policy.evaluate_actions(*padded, states, no_starts)  # type: ignore[call-arg]
         return (
             values.flatten()[places] if with_values else None,
@@ -66,30 +65,30 @@ class RecurrentRunner(PolicyRunner):
     def values(  # type: ignore[override]
         self, obs: PyTorchObs, *, env_indices: th.Tensor, episode_starts: th.Tensor
     ) -> th.Tensor:
-        places, length, states = self._sequences(env_indices, episode_starts)
-        padded = _pad(obs, places, len(length) * int(length.max()))
-        no_starts = th.zeros(len(length) * int(length.max()), device=places.device)
+        places, no_starts, states = self._sequences(env_indices, episode_starts)
+        padded = _pad(obs, places, len(no_starts))
         return self.policy.predict_values(padded, states.vf, no_starts).flatten()[places]  # type: ignore[call-arg]
 
     def _sequences(self, env_indices: th.Tensor, episode_starts: th.Tensor) -> tuple[th.Tensor, th.Tensor, States]:
         """
-        :return: place of each step in an array of sequences of equal length, one after the other; lengths of the sequences;
-            states at their beginnings
+        :return: place of each step in an array of sequences of equal length, one after the other; zeros of the length of that
+            array, since no episode begins within a sequence; states at the beginnings of the sequences
         """
         begins = episode_starts > 0.5
         begins[1:] |= env_indices[1:] != env_indices[:-1]
         begins[0] = True
         first = begins.nonzero().flatten()
         sequence = begins.cumsum(0) - 1
-        lengths = sequence.bincount()
-        places = sequence * lengths.max() + th.arange(len(begins), device=begins.device) - first[sequence]
+        longest = int(sequence.bincount().max())
+        places = sequence * longest + th.arange(len(begins), device=begins.device) - first[sequence]
         running = (episode_starts[first] < 0.5).float()[:, None]
 
         def at_beginning(state: LSTMState) -> LSTMState:
             hidden, cell = (part[:, env_indices[first]] * running for part in state)
             return hidden, cell
 
-        return places, lengths, States(*map(at_beginning, self.first_states))
+        no_starts = th.zeros(len(first) * longest, device=places.device)
+        return places, no_starts, States(*map(at_beginning, self.first_states))
 
 
 def _pad(array: Any, places: th.Tensor, n: int) -> Any:

@@ -9,8 +9,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from sb3_vpg.buffers import VPGBufferMixin
 from sb3_vpg.common.checks import check_number
 from sb3_vpg.common.policy_runner import make_policy_runner, temporary_distribution
-from sb3_vpg.common.recurrent_runner import is_recurrent
-from sb3_vpg.diagnostics.gradients import actor_parameters, weighted_score
+from sb3_vpg.diagnostics.gradients import actor_parameters, check_not_recurrent, weighted_score
 from sb3_vpg.diagnostics.statistics import GradientStatistics, statistics_of
 from sb3_vpg.estimators import Array, segment_index
 from sb3_vpg.vpg import VPG
@@ -72,8 +71,7 @@ def rollout_statistics(model: VPG, n_bootstrap: int = 0) -> GradientStatistics |
     :return: the statistics; None if the rollout has fewer than two segments
     """
     buffer = model.rollout_buffer
-    if is_recurrent(model.policy):
-        raise ValueError("Gradient statistics of recurrent policies are not supported")
+    check_not_recurrent(model.policy)
     if not isinstance(buffer, VPGBufferMixin) or buffer.n_segments < 2:
         return None
     model.policy.set_training_mode(False)

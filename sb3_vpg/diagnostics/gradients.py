@@ -176,6 +176,12 @@ def collect_episodes(model: OnPolicyAlgorithm, env: VecEnv, n_episodes: int) -> 
     return episodes_in(buffer, n_episodes)
 
 
+def check_not_recurrent(policy: ActorCriticPolicy) -> None:
+    """:raises ValueError: if the policy is recurrent: the gradient of a step depends on the steps before"""
+    if is_recurrent(policy):
+        raise ValueError("Gradient statistics of recurrent policies are not supported")
+
+
 def gradient_statistics(
     model: OnPolicyAlgorithm,
     env: VecEnv,
@@ -212,8 +218,7 @@ def gradient_statistics(
     :raises ValueError: if the policy is recurrent, ``reference`` is not in ``measured``, or ``n_episodes`` gives fewer than
         two batches of an update
     """
-    if is_recurrent(model.policy):
-        raise ValueError("Gradient statistics of recurrent policies are not supported")
+    check_not_recurrent(model.policy)
     if reference is not None:
         check_choice("reference", reference, measured)
     for name, update in measured.items():

@@ -48,10 +48,11 @@ def already_reset(vector_env: VectorEnv, observations: Any, ended: npt.NDArray[n
 
 def reset_by_mask(vector_env: VectorEnv, observations: Any, ended: npt.NDArray[np.bool_], infos: dict[str, Any]) -> Reset:
     """Reset them in one call (DISABLED, and NEXT_STEP of the classes in ``WITH_PARTIAL_RESETS``)."""
-    final_observations, final_infos = copy.deepcopy((observations, infos))
+    # Copies, since the environments may use the arrays again
+    final_obs = {i: observation_of(observations, i) for i in ended.nonzero()[0].tolist()}
+    final_infos = copy.deepcopy(infos)
     # A copy of the mask: an environment may keep it
     observations, first_infos = vector_env.reset(options={"reset_mask": ended.copy()})
-    final_obs = {i: observation_of(final_observations, i) for i in ended.nonzero()[0].tolist()}
     return Reset(observations, final_obs, final_infos, first_infos)
 
 

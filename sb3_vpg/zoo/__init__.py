@@ -14,7 +14,7 @@ from typing import Any
 from sb3_vpg.vpg import VPG
 from sb3_vpg.zoo.hyperparameter_files import ALGORITHMS, HYPERPARAMS
 
-__all__ = ["ALGORITHMS", "HYPERPARAMS", "patch", "register"]
+__all__ = ["HYPERPARAMS", "patch", "register"]
 
 
 def register() -> None:
