@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, TypeVar
@@ -20,11 +19,10 @@ from sb3_vpg.buffers import buffer_class_for, map_obs
 from sb3_vpg.common.checks import non_finite_update_error
 from sb3_vpg.common.collectives import current_processes
 from sb3_vpg.common.optimization import (
+    ParameterGroups,
     check_trainable,
-    critic_only_parameters,
     fuse_adam,
     set_learning_rates,
-    split_parameter_groups,
 )
 from sb3_vpg.common.policy_inputs import Samples, inputs_of
 from sb3_vpg.common.policy_runner import PolicyRunner
@@ -186,7 +184,8 @@ class VPG(RolloutCollector):
         if self.rollout_buffer_class is None:
             self.rollout_buffer_class = buffer_class_for(self.observation_space)
         super()._setup_model()
-        self._group_parameters()
+        self._parameter_groups = ParameterGroups()
+        self._parameter_groups.refresh(self.policy)
         fuse_adam(self.policy.optimizer)
         set_learning_rates(self.policy.optimizer, scheduled_values(self, 1.0))
         # Batch normalization uses statistics of the whole batch, so the batch cannot be split into chunks
@@ -204,7 +203,7 @@ class VPG(RolloutCollector):
         scheduled_values(self, 1.0)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_actor_parameters", "_critic_parameters", "_grouped"]
+        return [*super()._excluded_save_params(), "_parameter_groups"]
 
     def train(self) -> None:
         """
@@ -213,8 +212,9 @@ class VPG(RolloutCollector):
 
         :raises ValueError: if a learning rate, loss or gradient is not finite, or all parameters are frozen
         """
-        self._group_parameters()
-        check_trainable(self._actor_parameters + self._critic_parameters * self.plan.uses_value_function)
+        groups = self._parameter_groups
+        groups.refresh(self.policy)
+        check_trainable(groups.actor + groups.critic * self.plan.uses_value_function)
         self._update_schedules()
         # Switch to train mode (this affects batch norm / dropout)
         self.policy.set_training_mode(True)
@@ -226,8 +226,8 @@ class VPG(RolloutCollector):
             # 1. Gradient of policy loss, entropy bonus and value loss over the whole batch
             self.policy.optimizer.zero_grad()
             losses, (obs, actions, inputs) = self._accumulate_gradients(runner, n_steps, n_segments, n_threads)
-            policy_grad_norm = self._clip_gradients("policy gradient", self._actor_parameters)
-            value_grad_norm = self._clip_gradients("value gradient", self._critic_parameters)
+            policy_grad_norm = self._clip_gradients("policy gradient", groups.actor)
+            value_grad_norm = self._clip_gradients("value gradient", groups.critic)
 
             # 2. One step of the policy. Its KL divergence is computed in evaluation mode, in which the policy acts
             self.policy.set_training_mode(False)
@@ -237,7 +237,7 @@ class VPG(RolloutCollector):
             kl = runner.kl_divergence(policy_before, runner.snapshot(obs, actions, **inputs))
 
             # 3. Further passes of the value regression
-            if self.plan.uses_value_function and any(p.requires_grad for p in self._critic_parameters):
+            if self.plan.uses_value_function and any(p.requires_grad for p in groups.critic):
                 self.policy.set_training_mode(True)
                 for _ in range(self.n_critic_updates - 1):
                     self._fit_critic(runner, n_steps, n_threads)
@@ -255,20 +255,6 @@ class VPG(RolloutCollector):
         self.logger.record("train/episodes_per_update", n_episodes)
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", th.exp(self.policy.log_std).mean().item())
-
-    def _group_parameters(self) -> None:
-        """Split the optimizer's parameters into actor and critic, unless that was done before for the same parameters."""
-        optimizer = self.policy.optimizer
-        parameters = list(self.policy.parameters())
-        grouped = [optimizer, *parameters]
-        known = getattr(self, "_grouped", [])
-        unchanged = len(known) == len(grouped) and all(map(operator.is_, known, grouped))
-        if not unchanged or any("role" not in group for group in optimizer.param_groups):
-            self._grouped = grouped
-            critic = critic_only_parameters(self.policy)
-            self._actor_parameters = [p for p in parameters if id(p) not in critic]
-            self._critic_parameters = [p for p in parameters if id(p) in critic]
-            split_parameter_groups(optimizer, critic)
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
@@ -345,9 +331,9 @@ class VPG(RolloutCollector):
                 return self.vf_coef * ((chunk.returns - values) ** 2).sum() / n_steps, None
 
             self.policy.optimizer.zero_grad()
-            list(accumulate_gradients(compute_loss, chunks, self._critic_parameters, n_threads))
-            self.processes.sum_gradients(self._critic_parameters, {})
-            self._clip_gradients("value gradient", self._critic_parameters, policy_step_taken=True)
+            list(accumulate_gradients(compute_loss, chunks, self._parameter_groups.critic, n_threads))
+            self.processes.sum_gradients(self._parameter_groups.critic, {})
+            self._clip_gradients("value gradient", self._parameter_groups.critic, policy_step_taken=True)
             self.policy.optimizer.step()
 
     def _critic_batches(self, n_steps: int, batch_size: int) -> Iterator[tuple[list[Samples], int]]:

@@ -19,7 +19,7 @@ def logit_weights(model):
 def test_a_logistic_policy_on_cartpole_is_the_sigmoid_of_four_weights(bias):
     model = VPG("LogisticPolicy", "CartPole-v1", n_steps=64, seed=0, learning_rate=0.1, policy_kwargs={"bias": bias})
     assert [p.shape for p in model.policy.action_net.parameters()] == [(1, 4), (1,)][: 1 + bias]
-    assert sum(p.numel() for p in model._actor_parameters) == 4 + bias
+    assert sum(p.numel() for p in model._parameter_groups.actor) == 4 + bias
     model.learn(256)
     theta, b = [*logit_weights(model), np.zeros(1)][:2]
     assert (theta != 0).all()

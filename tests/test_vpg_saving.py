@@ -122,7 +122,7 @@ def test_save_excludes_and_includes_what_it_is_told_to():
     model = small_model(tensorboard_log="somewhere")
     data = load_from_zip_file(saved(model))[0]
     assert "tensorboard_log" in data
-    assert data.keys().isdisjoint({"policy", "env", "rollout_buffer", "_actor_parameters", "_critic_parameters"})
+    assert data.keys().isdisjoint({"policy", "env", "rollout_buffer", "_parameter_groups"})
     data = load_from_zip_file(saved(model, exclude=["tensorboard_log"]))[0]
     assert "tensorboard_log" not in data
     with_env = VPG.load(saved(model, include=["env"], exclude=["tensorboard_log"]))

@@ -151,5 +151,5 @@ def test_a_custom_features_extractor_shared_with_the_critic_belongs_to_the_actor
     critic = {id(p) for p in model.policy.value_net.parameters()} | {
         id(p) for p in model.policy.mlp_extractor.value_net.parameters()
     }
-    assert {id(p) for p in model._critic_parameters} == critic
-    assert {id(p) for p in model._actor_parameters} == {id(p) for p in model.policy.parameters()} - critic
+    assert {id(p) for p in model._parameter_groups.critic} == critic
+    assert {id(p) for p in model._parameter_groups.actor} == {id(p) for p in model.policy.parameters()} - critic

@@ -1,5 +1,6 @@
 """Separate optimizer groups for the parameters of actor and critic."""
 
+import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -64,27 +65,45 @@ def unfrozen(parameters: Iterable[th.nn.Parameter]) -> Iterator[None]:
             p.requires_grad_(False)
 
 
-def split_parameter_groups(optimizer: th.optim.Optimizer, critic: set[int]) -> None:
+class ParameterGroups:
     """
-    Split each parameter group of the optimizer into one with ``role`` "actor" and one with ``role`` "critic".
+    The policy's parameters by role: ``critic`` has those that only the critic uses, ``actor`` has all others. The optimizer
+    has one group for each role, with its own learning rate.
+    """
 
-    :param optimizer: any optimizer; it may have been split before
-    :param critic: ids of the parameters that only the critic uses
-    """
-    groups = []
-    for group in optimizer.param_groups:
-        for role in ("actor", "critic"):
-            params = [p for p in group["params"] if (id(p) in critic) == (role == "critic")]
-            if params:
-                groups.append({**group, "params": params, "role": role})
-    optimizer.param_groups = groups
+    def __init__(self) -> None:
+        self.actor: list[th.nn.Parameter] = []
+        self.critic: list[th.nn.Parameter] = []
+        self._known: list[Any] = []
+
+    def refresh(self, policy: ActorCriticPolicy) -> None:
+        """
+        Find the roles, and split each group of the policy's optimizer into one with ``role`` "actor" and one with ``role``
+        "critic". Nothing is done if it was done before for the same parameters.
+        """
+        optimizer, parameters = policy.optimizer, list(policy.parameters())
+        present = [optimizer, *parameters]
+        unchanged = len(present) == len(self._known) and all(map(operator.is_, present, self._known))
+        if unchanged and all("role" in group for group in optimizer.param_groups):
+            return
+        critic = critic_only_parameters(policy)
+        self._known = present
+        self.actor = [p for p in parameters if id(p) not in critic]
+        self.critic = [p for p in parameters if id(p) in critic]
+        groups = []
+        for group in optimizer.param_groups:
+            for role in ("actor", "critic"):
+                params = [p for p in group["params"] if (id(p) in critic) == (role == "critic")]
+                if params:
+                    groups.append({**group, "params": params, "role": role})
+        optimizer.param_groups = groups
 
 
 def set_learning_rates(optimizer: th.optim.Optimizer, keywords: dict[str, float]) -> None:
     """
     Set the learning rates of the optimizer's groups.
 
-    :param optimizer: an optimizer that :func:`split_parameter_groups` has split
+    :param optimizer: an optimizer whose groups :class:`ParameterGroups` has split
     :param keywords: "learning_rate", of the actor, and "critic_learning_rate"
     """
     for group in optimizer.param_groups:

@@ -66,7 +66,7 @@ def test_the_gradient_of_a_batch_is_that_of_the_update(name, loss_reduction):
     model._accumulate_gradients(make_policy_runner(model.policy), *model._batch_counts()[:2])
     measured = as_measured(FORMULATIONS[name], 6, loss_reduction)
     gradient = batch_gradients(model.policy, episodes_in(model.rollout_buffer, 6), [measured])[0, 0]
-    expected = -flat_gradient(model._actor_parameters)
+    expected = -flat_gradient(model._parameter_groups.actor)
     assert expected.abs().max() > 1e-3
     th.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
