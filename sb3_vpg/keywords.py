@@ -62,6 +62,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "partial_episodes": (None, *PARTIAL_EPISODES),
     "loss_reduction": tuple(LOSS_REDUCTIONS),
     "discount_state_distribution": (False, True),
+    "scale_value_targets": (False, True),
 }
 #: Allowed values with a rollout buffer that is not VPG's and computes its own advantages
 ALLOWED_WITH_CUSTOM_BUFFER: dict[str, tuple[Any, ...]] = {

@@ -29,6 +29,7 @@ from sb3_vpg.common.policy_runner import PolicyRunner
 from sb3_vpg.common.progress_bar import AllRanksProgressBar
 from sb3_vpg.common.random_states import set_random_states
 from sb3_vpg.common.threads import accumulate_gradients
+from sb3_vpg.common.value_scale import ValueScale, check_linear_value_net
 from sb3_vpg.keywords import make_plan, scheduled_values
 from sb3_vpg.policies import CnnPolicy, LogisticPolicy, MlpPolicy, MultiInputPolicy
 from sb3_vpg.rollout import RolloutCollector
@@ -95,6 +96,9 @@ class VPG(RolloutCollector):
     :param critic_batch_size: Minibatch size of the further passes; None for the full batch. Smaller: more critic steps.
     :param critic_learning_rate: Learning rate of the parameters that only the critic uses, a float or a function of the
         progress remaining; None for ``learning_rate``. Typical: 1e-3 to 1e-2.
+    :param scale_value_targets: Whether to divide the targets of the value regression by their running standard deviation.
+        Useful if returns are large and rewards are not normalized. Requires a linear ``policy.value_net``. See
+        :class:`sb3_vpg.common.value_scale.ValueScale`.
     :raises ValueError: if a keyword has a value that is not allowed, alone or together with others
     """
 
@@ -139,6 +143,7 @@ class VPG(RolloutCollector):
         n_critic_updates: int = 10,
         critic_batch_size: int | None = None,
         critic_learning_rate: float | Schedule | None = None,
+        scale_value_targets: bool = False,
     ):
         super().__init__(
             policy,
@@ -174,6 +179,8 @@ class VPG(RolloutCollector):
         self.n_critic_updates = n_critic_updates
         self.critic_batch_size = critic_batch_size
         self.critic_learning_rate = critic_learning_rate
+        self.scale_value_targets = scale_value_targets
+        self.value_scale = ValueScale()
 
         if _init_setup_model:
             self._setup_model()
@@ -184,6 +191,8 @@ class VPG(RolloutCollector):
         if self.rollout_buffer_class is None:
             self.rollout_buffer_class = buffer_class_for(self.observation_space)
         super()._setup_model()
+        if self.scale_value_targets:
+            check_linear_value_net(self.policy)
         self._parameter_groups = ParameterGroups()
         self._parameter_groups.refresh(self.policy)
         fuse_adam(self.policy.optimizer)
@@ -222,7 +231,9 @@ class VPG(RolloutCollector):
         runner = self._make_runner()
         n_threads = self._n_threads(runner)
         n_steps, n_segments, n_episodes = self._batch_counts()
-        with runner.threads():
+        if self.scale_value_targets and self.plan.uses_value_function:
+            self.value_scale.update(self.recorder.recorded_returns, self.processes)
+        with runner.threads(), self.value_scale.applied(self.policy):
             # 1. Gradient of policy loss, entropy bonus and value loss over the whole batch
             self.policy.optimizer.zero_grad()
             losses, (obs, actions, inputs) = self._accumulate_gradients(runner, n_steps, n_segments, n_threads)
@@ -284,6 +295,7 @@ class VPG(RolloutCollector):
         weight = 1 / self.plan.batch_divisor(n_steps, n_segments)
         # A callback may change it
         ent_coef = FloatSchedule(self.ent_coef)(self._current_progress_remaining)
+        sigma = self.value_scale.sigma
 
         def compute_loss(batch: Samples) -> tuple[th.Tensor, tuple[Samples, dict[str, th.Tensor]]]:
             values, log_prob, entropy = runner.evaluate(
@@ -297,9 +309,9 @@ class VPG(RolloutCollector):
                 loss = loss - ent_coef * weight * entropy_sum
             parts = {"entropy_loss": -entropy_sum.detach() / n_steps, "policy_loss": policy_loss.detach()}
             if values is not None:
-                value_loss = ((batch.returns - values) ** 2).sum() / n_steps
+                value_loss = ((batch.returns / sigma - values) ** 2).sum() / n_steps
                 loss = loss + self.vf_coef * value_loss
-                parts["value_loss"] = value_loss.detach()
+                parts["value_loss"] = value_loss.detach() * sigma**2
             return loss, (batch, parts)
 
         losses: dict[str, float] = defaultdict(float)
@@ -317,6 +329,7 @@ class VPG(RolloutCollector):
 
     def _fit_critic(self, runner: PolicyRunner, n_steps: int, n_threads: int) -> None:
         """One pass of the value regression. It changes only parameters that the actor does not use."""
+        sigma = self.value_scale.sigma
         batches: Iterable[tuple[Iterable[Samples], int]]
         if self.critic_batch_size is None:
             batches = [(self.recorder.get(self._chunk_size, shuffle=False), n_steps)]
@@ -328,7 +341,7 @@ class VPG(RolloutCollector):
 
             def compute_loss(chunk: Samples, n_steps: int = n_steps) -> tuple[th.Tensor, None]:
                 values = runner.values(chunk.observations, **inputs_of(chunk))
-                return self.vf_coef * ((chunk.returns - values) ** 2).sum() / n_steps, None
+                return self.vf_coef * ((chunk.returns / sigma - values) ** 2).sum() / n_steps, None
 
             self.policy.optimizer.zero_grad()
             list(accumulate_gradients(compute_loss, chunks, self._parameter_groups.critic, n_threads))

@@ -31,6 +31,7 @@ BAD_VALUES = {
     "partial_episodes": ["foo", "", True, False, 1],
     "loss_reduction": ["foo", "sum", None, True],
     "discount_state_distribution": [1, 0, None, "True"],
+    "scale_value_targets": [1, 0, None, "True", 2.5],
     "n_steps": [0, -1, 1.0, 2.5, "128", None, True, nan, inf],
     "n_episodes": [0, -1, 1.0, "1", True, False, nan, inf],
     "n_critic_updates": [0, -1, 1.0, "1", None, True, nan, inf],

@@ -191,13 +191,15 @@ class ProcessGroup(SingleProcess):
         super().start_training(model, total_timesteps)
         self._check_settings({**shared_settings(model), "total_timesteps": total_timesteps})
         statistics = running_statistics(model.get_vec_normalize_env())
+        value_scale = model.value_scale.__dict__  # type: ignore[attr-defined]
         state = io.BytesIO()
         th.save(model.get_parameters(), state)
-        rank_0 = self.broadcast((state.getvalue(), model.num_timesteps, model._n_updates, statistics))
-        weights, model.num_timesteps, model._n_updates, rank_0_statistics = rank_0
+        rank_0 = self.broadcast((state.getvalue(), model.num_timesteps, model._n_updates, statistics, value_scale))
+        weights, model.num_timesteps, model._n_updates, rank_0_statistics, rank_0_value_scale = rank_0
         model.set_parameters(th.load(io.BytesIO(weights), map_location=model.device, weights_only=True))
         for own, other in zip(statistics, rank_0_statistics):
             vars(own).update(vars(other))
+        value_scale.update(rank_0_value_scale)
         self._shared_statistics = copy.deepcopy(statistics)
 
     def _check_settings(self, settings: dict[str, Any]) -> None:

@@ -201,7 +201,7 @@ def test_weights_can_be_had_without_unpickling(saved, tmp_path):
 
 
 def test_a_file_without_newer_keywords_loads_with_their_defaults(saved, tmp_path):
-    newer = {"critic_batch_size", "_random_states", "_resumes", "_stepped_since_reset"}
+    newer = {"critic_batch_size", "scale_value_targets", "value_scale", "_random_states", "_resumes", "_stepped_since_reset"}
     with zipfile.ZipFile(saved) as archive, zipfile.ZipFile(tmp_path / "older.zip", "w") as older:
         for name in archive.namelist():
             content = archive.read(name)

@@ -157,7 +157,7 @@ def train(env_id: str, n_envs: int, timesteps: int, normalize: bool = False, **k
     [
         ("CartPole-v1", 6500, {"n_episodes": 1, "estimator": "reward_to_go", "baseline": "leave_one_out"}),
         ("CartPole-v1", 6000, {"n_episodes": 1, "estimator": "gae", "critic_batch_size": 16, "n_critic_updates": 2}),
-        ("Pendulum-v1", 1536, {"n_steps": 8, "use_sde": True, "normalize": True}),
+        ("Pendulum-v1", 1536, {"n_steps": 8, "use_sde": True, "normalize": True, "scale_value_targets": True}),
     ],
     ids=["whole episodes", "minibatches", "gSDE and VecNormalize"],
 )

@@ -1,0 +1,73 @@
+"""A bounded scale for the targets of the value regression."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.running_mean_std import RunningMeanStd
+
+from sb3_vpg.common.collectives import SingleProcess
+
+#: Added to the variance, as in VecNormalize
+EPSILON = 1e-8
+
+
+class ValueScale:
+    """
+    The running standard deviation sigma of all value targets so far.
+
+    While the critic is fitted, its output layer is divided by sigma, so that the network predicts V / sigma. Its targets are
+    then y / sigma, with a standard deviation of about 1. Outside of the update, the network predicts V. So V does not change
+    when sigma does (PopArt, van Hasselt et al., 2016, https://arxiv.org/abs/1602.07714). The mean is not shifted.
+    """
+
+    def __init__(self) -> None:
+        self.targets = RunningMeanStd()
+        #: sigma; 1 before the first update
+        self.sigma = 1.0
+
+    def update(self, targets: np.ndarray, processes: SingleProcess) -> None:
+        """
+        :param targets: value targets of this process, in any shape
+        :param processes: the targets of all processes count
+        """
+        x = targets.astype(np.float64)
+        count, total = processes.sum(np.array([x.size, x.sum()]))
+        mean = total / count
+        (squares,) = processes.sum(np.array([((x - mean) ** 2).sum()]))
+        if not np.isfinite(squares):
+            # The value loss is not finite either. The update raises the error
+            return
+        self.targets.update_from_moments(mean, squares / count, count)
+        self.sigma = float(np.sqrt(self.targets.var + EPSILON))
+
+    @contextmanager
+    def applied(self, policy: ActorCriticPolicy) -> Iterator[float]:
+        """
+        Context in which the network predicts V / sigma.
+
+        :param policy: a policy whose ``value_net`` is a linear layer
+        :return: sigma
+        """
+        if self.sigma == 1:
+            yield 1.0
+            return
+        output_layer: list[th.Tensor] = list(policy.value_net.parameters())
+        with th.no_grad():
+            th._foreach_div_(output_layer, self.sigma)
+        try:
+            yield self.sigma
+        finally:
+            with th.no_grad():
+                th._foreach_mul_(output_layer, self.sigma)
+
+
+def check_linear_value_net(policy: ActorCriticPolicy) -> None:
+    """:raises ValueError: if the last layer of the critic is not a linear layer"""
+    if not isinstance(getattr(policy, "value_net", None), th.nn.Linear):
+        raise ValueError(
+            "scale_value_targets=True rescales policy.value_net, which must be a torch.nn.Linear; "
+            "allowed for this policy: scale_value_targets=False"
+        )
