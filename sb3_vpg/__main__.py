@@ -15,6 +15,7 @@ from sb3_vpg.distributed.launcher import launched_by_torchrun, run_in_process_gr
 COMMANDS = {
     "train": ("rl_zoo3.train", "train an agent; with -optimize, search for hyperparameters"),
     "enjoy": ("rl_zoo3.enjoy", "show a trained agent from the folder -f logs"),
+    "watch": ("sb3_vpg.zoo.watch", "show a trained agent, its choices and its values (sb3_vpg's own command)"),
     "record_video": ("rl_zoo3.record_video", "record a video of a trained agent"),
     "record_training": ("rl_zoo3.record_training", "record videos of the checkpoints of a training run"),
     "plot_train": ("rl_zoo3.plots.plot_train", "plot returns during training: -a vpg"),
@@ -53,6 +54,8 @@ def main() -> None:
         sys.exit("This command needs RL Baselines3 Zoo: pip install 'sb3_vpg[zoo]'")
     if command == "ablation" and importlib.util.find_spec("rliable") is None:
         sys.exit("This command draws plots: pip install 'sb3_vpg[plots]'")
+    if command == "watch" and importlib.util.find_spec("pygame") is None:
+        sys.exit("This command draws pictures: pip install 'sb3_vpg[render]'")
 
     arguments = sys.argv[2:]
     if command in WITH_ALGO and not any(argument.split("=")[0] == "--algo" for argument in arguments):
