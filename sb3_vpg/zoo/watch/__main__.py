@@ -93,7 +93,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--algo", default="vpg", choices=list(ALGOS), help="algorithm (default: vpg)")
     parser.add_argument("--env", type=EnvironmentName, default="CartPole-v1", help="environment (default: CartPole-v1)")
     parser.add_argument(
-        "-f", "--folder", default="rl-trained-agents", help="folder of the agents (default: rl-trained-agents); train uses logs"
+        "-f",
+        "--folder",
+        default="rl-trained-agents",
+        help="folder of the agents (default: rl-trained-agents); train uses logs",
     )
     parser.add_argument(
         "-n",
@@ -112,7 +115,9 @@ def parse_arguments() -> argparse.Namespace:
     model.add_argument("--load-checkpoint", type=int, help="the checkpoint after this number of steps")
     model.add_argument("--load-last-checkpoint", action="store_true", help="the last checkpoint")
     parser.add_argument("--gym-packages", nargs="+", default=[], help="packages to import, which register environments")
-    parser.add_argument("--env-kwargs", nargs="+", action=StoreDict, default={}, help="arguments of the environment, as name:value")
+    parser.add_argument(
+        "--env-kwargs", nargs="+", action=StoreDict, default={}, help="arguments of the environment, as name:value"
+    )
     parser.add_argument("--device", default="auto", help="PyTorch device (default: auto)")
     return parser.parse_args()
 

@@ -31,13 +31,13 @@ class DiscreteChoice(NamedTuple):
     """
     What a discrete action was chosen by. Each dimension of the action has an entry in each list.
 
-    :param label: what the numbers are
-    :param numbers: one number for each value of the dimension: probabilities or Q-values
+    :param probabilities: whether the numbers are probabilities; if not, they are Q-values
+    :param numbers: one number for each value of the dimension
     :param taken: index of the value that was taken
     :param allowed: whether the mask allows each value
     """
 
-    label: str
+    probabilities: bool
     numbers: list[Array]
     taken: list[int]
     allowed: list[Array]
@@ -84,8 +84,8 @@ class Agent:
     :param deterministic: whether to use deterministic actions
     """
 
-    #: What :attr:`Reading.value` is; None if there is no value
-    value_label: str | None = None
+    #: What :attr:`Reading.value` is; empty if there is no value
+    value_label = ""
 
     def __init__(self, model: BaseAlgorithm, env: VecEnv, deterministic: bool):
         self.model = model
@@ -113,12 +113,15 @@ class Agent:
         return self.policy.obs_to_tensor(observation)[0]
 
     def _action_alone(self, action: Array) -> DiscreteChoice | ContinuousChoice:
-        space = self.model.action_space
-        if isinstance(space, spaces.Box):
-            return ContinuousChoice(action.flatten(), space.low.flatten(), space.high.flatten())
-        sizes = mask_sizes(space)
+        if isinstance(self.model.action_space, spaces.Box):
+            return self._continuous_choice(action)
+        sizes = mask_sizes(self.model.action_space)
         taken = action.flatten().tolist()
-        return _discrete_choice("Action", [np.eye(n)[i] for n, i in zip(sizes, taken)], taken)
+        return _discrete_choice(True, [np.eye(n)[i] for n, i in zip(sizes, taken)], taken)
+
+    def _continuous_choice(self, action: Array, mean: Array | None = None, std: Array | None = None) -> ContinuousChoice:
+        space: Any = self.model.action_space
+        return ContinuousChoice(action.flatten(), space.low.flatten(), space.high.flatten(), mean, std)
 
 
 class ActorCriticAgent(Agent):
@@ -127,13 +130,13 @@ class ActorCriticAgent(Agent):
     def __init__(self, model: BaseAlgorithm, env: VecEnv, deterministic: bool):
         super().__init__(model, env, deterministic)
         # VPG does not train the value function of the policy if the formulation does not use it
-        self.value_label = None if isinstance(model, VPG) and not model.plan.uses_value_function else "V(s)"
+        self.value_label = "" if isinstance(model, VPG) and not model.plan.uses_value_function else "V(s)"
 
     def _read(self, obs: Any, action: Array) -> Reading:
         return self._reading(obs, action, self.policy.get_distribution(obs))
 
     def _reading(self, obs: Any, action: Array, distribution: Any, mask: Array | None = None) -> Reading:
-        value = None if self.value_label is None else self._value(obs)
+        value = self._value(obs) if self.value_label else None
         return Reading(action, self._choice(distribution, action, mask), value)
 
     @th.no_grad()
@@ -149,7 +152,7 @@ class ActorCriticAgent(Agent):
         parts = getattr(distribution, "distributions", None) or getattr(distribution, "distribution", None)
         if isinstance(parts, Normal) and not self.policy.squash_output:
             mean, std = (array.cpu().numpy().flatten() for array in (parts.mean, parts.stddev))
-            return self._action_alone(action)._replace(mean=mean, std=std)
+            return self._continuous_choice(action, mean, std)
         if isinstance(parts, Bernoulli):
             probabilities = [np.array([1 - p, p]) for p in parts.probs.flatten().tolist()]
         elif isinstance(parts, Categorical | list):
@@ -157,7 +160,7 @@ class ActorCriticAgent(Agent):
             probabilities = [categorical.probs.flatten().cpu().numpy() for categorical in categoricals]
         else:
             return self._action_alone(action)
-        return _discrete_choice("Action probabilities", probabilities, action.flatten().tolist(), mask)
+        return _discrete_choice(True, probabilities, action.flatten().tolist(), mask)
 
 
 class MaskableAgent(ActorCriticAgent):
@@ -202,7 +205,7 @@ class DQNAgent(Agent):
     def _read(self, obs: Any, action: Array) -> Reading:
         q_values = self._q_values(obs).cpu().numpy().flatten()
         taken = int(action.item())
-        return Reading(action, _discrete_choice("Q-values", [q_values], [taken]), float(q_values[taken]))
+        return Reading(action, _discrete_choice(False, [q_values], [taken]), float(q_values[taken]))
 
     def _q_values(self, obs: Any) -> th.Tensor:
         return self.policy.q_net(obs)
@@ -258,7 +261,7 @@ def make_agent(model: BaseAlgorithm, env: VecEnv, deterministic: bool) -> Agent:
     return agent_class(model, env, deterministic)
 
 
-def _discrete_choice(label: str, numbers: list[Array], taken: list[int], mask: Array | None = None) -> DiscreteChoice:
+def _discrete_choice(probabilities: bool, numbers: list[Array], taken: list[int], mask: Array | None = None) -> DiscreteChoice:
     sizes = [len(part) for part in numbers]
     allowed = np.ones(sum(sizes), dtype=bool) if mask is None else mask.flatten()
-    return DiscreteChoice(label, numbers, taken, np.split(allowed, np.cumsum(sizes)[:-1]))
+    return DiscreteChoice(probabilities, numbers, [int(i) for i in taken], np.split(allowed, np.cumsum(sizes)[:-1]))

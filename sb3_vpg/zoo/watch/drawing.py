@@ -19,7 +19,8 @@ PICTURE = pygame.Rect(MARGIN, 76, 600, 400)
 # The panels: the choice of the action, and two curves
 LEFT, RIGHT = PICTURE.right + 30, SIZE[0] - MARGIN
 CHOICE = pygame.Rect(LEFT, 48, RIGHT - LEFT, 146)
-CURVES = [pygame.Rect(LEFT, top, RIGHT - LEFT, 96) for top in (242, 386)]
+GUTTER = 40  # for the numbers of the vertical axes
+CURVES = [pygame.Rect(LEFT + GUTTER, top, RIGHT - LEFT - GUTTER, 96) for top in (242, 386)]
 #: Heights of the fonts. pygame has the font, so that pictures look the same everywhere
 LARGE, MEDIUM, SMALL = 26, 21, 17
 WHITE = (255, 255, 255)
@@ -29,6 +30,8 @@ FAINT = (120, 125, 132)
 TAKEN = ARROW
 #: Space that the picture of a Gaussian has beyond the bounds of the action, as a fraction of their distance
 BEYOND = 0.25
+#: Least height of a row that shows mean, standard deviation and action as numbers
+ROW_WITH_NUMBERS = 60
 KEYS_SHOWN = (("space", "pause"), ("right", "one step"), ("n", "next episode"), ("r", "start over"), ("q", "quit"))
 
 
@@ -37,13 +40,13 @@ class Screen:
     A picture of an agent.
 
     :param title: algorithm and environment
-    :param value_label: "V(s)" or "Q(s, a)"; None if the model has no values
+    :param value_label: "V(s)" or "Q(s, a)"; empty if the model has no values
     :param gamma: discount factor
     :param normalized: whether values are in units of normalized rewards
     :param with_keys: whether to show the keys
     """
 
-    def __init__(self, title: str, value_label: str | None, gamma: float, normalized: bool, with_keys: bool):
+    def __init__(self, title: str, value_label: str, gamma: float, normalized: bool, with_keys: bool):
         pygame.font.init()
         self.surface = pygame.Surface(SIZE)
         self.title, self.value_label, self.gamma, self.with_keys = title, value_label, gamma, with_keys
@@ -57,60 +60,67 @@ class Screen:
         :return: the picture; the next call draws over it
         """
         self.surface.fill(SKY)
-        self._draw_header(frame, paused)
+        self._draw_header(frame)
         self._draw_picture(frame.image)
+        self._draw_keys(paused)
         if isinstance(frame.choice, DiscreteChoice):
             self._draw_bars(frame.choice)
         else:
             self._draw_gaussians(frame.choice)
-        starts = [i for i, step in enumerate(frame.steps) if step.index == 0]
+        rewards = [step.reward for step in frame.steps]
         # All steps have the same numbers: those that the model has
         values = [step.value for step in frame.steps if step.value is not None]
         advantages = [step.advantage for step in frame.steps if step.advantage is not None]
-        rewards = [step.reward for step in frame.steps]
-        if self.value_label is None:
-            self._draw_curve(CURVES[0], "Reward", "", rewards, starts)
-            return self.surface
-        self._draw_curve(CURVES[0], self.value_label, self.unit, values, starts)
-        if advantages:
-            self._draw_bars_around_zero(CURVES[1], "Advantage", advantages, starts)
-            definition = f"one-step TD residual: r + γ V(s') − V(s), γ = {self.gamma:g}"
-            self._write(definition, (LEFT, CURVES[1].bottom + 8), SMALL, FAINT)
+        starts = [i for i, step in enumerate(frame.steps) if step.t == 0]
+        above, below = CURVES
+        if not values:
+            self._draw_curve(above, "Reward", "", rewards, starts)
+            self._draw_curve(below, "Return", "so far", [step.episode_return for step in frame.steps], starts)
+            caption = "The model has no value function"
+        elif not advantages:
+            self._draw_curve(above, self.value_label, self.unit, values, starts)
+            self._draw_curve(below, "Reward", "", rewards, starts)
+            caption = ""
         else:
-            self._draw_curve(CURVES[1], "Reward", "", rewards, starts)
+            self._draw_curve(above, self.value_label, self.unit, values, starts)
+            self._draw_signed(below, "Advantage", self.unit, advantages, starts)
+            caption = f"one-step TD residual: r + gamma V(s') - V(s), gamma = {self.gamma:g}"
+        self._write(caption, (LEFT, below.bottom + 9), SMALL, FAINT)
         return self.surface
 
     def image(self) -> npt.NDArray[np.uint8]:
         """:return: the picture that was drawn last, shape (height, width, 3)"""
-        return np.transpose(pygame.surfarray.array3d(self.surface), (1, 0, 2))
+        return np.frombuffer(pygame.image.tobytes(self.surface, "RGB"), np.uint8).reshape(SIZE[1], SIZE[0], 3)
 
     # -----------------------------------------------------------------------------------------------------------
     # Left: header, picture, keys
     # -----------------------------------------------------------------------------------------------------------
 
-    def _draw_header(self, frame: Frame, paused: bool) -> None:
+    def _draw_header(self, frame: Frame) -> None:
         step = frame.steps[-1]
         self._write(self.title, (MARGIN, 18), LARGE)
-        if paused:
-            self._write("paused", (PICTURE.right, 18), LARGE, STOP, align="right")
-        numbers = (("episode", f"{frame.episode}"), ("step", f"{step.index + 1}"), ("reward", f"{step.reward:.2f}"))
+        if frame.previous_episode:
+            self._write(f"before: {frame.previous_episode}", (PICTURE.right, 22), SMALL, FAINT, align="right")
+        numbers = (("episode", f"{frame.episode}"), ("step", f"{step.t + 1}"), ("reward", f"{step.reward:.2f}"))
         x = MARGIN
-        for name, number in (*numbers, ("return", f"{frame.episode_return:.1f}")):
+        for name, number in (*numbers, ("return", f"{step.episode_return:.1f}")):
             self._write(name, (x, 50), SMALL, FAINT)
             x = self._write(number, (x + self._fonts[SMALL].size(name)[0] + 6, 47), MEDIUM).right + 18
-        if frame.previous_episode:
-            self._write(f"before: {frame.previous_episode}", (PICTURE.right, 50), SMALL, FAINT, align="right")
 
     def _draw_picture(self, image: npt.NDArray[np.uint8]) -> None:
         picture = pygame.surfarray.make_surface(np.transpose(image, (1, 0, 2)))
         place = picture.get_rect().fit(PICTURE)
         self.surface.blit(pygame.transform.smoothscale(picture, place.size), place)
         pygame.draw.rect(self.surface, GRID, place, width=1)
-        x = MARGIN
+
+    def _draw_keys(self, paused: bool) -> None:
+        x, y = MARGIN, SIZE[1] - 31
         for key, effect in KEYS_SHOWN if self.with_keys else ():
-            box = self._write(key, (x + 6, SIZE[1] - 31), SMALL)
+            box = self._write(key, (x + 6, y), SMALL)
             pygame.draw.rect(self.surface, TRACK, box.inflate(10, 8), width=1, border_radius=4)
-            x = self._write(effect, (box.right + 10, SIZE[1] - 31), SMALL, FAINT).right + 18
+            x = self._write(effect, (box.right + 10, y), SMALL, FAINT).right + 18
+        if paused:
+            self._write("paused", (PICTURE.right, y - 2), MEDIUM, STOP, align="right")
 
     # -----------------------------------------------------------------------------------------------------------
     # Top right: the choice of the action
@@ -118,35 +128,32 @@ class Screen:
 
     def _draw_bars(self, choice: DiscreteChoice) -> None:
         """One bar for each value of each dimension. The one that was taken is green."""
-        self._write(choice.label, (LEFT, 18), MEDIUM)
+        self._write("Action probabilities" if choice.probabilities else "Q-values of the actions", (LEFT, 18), MEDIUM)
         self._draw_legend()
-        n_bars, n_gaps = sum(map(len, choice.numbers)), len(choice.numbers) - 1
-        room = min(CHOICE.width / (n_bars + n_gaps), 90)
-        numbers = np.concatenate(choice.numbers)
-        # From zero, or from the least number where that is negative. Probabilities have a fixed scale
-        low, high = min(numbers.min(), 0.0), max(numbers.max(), 0.0)
-        if "probabilities" in choice.label:
-            high = 1.0
-        scale = (CHOICE.height - 36) / max(high - low, 1e-9)
-        base = CHOICE.top + 18 + high * scale
-        x = CHOICE.left + (CHOICE.width - room * (n_bars + n_gaps)) / 2
+        n_places = sum(map(len, choice.numbers)) + len(choice.numbers) - 1
+        room = min(CHOICE.width / n_places, 90)
+        low, high = (0.0, 1.0) if choice.probabilities else nice_range(np.concatenate(choice.numbers).tolist())
+        base = CHOICE.bottom - 18
+        x = CHOICE.left + (CHOICE.width - room * n_places) / 2
         pygame.draw.line(self.surface, TRACK, (CHOICE.left, base), (CHOICE.right - 1, base))
+        if low:
+            # Bars do not begin at zero: say where
+            self._write(f"{low:.4g}", (CHOICE.left, base + 5), SMALL, FAINT)
         for part, taken, allowed in zip(choice.numbers, choice.taken, choice.allowed):
             for i, number in enumerate(part):
-                top, bottom = sorted((base - number * scale, base))
-                bar = pygame.Rect(round(x + room * 0.12), round(top), max(round(room * 0.76), 1), round(bottom - top))
+                height = round((number - low) / (high - low) * (base - CHOICE.top - 18))
+                bar = pygame.Rect(round(x + room * 0.12), base - height, max(round(room * 0.76), 1), height)
                 pygame.draw.rect(self.surface, TAKEN if i == taken else CART, bar, border_radius=min(3, bar.width // 3))
-                middle = round(x + room / 2)
                 color = TAKEN if i == taken else TEXT if allowed[i] else TRACK
-                self._write_if_room(str(i), (middle, CHOICE.bottom - 14), room, color)
-                text = f"{number:.2f}" if allowed[i] else "masked"
-                self._write_if_room(text, (middle, round(top) - 15), room, color if allowed[i] else TRACK)
+                middle = round(x + room / 2)
+                self._write_if_room(str(i), (middle, base + 5), room, color)
+                self._write_if_room(f"{number:.2f}" if allowed[i] else "masked", (middle, bar.top - 15), room, color)
                 x += room
             x += room
 
     def _draw_gaussians(self, choice: ContinuousChoice) -> None:
         """One row for each dimension: the Gaussian, its mean, and the action that was taken."""
-        self._write("Action" if choice.mean is None else "Action: Gaussian", (LEFT, 18), MEDIUM)
+        self._write("Action" if choice.mean is None else "Gaussian of the action", (LEFT, 18), MEDIUM)
         self._draw_legend()
         row_height = CHOICE.height / len(choice.action)
         # pygame does not draw NumPy's numbers
@@ -154,15 +161,15 @@ class Screen:
         for i, dimension in enumerate(numbers):
             row = pygame.Rect(CHOICE.left, round(CHOICE.top + i * row_height), CHOICE.width, round(row_height))
             self._draw_gaussian(row, *dimension)
+            if 24 <= row.height < ROW_WITH_NUMBERS:
+                self._write(f"a[{i}]", (row.left, row.top), SMALL, FAINT)
 
     def _draw_gaussian(
         self, row: pygame.Rect, action: float, low: float, high: float, mean: float | None = None, std: float = 0.0
     ) -> None:
         text_height = 16 if row.height >= 34 else 0
         baseline = row.bottom - text_height - 2
-        height = baseline - row.top - (20 if row.height >= 60 else 2)
-        bounded = math.isfinite(low) and math.isfinite(high)
-        low, high = (low, high) if bounded else (-3.0, 3.0)
+        height = baseline - row.top - (20 if row.height >= ROW_WITH_NUMBERS else 2)
         first, last = low - BEYOND * (high - low), high + BEYOND * (high - low)
 
         def x_of(number: float) -> float:
@@ -182,7 +189,7 @@ class Screen:
                 self._write(f"{bound:g}", (round(x_of(bound)), baseline + 5), SMALL, FAINT, align="center")
         pygame.draw.line(self.surface, TAKEN, (x_of(action), baseline), (x_of(action), baseline - height), 3)
         pygame.draw.circle(self.surface, TAKEN, (x_of(action), baseline - height), 4)
-        if row.height >= 60:
+        if row.height >= ROW_WITH_NUMBERS:
             text = f"action {action:.2f}" if mean is None else f"mean {mean:.2f}   std {std:.2f}   action {action:.2f}"
             self._write(text, (row.left, row.top), SMALL, TEXT)
 
@@ -200,9 +207,9 @@ class Screen:
             pygame.draw.lines(self.surface, POLE, False, points, 2)
         pygame.draw.circle(self.surface, POLE, points[-1], 4)
 
-    def _draw_bars_around_zero(self, place: pygame.Rect, title: str, numbers: Sequence[float], starts: list[int]) -> None:
+    def _draw_signed(self, place: pygame.Rect, title: str, unit: str, numbers: Sequence[float], starts: list[int]) -> None:
         low, high = nice_range([*numbers, 0.0])
-        points = self._draw_axes(place, title, self.unit, numbers, starts, (low, high))
+        points = self._draw_axes(place, title, unit, numbers, starts, (low, high))
         zero = place.bottom - (0.0 - low) / (high - low) * place.height
         for (x, y), number in zip(points, numbers):
             pygame.draw.line(self.surface, ARROW if number > 0 else STOP, (x, zero), (x, y), 2)
@@ -223,9 +230,10 @@ class Screen:
         :return: the points of the numbers
         """
         low, high = limits
-        box = self._write(title, (place.left, place.top - 24), MEDIUM)
+        box = self._write(title, (LEFT, place.top - 24), MEDIUM)
         self._write(unit, (box.right + 8, place.top - 21), SMALL, FAINT)
-        self._write(f"{numbers[-1]:.3g}", (place.right, place.top - 24), MEDIUM, align="right")
+        last = f"{numbers[-1]:.3f}" if abs(numbers[-1]) < 100 else f"{numbers[-1]:.1f}"
+        self._write(last, (place.right, place.top - 24), MEDIUM, align="right")
         pygame.draw.rect(self.surface, WHITE, place)
         pygame.draw.rect(self.surface, GRID, place, width=1)
 
@@ -235,8 +243,8 @@ class Screen:
         for i in starts:
             for y in range(place.top, place.bottom, 6):
                 pygame.draw.line(self.surface, TRACK, (x_of(i), y), (x_of(i), y + 2))
-        self._write(f"{high:g}", (place.left + 4, place.top + 3), SMALL, FAINT)
-        self._write(f"{low:g}", (place.left + 4, place.bottom - 14), SMALL, FAINT)
+        self._write(f"{high:.4g}", (place.left - 6, place.top), SMALL, FAINT, align="right")
+        self._write(f"{low:.4g}", (place.left - 6, place.bottom - 12), SMALL, FAINT, align="right")
         return [(x_of(i), place.bottom - (number - low) / (high - low) * place.height) for i, number in enumerate(numbers)]
 
     # -----------------------------------------------------------------------------------------------------------
@@ -265,8 +273,10 @@ def nice_range(numbers: Sequence[float]) -> tuple[float, float]:
     :return: a range of round numbers that has these within
     """
     low, high = min(numbers), max(numbers)
-    spread = max(high - low, 1e-3 * max(abs(low), abs(high)), 1e-6)
+    # A constant is drawn as a line in the middle, not as noise
+    spread = max(high - low, 0.1 * max(abs(low), abs(high)), 1e-6)
+    middle = (low + high) / 2
+    low, high = min(low, middle - spread / 2), max(high, middle + spread / 2)
     unit = 10 ** math.floor(math.log10(spread))
     unit *= next(factor for factor in (0.2, 0.5, 1.0) if spread / (unit * factor) <= 10)
-    low, high = math.floor(low / unit) * unit, math.ceil(high / unit) * unit
-    return (low, high) if high > low else (low - unit, high + unit)
+    return math.floor(low / unit) * unit, math.ceil(high / unit) * unit

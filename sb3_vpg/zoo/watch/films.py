@@ -1,6 +1,5 @@
 """Write a session as a film: an animated GIF, or an MP4."""
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -72,7 +71,7 @@ def _write_mp4(path: Path, images: Images, fps: float) -> None:
     writer = write_frames(str(path), SIZE, fps=fps, macro_block_size=4)
     writer.send(None)
     for image in images:
-        writer.send(np.ascontiguousarray(image))
+        writer.send(image)
     writer.close()
 
 

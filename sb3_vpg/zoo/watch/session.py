@@ -19,14 +19,16 @@ class Step(NamedTuple):
     """
     The numbers of one step.
 
-    :param index: index of the step in its episode, from 0
+    :param t: index of the step in its episode, from 0
     :param reward: reward of the environment
+    :param episode_return: sum of the rewards of the episode, with this one
     :param value: V(s) or Q(s, a); None if the model has neither
     :param advantage: one-step TD residual r + gamma V(s') - V(s); None without V
     """
 
-    index: int
+    t: int
     reward: float
+    episode_return: float
     value: float | None
     advantage: float | None
 
@@ -38,7 +40,6 @@ class Frame(NamedTuple):
     :param image: picture of the state in which the agent acts, shape (height, width, 3)
     :param choice: what the action was chosen by
     :param episode: number of the episode, from 1
-    :param episode_return: sum of the rewards of the episode, with that of this step
     :param previous_episode: how the previous episode ended; empty in the first
     :param steps: this step and those before it, at most :data:`N_STEPS_SHOWN`
     """
@@ -46,7 +47,6 @@ class Frame(NamedTuple):
     image: npt.NDArray[np.uint8]
     choice: DiscreteChoice | ContinuousChoice
     episode: int
-    episode_return: float
     previous_episode: str
     steps: list[Step]
 
@@ -85,7 +85,7 @@ class Session:
     def _begin_episode(self) -> None:
         self.agent.begin_episode()
         self.episode += 1
-        self.index, self.episode_return = 0, 0.0
+        self.t, self.episode_return = 0, 0.0
 
     def advance(self, n_steps: int = 1) -> Frame:
         """
@@ -98,10 +98,10 @@ class Session:
         (image,) = self.env.get_images()
         if image is None:
             raise ValueError("The environment has no picture: it does not support render_mode='rgb_array'")
-        episode, previous_episode, before = self.episode, self.previous_episode, self.episode_return
+        # The step may end the episode
+        episode, previous_episode = self.episode, self.previous_episode
         choice = self._step()
-        episode_return = before + self.steps[-1].reward
-        return Frame(image, choice, episode, episode_return, previous_episode, list(self.steps))
+        return Frame(image, choice, episode, previous_episode, list(self.steps))
 
     def _step(self) -> DiscreteChoice | ContinuousChoice:
         """Take one step. A new episode begins if the episode ends."""
@@ -117,12 +117,12 @@ class Session:
             successor = infos[0]["terminal_observation"] if done else self.observation
             successor_value = 0.0 if done and not time_limit else self.agent.state_value(successor)
             advantage = trained_reward + self.gamma * successor_value - reading.value
-        self.steps.append(Step(self.index, reward, reading.value, advantage))
-        self.index += 1
         self.episode_return += reward
+        self.steps.append(Step(self.t, reward, self.episode_return, reading.value, advantage))
+        self.t += 1
         if done:
             end = "time limit" if time_limit else "terminated"
-            self.previous_episode = f"return {self.episode_return:.1f}, {self.index} steps, {end}"
+            self.previous_episode = f"return {self.episode_return:.1f}, {self.t} steps, {end}"
             tqdm.write(f"Episode {self.episode}: {self.previous_episode}")
             self._begin_episode()
         return reading.choice

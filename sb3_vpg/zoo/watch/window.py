@@ -6,7 +6,7 @@ import os
 import pygame
 
 from sb3_vpg.zoo.watch.drawing import SIZE, Screen
-from sb3_vpg.zoo.watch.session import Frame, Session
+from sb3_vpg.zoo.watch.session import Session
 
 #: Most pictures per second
 MAX_FPS = 50
@@ -39,9 +39,9 @@ class Window:
         self._clock = pygame.time.Clock()
         self._steps_per_picture = math.ceil(fps / MAX_FPS)
         self._fps = fps / self._steps_per_picture
-        self.n_steps = 0
         self.open, self.paused = True, False
-        self._frame: Frame | None = None
+        self.n_steps = 0
+        self._advance(1)
         self.keys = {
             pygame.K_SPACE: self.pause,
             pygame.K_RIGHT: self.step,
@@ -56,24 +56,27 @@ class Window:
         """
         :param n_steps: number of steps after which the window closes, >= 1; None: when the user closes it
         """
-        while self.open and (n_steps is None or self.n_steps < n_steps):
+        while self.open:
             self.refresh()
+            if not self.paused:
+                if n_steps is not None and self.n_steps >= n_steps:
+                    self.close()
+                else:
+                    self._advance(self._steps_per_picture)
 
     def refresh(self) -> None:
-        """Handle the keys, take the steps of one picture unless paused, and draw it."""
+        """Draw the last step, and handle the keys."""
+        self._window.blit(self.screen.draw(self.frame, self.paused), (0, 0))
+        pygame.display.flip()
+        self._clock.tick(self._fps)
         for event in pygame.event.get():
             if event.type == pygame.QUIT:
                 self.close()
             elif event.type == pygame.KEYDOWN and event.key in self.keys:
                 self.keys[event.key]()
-        if not self.paused or self._frame is None:
-            self._advance(self._steps_per_picture)
-        self._window.blit(self.screen.draw(self._frame, self.paused), (0, 0))
-        pygame.display.flip()
-        self._clock.tick(self._fps)
 
     def _advance(self, n_steps: int) -> None:
-        self._frame = self.session.advance(n_steps)
+        self.frame = self.session.advance(n_steps)
         self.n_steps += n_steps
 
     def pause(self) -> None:
