@@ -331,10 +331,11 @@ def read_film(path):
 
         with Image.open(path) as film:
             return [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(film)]
-    from moviepy import VideoFileClip
+    from imageio_ffmpeg import read_frames
 
-    with VideoFileClip(str(path)) as film:
-        return list(film.iter_frames())
+    description, *frames = read_frames(path)
+    width, height = description["size"]
+    return [np.frombuffer(frame, np.uint8).reshape(height, width, 3) for frame in frames]
 
 
 # 100 steps per second: a GIF has 25 frames per second, an MP4 50
