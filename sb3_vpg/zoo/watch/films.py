@@ -25,11 +25,14 @@ def check_film(path: Path) -> None:
     """
     if path.suffix not in WRITERS:
         raise ValueError(f"-o {path} is not allowed; allowed: a file name that ends with {' or '.join(WRITERS)}")
+    existed = path.exists()
     try:
         # Does not change a file that exists
         path.open("ab").close()
     except OSError as error:
         raise ValueError(f"-o {path} cannot be written: {error.strerror}") from error
+    if not existed:
+        path.unlink()
 
 
 def write_film(path: Path, session: Session, screen: Screen, fps: float, n_steps: int) -> None:

@@ -50,17 +50,22 @@ class TrainedAgent:
         :param env_kwargs: arguments of the environment, in addition to those of the training
         :return: one environment with the wrappers and statistics of the training. Rewards are normalized if they were in the
             training, since the value function predicts these
+        :raises ValueError: if the environment cannot be made with these arguments, or files are missing
         """
         # create_test_env removes entries
         hyperparams = self.hyperparams.copy()
-        env = create_test_env(
-            self.env_name.gym_id,
-            stats_path=self.statistics,
-            seed=seed,
-            hyperparams=hyperparams,
-            env_kwargs={**self.env_kwargs, **env_kwargs, "render_mode": "rgb_array"},
-            vec_env_cls=DummyVecEnv,
-        )
+        try:
+            env = create_test_env(
+                self.env_name.gym_id,
+                stats_path=self.statistics,
+                seed=seed,
+                hyperparams=hyperparams,
+                env_kwargs={**self.env_kwargs, **env_kwargs, "render_mode": "rgb_array"},
+                vec_env_cls=DummyVecEnv,
+            )
+        except TypeError as error:
+            # gymnasium's error for arguments that the environment does not have
+            raise ValueError(f"The environment cannot be made: {error}") from error
         normalize = unwrap_vec_normalize(env)
         if normalize is not None:
             normalize.norm_reward = hyperparams["normalize_kwargs"].get("norm_reward", True)
