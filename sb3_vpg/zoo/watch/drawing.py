@@ -1,5 +1,6 @@
 """Draw a frame: the environment's picture, the choice of the action, and curves. The same picture is for window and film."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -84,7 +85,7 @@ class Screen:
         else:
             self._draw_curve(above, self.value_label, self.unit, values, starts)
             self._draw_signed(below, "Advantage", self.unit, advantages, starts)
-            caption = f"one-step TD residual: r + gamma V(s') - V(s), gamma = {self.gamma:g}"
+            caption = f"one-step TD residual: r + {self.gamma:g} V(s') - V(s)"
         self._write(caption, (LEFT, below.bottom + 9), SMALL, FAINT)
         return self.surface
 
@@ -98,9 +99,10 @@ class Screen:
 
     def _draw_header(self, frame: Frame) -> None:
         step = frame.steps[-1]
-        self._write(self.title, (MARGIN, 18), LARGE)
-        if frame.previous_episode:
-            self._write(f"before: {frame.previous_episode}", (PICTURE.right, 22), SMALL, FAINT, align="right")
+        title = self._write(self.title, (MARGIN, 18), LARGE)
+        previous = f"previous episode: {frame.previous_episode}" if frame.previous_episode else ""
+        if self._fonts[SMALL].size(previous)[0] < PICTURE.right - title.right - 18:
+            self._write(previous, (PICTURE.right, 22), SMALL, FAINT, align="right")
         numbers = (("episode", f"{frame.episode}"), ("step", f"{step.t + 1}"), ("reward", f"{step.reward:.2f}"))
         x = MARGIN
         for name, number in (*numbers, ("return", f"{step.episode_return:.1f}")):
@@ -181,7 +183,13 @@ class Screen:
             bell = [(row.left + i, y) for i, y in enumerate(ys)]
             pygame.draw.polygon(self.surface, HINGE, [(row.left, baseline), *bell, (row.right - 1, baseline)])
             pygame.draw.aalines(self.surface, POLE, False, bell)
-            pygame.draw.line(self.surface, POLE, (x_of(mean), baseline), (x_of(mean), baseline - height), 2)
+            if first <= mean <= last:
+                pygame.draw.line(self.surface, POLE, (x_of(mean), baseline), (x_of(mean), baseline - height), 2)
+            else:
+                # An arrow points to a mean that is far outside
+                tip, y = x_of(mean), baseline - height / 2
+                base = tip - math.copysign(10, mean)
+                pygame.draw.polygon(self.surface, POLE, [(tip, y), (base, y - 6), (base, y + 6)])
         pygame.draw.line(self.surface, TRACK, (row.left, baseline), (row.right - 1, baseline))
         for bound in (low, high):
             pygame.draw.line(self.surface, TRACK, (x_of(bound), baseline - 4), (x_of(bound), baseline + 4))
@@ -203,8 +211,9 @@ class Screen:
 
     def _draw_curve(self, place: pygame.Rect, title: str, unit: str, numbers: Sequence[float], starts: list[int]) -> None:
         points = self._draw_axes(place, title, unit, numbers, starts, nice_range(numbers))
-        if len(points) > 1:
-            pygame.draw.lines(self.surface, POLE, False, points, 2)
+        for begin, end in itertools.pairwise([0, *starts, len(points)]):
+            if end - begin > 1:
+                pygame.draw.lines(self.surface, POLE, False, points[begin:end], 2)
         pygame.draw.circle(self.surface, POLE, points[-1], 4)
 
     def _draw_signed(self, place: pygame.Rect, title: str, unit: str, numbers: Sequence[float], starts: list[int]) -> None:

@@ -62,9 +62,8 @@ def write_film(path: Path, session: Session, screen: Screen, fps: float, n_steps
 def _write_gif(path: Path, images: Images, fps: float) -> None:
     from PIL import Image
 
-    first = Image.fromarray(next(images)).quantize(256)
-    # One palette for all frames: colors do not flicker, and the file has only what changes
-    others = (Image.fromarray(image).quantize(palette=first, dither=Image.Dither.NONE) for image in images)
+    # Pillow takes the frames one by one
+    first, others = Image.fromarray(next(images)), map(Image.fromarray, images)
     first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
 
 
