@@ -1,8 +1,8 @@
 """
 Command line: ``python -m sb3_vpg train --env CartPole-v1``.
 
-It runs rl_zoo3's commands with VPG registered, and with VPG as the default algorithm. One more command,
-``python -m sb3_vpg ablation``, runs ablation studies.
+It runs rl_zoo3's commands with VPG registered, and with VPG as the default algorithm. Two more commands are the package's own:
+``python -m sb3_vpg watch`` shows a trained agent, ``python -m sb3_vpg ablation`` runs ablation studies.
 """
 
 import argparse
