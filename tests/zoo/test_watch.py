@@ -16,6 +16,7 @@ from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
 from sb3_vpg import VPG, MaskableVPG, RecurrentVPG
+from sb3_vpg.common.recurrent_runner import zero_states
 from sb3_vpg.zoo import register
 
 pygame = pytest.importorskip("pygame", reason="watch needs the extra [render]")
@@ -129,18 +130,19 @@ def test_the_advantage_is_the_td_residual_with_the_true_successor(time_limit):
 
 @pytest.mark.parametrize("model_class", [RecurrentVPG, RecurrentPPO])
 @pytest.mark.parametrize("shared", [False, True])
-def test_the_advantage_of_a_recurrent_model_has_the_states_of_its_lstm(model_class, shared):
+def test_the_values_of_a_recurrent_model_have_the_states_of_its_lstm(model_class, shared):
     policy_kwargs = {**SMALL_LSTM, "shared_lstm": shared, "enable_critic_lstm": not shared}
     session = session_of(model_class, "MlpLstmPolicy", lengths=(4,), policy_kwargs=policy_kwargs)
     steps = session.advance(8).steps
+    # Both episodes as one sequence
+    obs = th.tensor([[episode, t] for episode in range(2) for t in range(4)], dtype=th.float32)
+    starts = th.tensor([1.0, 0, 0, 0] * 2)
+    policy = session.agent.policy
+    values, *_ = policy.evaluate_actions(obs, th.zeros(8), zero_states(policy, 1), starts)
+    assert [step.value for step in steps] == pytest.approx(values.flatten().tolist(), abs=1e-5)
     for i, step in enumerate(steps):
         successor = 0.0 if step.t == 3 else steps[i + 1].value
         assert step.advantage == pytest.approx(step.reward + GAMMA * successor - step.value, abs=1e-5)
-    # Without memory, the values would be those of an episode of one step
-    session.next_episode()
-    session.agent.begin_episode()
-    session.observation = np.array([[1.0, 3.0]], np.float32)
-    assert session.advance().steps[-1].value != pytest.approx(steps[7].value, abs=1e-6)
 
 
 @pytest.mark.parametrize("model_class", [MaskableVPG, MaskablePPO])
