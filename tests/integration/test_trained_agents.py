@@ -69,18 +69,6 @@ def test_record_video_makes_a_film_of_the_swing_up(beside_agents: Environment):
     assert change > 100
 
 
-def test_watch_makes_a_film(beside_agents: Environment):
-    for module in ("imageio_ffmpeg", "pygame"):
-        pytest.importorskip(module, reason="watch needs the extra [render]")
-    watch = ("-m", "sb3_vpg", "watch", "--env", "CartPoleSwingUp-v0", "-n", "20")
-    output = output_of(beside_agents.run_warm(*watch, "-o", "film.mp4"))
-    film = beside_agents.cwd / "film.mp4"
-    assert f"Saved {film}" in output
-    process = beside_agents.run_warm("-c", FILM, film)
-    # 100 steps per second, 50 frames per second
-    assert output_of(process).split()[0] == "10"
-
-
 # A backend of matplotlib that tells what would be shown
 BACKEND = """
 from matplotlib.backends.backend_agg import FigureCanvasAgg as FigureCanvas

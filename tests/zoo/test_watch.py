@@ -1,28 +1,21 @@
 """``watch``: the panels show the numbers of the model itself, the keys work, and films have their frames."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers.agents import AGENTS
 from helpers.envs import ACTION_SPACES, CountingEnv
+from helpers.films import read_film
 from sb3_contrib import ARS, QRDQN, TQC, CrossQ, MaskablePPO, RecurrentPPO
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
 from sb3_vpg import VPG, MaskableVPG, RecurrentVPG
 from sb3_vpg.common.recurrent_runner import zero_states
-from sb3_vpg.zoo import register
 
 pygame = pytest.importorskip("pygame", reason="watch needs the extra [render]")
-register()
 
-from sb3_vpg.zoo.watch.__main__ import main  # noqa: E402
 from sb3_vpg.zoo.watch.agents import ContinuousChoice, DiscreteChoice, make_agent  # noqa: E402
 from sb3_vpg.zoo.watch.drawing import SIZE, Screen, nice_range  # noqa: E402
 from sb3_vpg.zoo.watch.films import write_film  # noqa: E402
@@ -328,20 +321,6 @@ def test_axes_end_at_round_numbers():
     assert low < 0 < high
 
 
-def read_film(path):
-    if path.suffix == ".gif":
-        from PIL import Image, ImageSequence
-
-        with Image.open(path) as film:
-            return [np.array(frame.convert("RGB")) for frame in ImageSequence.Iterator(film)]
-    from imageio_ffmpeg import get_ffmpeg_exe
-
-    # imageio_ffmpeg's own reader leaves pipes open
-    decode = [get_ffmpeg_exe(), "-loglevel", "error", "-i", path, "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
-    pixels = subprocess.run(decode, capture_output=True, check=True).stdout
-    return list(np.frombuffer(pixels, np.uint8).reshape(-1, SIZE[1], SIZE[0], 3))
-
-
 # 100 steps per second: a GIF has 25 frames per second, an MP4 50
 @pytest.mark.parametrize(("suffix", "n_frames"), [(".gif", 3), (".mp4", 5)])
 def test_a_film_runs_at_the_speed_of_the_environment(tmp_path, suffix, n_frames):
@@ -366,78 +345,3 @@ def test_ctrl_c_ends_a_film_and_keeps_it(tmp_path, monkeypatch):
     monkeypatch.setattr(session, "advance", advance)
     write_film(tmp_path / "film.gif", session, Screen("VPG", "V(s)", GAMMA, False, False), 25, n_steps=10)
     assert len(read_film(tmp_path / "film.gif")) == 3
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------
-
-
-def watch(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["watch", *map(str, arguments)])
-    main()
-
-
-def test_a_trained_agent_is_filmed(tmp_path, monkeypatch, capsys):
-    film = tmp_path / "film.gif"
-    watch(monkeypatch, "--env", "CartPole-v1", "-f", AGENTS, "-n", 8, "-o", film)
-    # 50 steps per second
-    assert len(read_film(film)) == 4
-    assert f"Saved {film}" in capsys.readouterr().out
-
-
-def test_a_dqn_model_is_filmed_where_there_is_no_display(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sb3_vpg.zoo.watch.__main__.has_display", lambda: False)
-    folder = tmp_path / "dqn" / "CartPole-v1_1"
-    folder.mkdir(parents=True)
-    DQN("MlpPolicy", "CartPole-v1", policy_kwargs={**SMALL}, **NO_MEMORY).save(folder / "CartPole-v1.zip")
-    watch(monkeypatch, "--algo", "dqn", "--env", "CartPole-v1", "-f", tmp_path, "-n", 4, "--stochastic")
-    (film,) = (folder / "videos").glob("*.gif")
-    assert len(read_film(film)) == 2
-    output = capsys.readouterr().out
-    assert "There is no display" in output
-    assert f"Saved {film}" in output
-
-
-def test_a_trained_agent_is_shown_in_a_window(monkeypatch):
-    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
-    windows = []
-    monkeypatch.setattr("sb3_vpg.zoo.watch.__main__.Window", lambda *args: windows.append(Window(*args)) or windows[0])
-    watch(monkeypatch, "--env", "CartPoleSwingUp-v0", "-f", AGENTS, "-n", 6)
-    (window,) = windows
-    assert window.n_steps >= 6
-    # The critic was trained with normalized rewards
-    assert window.screen.unit == "normalized rewards"
-    assert window.frame.steps[0].reward == pytest.approx(-1, abs=0.1)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--env", "CartPol-v1"], "Environment `CartPol` doesn't exist.*Did you mean: `CartPole"),
-        (
-            ["-f", "missing"],
-            "missing/vpg folder was not found.*-f names the folder.*sb3_vpg train --algo vpg --env CartPole-v1",
-        ),
-        (["--algo", "ppo"], "ppo folder was not found"),
-        (["--exp-id", "7"], "CartPole-v1_7 folder was not found"),
-        (["--load-last-checkpoint"], "No checkpoint found for vpg on CartPole-v1"),
-        (["-o", "film.avi"], "-o film.avi is not allowed; allowed: a file name that ends with .gif or .mp4"),
-        (["-o", "missing/film.gif"], "-o missing/film.gif cannot be written: No such file or directory"),
-        (["--env-kwargs", "mass:1"], "The environment cannot be made: .*unexpected keyword argument 'mass'"),
-        (["--gym-packages", "no_such_package"], "No module named 'no_such_package'"),
-    ],
-    ids=lambda value: "_".join(value) if isinstance(value, list) else "",
-)
-def test_bad_input_is_an_error_in_one_line(monkeypatch, tmp_path, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-        watch(monkeypatch, "-f", AGENTS, *arguments)
-    assert not list(Path.cwd().iterdir())
-
-
-@pytest.mark.parametrize("arguments", [["-n", "0"], ["--algo", "nothing"], ["--stochastic", "--deterministic"]], ids=" ".join)
-def test_arguments_are_checked(monkeypatch, capsys, arguments):
-    with pytest.raises(SystemExit):
-        watch(monkeypatch, *arguments)
-    assert "usage: python -m sb3_vpg watch" in capsys.readouterr().err
