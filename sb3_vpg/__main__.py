@@ -1,8 +1,8 @@
 """
 Command line: ``python -m sb3_vpg train --env CartPole-v1``.
 
-It runs rl_zoo3's commands with VPG registered, and with VPG as the default algorithm. Two more commands are the package's own:
-``python -m sb3_vpg watch`` shows a trained agent, ``python -m sb3_vpg ablation`` runs ablation studies.
+It runs rl_zoo3's commands with VPG registered, and with VPG as the default algorithm. The package's own commands are ``watch``,
+which shows a trained agent, and ``compare`` and ``ablation``, which run studies.
 """
 
 import argparse
@@ -23,7 +23,8 @@ COMMANDS = {
     "plot_from_file": ("rl_zoo3.plots.plot_from_file", "plot the results that all_plots has saved with -o"),
     "push_to_hub": ("rl_zoo3.push_to_hub", "upload a trained agent to the Hugging Face Hub"),
     "load_from_hub": ("rl_zoo3.load_from_hub", "download a trained agent from the Hub"),
-    "ablation": ("sb3_vpg.study", "compare formulations over environments and seeds (sb3_vpg's own command)"),
+    "compare": ("sb3_vpg.study", "compare algorithms and settings over environments and seeds, with a report"),
+    "ablation": ("sb3_vpg.study", "the study of formulations: compare --config hyperparams/studies/ladder.yml -f ablation"),
 }
 LIST_OF_COMMANDS = "\n".join(f"  {command:17}{description}" for command, (_, description) in COMMANDS.items())
 USAGE = f"""usage: python -m sb3_vpg COMMAND [ARGUMENTS]
@@ -52,12 +53,16 @@ def main() -> None:
         sys.exit(f"{USAGE}\n\nerror: unknown command {command!r}")
     if importlib.util.find_spec("rl_zoo3") is None:
         sys.exit("This command needs RL Baselines3 Zoo: pip install 'sb3_vpg[zoo]'")
-    if command == "ablation" and importlib.util.find_spec("rliable") is None:
+    if COMMANDS[command][0] == "sb3_vpg.study" and importlib.util.find_spec("scipy") is None:
         sys.exit("This command draws plots: pip install 'sb3_vpg[plots]'")
     if command == "watch" and importlib.util.find_spec("pygame") is None:
         sys.exit("This command draws pictures: pip install 'sb3_vpg[render]'")
 
     arguments = sys.argv[2:]
+    if command == "ablation":
+        from sb3_vpg.zoo.hyperparameter_files import HYPERPARAMS
+
+        arguments = ["--config", str(HYPERPARAMS / "studies" / "ladder.yml"), "--folder", "ablation", *arguments]
     if command in WITH_ALGO and not any(argument.split("=")[0] == "--algo" for argument in arguments):
         arguments = ["--algo", "vpg", *arguments]
     if command == "train":

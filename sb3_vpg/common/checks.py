@@ -1,6 +1,8 @@
 """Checks of keyword values. Their errors name the keyword, the value and what is allowed."""
 
+import difflib
 import math
+from collections.abc import Iterable
 from numbers import Integral, Real
 
 
@@ -17,6 +19,22 @@ def check_choice(keyword: str, value: object, allowed: object) -> None:
     # 1 == True and 0 == False: compare the types too
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{keyword}={value!r} is not allowed; choose one of {', '.join(map(repr, choices))}")
+
+
+def check_known(keyword: str, value: object, known: Iterable[str]) -> None:
+    """
+    Check that a name is one of many.
+
+    :param keyword: name of the keyword, for the error
+    :param value: the name to check
+    :param known: the known names
+    :raises ValueError: if ``value`` is not one of ``known``; the message has the nearest names
+    """
+    names = sorted(known)
+    if value not in names:
+        near = difflib.get_close_matches(str(value), names, n=3, cutoff=0.5)
+        listed = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(map(repr, names[:30]))}"
+        raise ValueError(f"{keyword}={value!r} is not known; {listed}")
 
 
 def check_number(

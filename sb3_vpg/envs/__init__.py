@@ -7,8 +7,9 @@ import gymnasium as gym
 from sb3_vpg.envs.envpool_vec_env import EnvPoolVecEnv
 from sb3_vpg.envs.exploring_starts import ExploringStarts
 from sb3_vpg.envs.native_vec_env import NativeVecEnv
+from sb3_vpg.envs.scaled_rewards import ScaledRewards
 
-__all__ = ["ENVIRONMENTS", "EnvPoolVecEnv", "ExploringStarts", "NativeVecEnv", "register_environments"]
+__all__ = ["ENVIRONMENTS", "EnvPoolVecEnv", "ExploringStarts", "NativeVecEnv", "ScaledRewards", "register_environments"]
 
 _MODULE = "sb3_vpg.envs.cartpole_swingup"
 

@@ -1,118 +1,299 @@
-"""``python -m sb3_vpg ablation``: run or resume an ablation study, and write its report."""
+"""``python -m sb3_vpg compare``: run or resume a study, and write its report."""
 
 import argparse
+import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from sb3_vpg.common.checks import check_choice
+from sb3_vpg.common.checks import check_known
+from sb3_vpg.study.processes import in_processes
 from sb3_vpg.study.report import write_report
-from sb3_vpg.study.results import Results
-from sb3_vpg.study.study import Run, Study, load_study
-from sb3_vpg.study.training import execute, prepare_process
-from sb3_vpg.zoo import HYPERPARAMS
+from sb3_vpg.study.results import Measures, Results, keep_settings
+from sb3_vpg.study.statistics import chosen_learning_rates
+from sb3_vpg.study.study import VEC_ENVS, Cell, Run, Study, make_study, read_settings, varied
+from sb3_vpg.zoo.runs import sigterm_as_ctrl_c
+
+DESCRIPTION = """Compare algorithms, and settings of VPG, over environments and seeds. Hyperparameters are those of the zoo's
+entries. An interrupted study resumes with the same command. The folder has the results (runs.csv, points.csv), the settings
+(study.yml) and the report (report.html, report.md and pictures)."""
+
+
+class Selection(NamedTuple):
+    """
+    The part of a study that is run.
+
+    :param environments: ids of environments
+    :param contestants: names of contestants
+    """
+
+    environments: Sequence[str]
+    contestants: Sequence[str]
 
 
 def main() -> None:
     """Run the command line."""
     args = parse_arguments()
+    # The zoo's manager looks for --vec-env here, which has another meaning for it
+    sys.argv = sys.argv[:1]
     try:
-        study = load_study(args.config)
-        environments = args.env or list(study.environments)
-        formulations = args.formulation or list(study.formulations)
-        for env_id in environments:
-            check_choice("--env", env_id, study.environments)
-        for formulation in formulations:
-            check_choice("--formulation", formulation, study.formulations)
-
-        args.folder.mkdir(parents=True, exist_ok=True)
-        keep_settings(args.config, args.folder / "study.yml")
-        results = Results(args.folder / "results.csv")
-    except ValueError as error:
+        compare(args)
+    except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
-    try:
-        run_study(study, results, environments, formulations, args)
     except KeyboardInterrupt:
-        print(f"Interrupted. Finished runs are saved in {results.path}; the same command resumes the study.")
-        return
-    study_results = results.select(study)
-    score_ranges = {env_id: study.environments[env_id].score_range for env_id in study_results.environment.unique()}
-    print(f"Report: {write_report(study_results, score_ranges, args.folder, study.steps)}")
+        print("\nInterrupted. Runs that have ended are kept; the same command runs the others.")
+        sys.exit(130)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="sb3_vpg ablation",
-        description="Compare formulations over environments and seeds. The same search selects a learning rate for each "
-        "formulation. Gradient statistics are computed on the same data. An interrupted study resumes where it stopped.",
+    parser = argparse.ArgumentParser(prog="sb3_vpg compare", description=DESCRIPTION)
+    parser.add_argument("--env", nargs="+", help="environments (default: CartPole-v1); with --config, some of the study's")
+    parser.add_argument(
+        "--algo", nargs="+", help="algorithms of the zoo (default: vpg a2c ppo, or vpg with --vary); see --env"
     )
-    parser.add_argument("--config", type=Path, default=HYPERPARAMS / "ablation" / "ladder.yml", help="YAML file of the study")
-    parser.add_argument("-f", "--folder", type=Path, default=Path("ablation"), help="folder of results.csv and the report")
-    parser.add_argument("--env", nargs="+", help="environments to run (default: all of the study)")
-    parser.add_argument("--formulation", nargs="+", help="formulations to run (default: all of the study)")
-    parser.add_argument("--seeds", type=int, default=10, help="number of runs with the selected learning rate")
-    parser.add_argument("--search-seeds", type=int, default=2, help="number of runs with each learning rate of the search")
-    parser.add_argument("--statistics-seeds", type=int, default=3, help="number of runs that measure gradients; 0 for none")
+    parser.add_argument("--vary", nargs="+", metavar="KEYWORD=VALUE,VALUE", help="settings of VPG: all combinations of values")
+    parser.add_argument("--config", type=Path, help="YAML file of a study; docs/compare.md explains the keys")
+    parser.add_argument("--setting", nargs="+", help="some of the settings of the study")
+    parser.add_argument("--seeds", type=int, help="number of runs of each algorithm and setting (default: 4)")
+    parser.add_argument("--first-seed", type=int, help="seed of the first run (default: 0)")
+    parser.add_argument("--steps", type=int, help="timesteps of each run (default: those of the zoo's entries)")
+    parser.add_argument("--vec-env", choices=VEC_ENVS, help="class of the training environments")
+    parser.add_argument("-f", "--folder", type=Path, default=Path("comparison"), help="folder (default: comparison)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="number of parallel runs, one thread each")
+    parser.add_argument(
+        "--track",
+        nargs="?",
+        const="wandb",
+        choices=("wandb", "tensorboard"),
+        help="log training as the zoo does (default: wandb)",
+    )
+    parser.add_argument("--retry-failed", action="store_true", help="execute runs that have failed again")
+    parser.add_argument("--dry-run", action="store_true", help="print the runs and their cost, and stop")
+    parser.add_argument("--report", action="store_true", help="write the report of the runs that have ended, and stop")
     return parser.parse_args()
 
 
-def keep_settings(config: Path, copy: Path) -> None:
+def study_of(args: argparse.Namespace) -> tuple[Study, Selection]:
     """
-    Copy the settings of a study into its folder.
-
-    :param config: the YAML file of the study
-    :param copy: path of the copy
-    :raises ValueError: if the folder has results of a study with other settings
+    :return: the study, and the part of it that the arguments select
+    :raises ValueError: if a name is not known, or a value is not allowed
     """
-    if not copy.is_file():
-        shutil.copyfile(config, copy)
-    elif copy.read_bytes() != config.read_bytes():
-        raise ValueError(f"{copy.parent} has results of a study with other settings than {config}: choose another --folder")
+    settings = read_settings(args.config) if args.config else {}
+    if args.vary:
+        if settings.get("settings"):
+            raise ValueError(f"--vary is not allowed with the settings of {args.config}")
+        settings = {"algorithms": ["vpg"], **settings, "settings": varied(args.vary)}
+    if not args.config:
+        given = {"environments": args.env, "algorithms": args.algo}
+        settings |= {key: value for key, value in given.items() if value}
+    for key in ("seeds", "first_seed", "steps", "vec_env"):
+        if getattr(args, key) is not None:
+            settings[key] = getattr(args, key)
+    study = make_study(settings)
+    for name in args.env or ():
+        check_known("--env", name, study.environments)
+    for name in args.algo or ():
+        check_known("--algo", name, study.algorithms)
+    for name in args.setting or ():
+        check_known("--setting", name, study.settings)
+    contestants = [
+        name
+        for name, (algorithm, setting) in study.contestants.items()
+        if algorithm in (args.algo or study.algorithms) and setting in (args.setting or ["", *study.settings])
+    ]
+    return study, Selection(list(dict.fromkeys(args.env or study.environments)), contestants)
 
 
-def run_study(
-    study: Study, results: Results, environments: list[str], formulations: list[str], args: argparse.Namespace
-) -> None:
-    """Execute all runs that have no results yet, one environment after the other."""
-    searched = formulations
-    if args.statistics_seeds > 0:
-        searched = list(dict.fromkeys([*formulations, study.statistics.policy_of]))
-    n_searches = len(searched) * len(study.learning_rates) * args.search_seeds
-    n_runs = len(environments) * (n_searches + len(formulations) * args.seeds + args.statistics_seeds)
-    # Inherited by the worker processes. For small networks, one thread is faster than several
+def compare(args: argparse.Namespace) -> None:
+    """Run a study, or what is missing of it, and write its report."""
+    if args.processes < 1:
+        raise ValueError(f"--processes={args.processes} is not allowed; it must be an integer >= 1")
+    if args.track and importlib.util.find_spec(args.track) is None:
+        raise ValueError(f"--track {args.track} needs a package: pip install {args.track}")
+    study, selection = study_of(args)
+    # Inherited by the processes: EnvPool's and NumPy's threads, too
     os.environ["OMP_NUM_THREADS"] = "1"
-    pool = ProcessPoolExecutor(args.processes, mp_context=get_context("spawn"), initializer=prepare_process)
-    with tqdm(total=n_runs, unit="run", smoothing=0) as progress:
+    with tempfile.TemporaryDirectory() as folder:
+        hyperparameters = check_cells(study, selection, Path(folder))
+        if args.dry_run and not args.folder.exists():
+            print_plan(plan(study, selection, hyperparameters, None, args.processes, Path(folder)), args.processes)
+            return
+        with folder_of(args.folder):
+            cells = {", ".join(filter(None, cell)): of for cell, of in hyperparameters.items()}
+            changed = keep_settings(args.folder, asdict(study), cells)
+            if changed:
+                print(f"Note: the folder has runs with other versions of {', '.join(changed)}")
+            results = Results(args.folder)
+            if args.retry_failed:
+                results.forget_failed()
+            if not args.report:
+                planned = plan(study, selection, hyperparameters, results, args.processes, Path(folder))
+                print_plan(planned, args.processes)
+                if args.dry_run:
+                    return
+                if planned.runs:
+                    execute_all(study, selection, results, planned, args)
+            print(f"Report: {write_report(study, results, args.folder)}")
 
-        def execute_all(runs: Iterable[Run]) -> None:
-            pending = {}
-            for run in runs:
-                if run in results:
-                    progress.update()
-                else:
-                    pending[pool.submit(execute, study, run)] = run
-            for future in as_completed(pending):
-                results.add(pending[future], future.result())
-                progress.update()
 
-        try:
-            for env_id in environments:
-                progress.set_description(env_id)
-                execute_all(study.search_runs(env_id, searched, args.search_seeds))
-                chosen = results.chosen_learning_rates(env_id)
-                execute_all(study.final_runs(env_id, {name: chosen[name] for name in formulations}, args.seeds))
-                if args.statistics_seeds > 0:
-                    execute_all(study.statistics_runs(env_id, chosen[study.statistics.policy_of], args.statistics_seeds))
-        finally:
-            # Waits for the runs that have started
-            pool.shutdown(cancel_futures=True)
+@contextmanager
+def folder_of(folder: Path) -> Iterator[None]:
+    """Context in which no other process uses the folder of a study."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(f"{folder} is in use: a study runs there now") from error
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder / ".running", ignore_errors=True)
+        lock.release()
+
+
+def check_cells(study: Study, selection: Selection, folder: Path) -> dict[Cell, dict[str, Any]]:
+    """
+    Make the model of each cell.
+
+    :return: hyperparameters by cell
+    :raises ValueError: if the zoo does not know an algorithm or a keyword, or a model cannot be made
+    """
+    from sb3_vpg.study import training
+
+    hyperparameters = {}
+    for environment in selection.environments:
+        for name in selection.contestants:
+            run = Run("final", environment, *study.contestants[name], study.first_seed)
+            hyperparameters[run.cell] = training.check_cell(study, run, folder)
+    return hyperparameters
+
+
+class Plan(NamedTuple):
+    """
+    :param steps: number of timesteps of a run of each cell
+    :param seconds_per_step: of each environment and algorithm
+    :param runs: the runs that are missing
+    :param source: where the speeds come from
+    """
+
+    steps: Mapping[Cell, int]
+    seconds_per_step: Mapping[tuple[str, str], float]
+    runs: Sequence[Run]
+    source: str
+
+    def seconds(self, run: Run) -> float:
+        """:return: the estimated duration of a run"""
+        steps = self.steps.get(run.cell) or next(n for cell, n in self.steps.items() if cell[:2] == run.cell[:2])
+        return steps * self.seconds_per_step[run.cell[:2]]
+
+
+def plan(
+    study: Study,
+    selection: Selection,
+    hyperparameters: Mapping[Cell, Mapping[str, Any]],
+    results: Results | None,
+    n_processes: int,
+    folder: Path,
+) -> Plan:
+    """:return: the runs that are missing, and speeds: of earlier runs, or measured now"""
+    from sb3_vpg.study import training
+
+    chosen = chosen_learning_rates(study, results.frame("runs")) if results else {}
+    phases = [
+        study.search_runs(*selection),
+        study.final_runs(*selection, chosen),
+        study.statistics_runs(selection.environments, chosen),
+    ]
+    runs = [run for phase in phases for run in phase if results is None or run not in results]
+    speeds = {}
+    if results is not None:
+        ended = results.frame("runs").dropna(subset="timesteps")
+        for key, rows in ended[ended.phase == "final"].groupby(["environment", "algorithm"]):
+            speeds[key] = rows.wall_seconds.sum() / rows.timesteps.sum()
+    unknown = {run.cell[:2]: run for run in reversed(runs) if run.cell[:2] not in speeds}
+    source = "speeds of the runs in the folder" if not unknown else "measured now, a few seconds each"
+    jobs = [
+        (key, (study, run._replace(phase="final"), folder / "-".join(key).replace("/", "_"))) for key, run in unknown.items()
+    ]
+    with closing(in_processes(training.measure_speed, jobs, n_processes, folder / "output.log")) as events:
+        for event in tqdm(events, desc="Measuring speed", total=len(jobs), disable=not jobs, leave=False):
+            if event.error is not None:
+                raise ValueError(f"{' '.join(event.key)}: {event.error}")
+            speeds[event.key] = event.result
+    return Plan({cell: of["n_timesteps"] for cell, of in hyperparameters.items()}, speeds, runs, source)
+
+
+def print_plan(planned: Plan, n_processes: int) -> None:
+    """Print the missing runs and their cost."""
+    groups: dict[tuple[str, str], list[Run]] = {}
+    for run in planned.runs:
+        groups.setdefault(run.cell[:2], []).append(run)
+    for (environment, algorithm), runs in groups.items():
+        seconds = sum(map(planned.seconds, runs))
+        speed = 1 / planned.seconds_per_step[environment, algorithm]
+        print(f"{environment:24} {algorithm:9} {len(runs):4} runs {speed:9,.0f} steps/s {tqdm.format_interval(seconds):>8}")
+    costs = sorted(map(planned.seconds, planned.runs))
+    if costs:
+        duration = max(sum(costs) / n_processes, costs[-1])
+        print(
+            f"{len(costs)} runs in {n_processes} processes: about {tqdm.format_interval(duration)} of training "
+            f"({planned.source}), and evaluations"
+        )
+
+
+def execute_all(study: Study, selection: Selection, results: Results, planned: Plan, args: argparse.Namespace) -> None:
+    """Execute the runs that are missing: the search, then the final runs, then the gradient statistics."""
+    from sb3_vpg.study import training
+
+    n_ended, tracking = 0, training.Tracking(args.track, args.folder) if args.track else None
+    bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left"
+    total = sum(map(planned.seconds, planned.runs))
+    with sigterm_as_ctrl_c(), tqdm(total=total, bar_format=bar_format, smoothing=0) as bar:
+
+        def execute(runs: Iterable[Run]) -> None:
+            nonlocal n_ended
+            missing = [run for run in runs if run not in results]
+            fractions = dict.fromkeys(missing, 0.0)
+            folders = {run: args.folder / ".running" / str(n_ended + i) for i, run in enumerate(missing)}
+            jobs = [(run, (study, run, folders[run], tracking)) for run in missing]
+            with closing(in_processes(training.execute, jobs, args.processes, args.folder / "output.log")) as events:
+                for run, progress, result, error in events:
+                    if progress == 1.0:
+                        measures, points = result or (Measures(), [])
+                        results.add(run, measures, points, error or "")
+                        shutil.rmtree(folders[run], ignore_errors=True)
+                        n_ended += 1
+                        tqdm.write(f"{n_ended:4} {line(study, run, measures, error)}")
+                    bar.set_description_str(f"{n_ended} of {len(planned.runs)} runs", refresh=False)
+                    bar.update(min((progress - fractions[run]) * planned.seconds(run), total - bar.n))
+                    fractions[run] = progress
+
+        execute(study.search_runs(*selection))
+        chosen = chosen_learning_rates(study, results.frame("runs"))
+        execute(study.final_runs(*selection, chosen))
+        execute(study.statistics_runs(selection.environments, chosen))
+
+
+def line(study: Study, run: Run, measures: Measures, error: str | None) -> str:
+    """:return: a run and what came of it"""
+    rate = "" if run.learning_rate is None else f" at {run.learning_rate:g}"
+    phase = "" if run.phase == "final" else f" ({run.phase})"
+    start = f"{run.environment:20} {run.algorithm} {run.setting}".rstrip() + f"{rate}{phase}, seed {run.seed}:"
+    if error is not None:
+        return f"{start} FAILED: {error} (more in output.log)"
+    score = getattr(measures, study.score)
+    text = "" if score is None else f" {score:.1f},"
+    return f"{start}{text} {measures.timesteps:,} steps, {measures.wall_seconds:.1f} s"
 
 
 if __name__ == "__main__":

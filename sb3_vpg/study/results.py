@@ -1,84 +1,230 @@
-"""The results file of an ablation study. Finished runs are appended; an interrupted study resumes from it."""
+"""The files of a study: its settings and versions, its runs, and the points of their curves."""
 
+import csv
+import importlib.metadata
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
+import yaml
 
-from sb3_vpg.study.study import COLUMNS, LAST_METRIC, Row, Run, Study
+from sb3_vpg.common.checkpoint import atomic_write
+from sb3_vpg.study.study import Run
 
-RUN = list(Run._fields)
+#: Number of points of a learning curve
+N_POINTS = 50
+#: Version of the format. Results of another version are refused
+FORMAT = 2
+VERSIONS = ("sb3_vpg", "stable_baselines3", "sb3_contrib", "rl_zoo3", "torch", "gymnasium", "numpy", "envpool")
+#: Settings that may change within a folder: they only add runs
+EXTENDABLE = ("seeds", "first_seed")
 
 
-def read(file: Path | io.StringIO) -> pd.DataFrame:
-    """:return: the results in a file, with exactly the numbers that were written"""
-    return pd.read_csv(file, float_precision="round_trip")
+class Measures(NamedTuple):
+    """
+    What is known of a finished run. All are None if the run has failed.
+
+    :param timesteps: timesteps of training
+    :param wall_seconds: wall-clock time of training
+    :param processor_seconds: processor time of training, of all threads
+    :param deterministic_return: mean return of the final model, deterministic
+    :param stochastic_return: mean return of the final model, stochastic
+    :param training_return: mean return of the training episodes in the last tenth of the budget
+    :param episode_length: mean length of the deterministic episodes
+    """
+
+    timesteps: int | None = None
+    wall_seconds: float | None = None
+    processor_seconds: float | None = None
+    deterministic_return: float | None = None
+    stochastic_return: float | None = None
+    training_return: float | None = None
+    episode_length: float | None = None
 
 
-def best_learning_rates(results: pd.DataFrame, environment: str) -> dict[str, float]:
-    """:return: for each formulation, the learning rate with the highest mean final return in the search"""
-    search = results.query("environment == @environment and phase == 'search' and metric == 'final_return'")
-    means = search.groupby(["formulation", "learning_rate"]).value.mean()
-    return {str(name): float(rates.droplevel(0).idxmax()) for name, rates in means.groupby(level=0)}
+class Point(NamedTuple):
+    """
+    A number at some time of a run.
+
+    :param timesteps: timesteps of training
+    :param seconds: seconds of training
+    :param metric: "return" (mean of the training episodes that ended since the point before) or a gradient statistic
+    :param measured: setting of the gradient statistic; empty for a return
+    :param value: the number
+    """
+
+    timesteps: int
+    seconds: float
+    metric: str
+    measured: str
+    value: float
+
+
+def learning_curve(episodes: list[tuple[int, float, float]], budget: int) -> tuple[list[Point], float | None]:
+    """
+    :param episodes: end (timesteps and seconds) and return of each training episode
+    :param budget: number of timesteps
+    :return: the mean return in each of :data:`N_POINTS` parts of the budget, without those in which no episode ends; and the
+        mean return in the last tenth of the budget, None if no episode ends there
+    """
+    timesteps, seconds, returns = np.array(episodes, dtype=np.float64).reshape(-1, 3).T
+    points = []
+    for low, high in pairwise(np.linspace(0, budget, N_POINTS + 1)):
+        part = (low < timesteps) & (timesteps <= high)
+        if part.any():
+            points.append(Point(int(high), seconds[part][-1], "return", "", returns[part].mean()))
+    last = (0.9 * budget < timesteps) & (timesteps <= budget)
+    return points, float(returns[last].mean()) if last.any() else None
+
+
+#: Columns of runs.csv, one row for each run, and of points.csv, one row for each number
+COLUMNS = {"runs": (*Run._fields, *Measures._fields, "error"), "points": (*Run._fields, *Point._fields)}
+TEXTS = ("phase", "environment", "algorithm", "setting", "metric", "measured", "error")
 
 
 class Results:
     """
-    A CSV file in tidy format, with the columns :data:`sb3_vpg.study.study.COLUMNS` and one number per row. Each run is
-    appended when it has finished. Incomplete rows and runs, left by a killed process, are removed.
+    The files runs.csv and points.csv in the folder of a study. A run is appended when it has ended: first its points, then its
+    row in runs.csv, which makes it count. What a killed process has left, a part of a line or points without a run, is removed
+    when the files are opened.
 
-    :param path: the file; it is created if it does not exist
-    :raises ValueError: if the file has other columns
+    :param folder: the folder; files that do not exist are created
+    :raises ValueError: if the folder has results of another format
+    :raises OSError: if the files cannot be written; they have not changed then
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        header = ",".join(COLUMNS) + "\n"
-        text = path.read_text() if path.is_file() else header
-        if not text.startswith(header):
-            raise ValueError(f"{path} is not a file of results: its first line is not {header.strip()}")
-        complete_lines = text[: text.rindex("\n") + 1]
-        frame = read(io.StringIO(complete_lines))
-        runs = pd.MultiIndex.from_frame(frame[RUN])
-        finished = runs[frame["metric"] == LAST_METRIC]
-        frame[runs.isin(finished)].to_csv(path, index=False)
-        self._finished = {Run(*run) for run in finished}
+    def __init__(self, folder: Path):
+        if (folder / "results.csv").exists():
+            raise ValueError(f"{folder / 'results.csv'} has results of sb3_vpg 0.1, an older format: choose another --folder")
+        self.paths = {name: folder / f"{name}.csv" for name in COLUMNS}
+        self._keep(lambda row: True)
+
+    def _keep(self, wanted: Any) -> None:
+        """Keep the wanted rows of runs.csv, and their points."""
+        rows = {name: _complete_rows(path, COLUMNS[name]) for name, path in self.paths.items()}
+        rows["runs"] = [row for row in rows["runs"] if wanted(row)]
+        self._ended = {_key(row) for row in rows["runs"]}
+        rows["points"] = [row for row in rows["points"] if _key(row) in self._ended]
+        for name, path in self.paths.items():
+            content = _as_csv([COLUMNS[name], *rows[name]])
+            if not path.is_file() or path.read_bytes() != content:
+                with atomic_write(path) as file:
+                    file.write(content)
 
     def __contains__(self, run: Run) -> bool:
-        return run in self._finished
+        return _key(run) in self._ended
 
-    def add(self, run: Run, rows: Sequence[Row]) -> None:
-        """
-        Append the results of a run.
+    def forget_failed(self) -> None:
+        """Remove the runs that have failed."""
+        self._keep(lambda row: not row[-1])
 
-        :param run: a finished run
-        :param rows: its results; the last row has the metric :data:`sb3_vpg.study.study.LAST_METRIC`
+    def add(self, run: Run, measures: Measures, points: Iterable[Point], error: str = "") -> None:
         """
-        text = pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(index=False, header=False)
-        with self.path.open("a") as file:
-            file.write(text)
-        self._finished.add(run)
+        Append a run that has ended.
 
-    def chosen_learning_rates(self, environment: str) -> dict[str, float]:
+        :param run: the run
+        :param measures: its measures
+        :param points: its points
+        :param error: its error, if it has failed
+        :raises OSError: if the files cannot be written; the run does not count then
         """
-        :return: for each formulation whose search is finished, the learning rate with the highest mean final return; the
-            lowest one if several are equal
-        """
-        return best_learning_rates(read(self.path), environment)
+        rows: dict[str, list[Sequence[Any]]] = {
+            "points": [(*run, *point) for point in points],
+            "runs": [(*run, *measures, error)],
+        }
+        for name, path in self.paths.items():
+            try:
+                with path.open("ab") as file:
+                    file.write(_as_csv(rows[name]))
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise OSError(f"{path} cannot be written: {error}. The runs that have ended before are kept") from error
+        self._ended.add(_key(run))
 
-    def select(self, study: Study) -> pd.DataFrame:
-        """
-        :return: all results so far, in the order of the study. Final runs are included only with the learning rate that the
-            search selects now.
-        """
-        results = read(self.path)
-        environments, formulations = list(study.environments), list(study.formulations)
-        results = results.sort_values(
-            ["environment", "formulation"],
-            key=lambda names: names.map((environments if names.name == "environment" else formulations).index),
-            kind="stable",
+    def frame(self, name: str) -> pd.DataFrame:
+        """:return: the rows of "runs" or "points", with exactly the numbers that were written"""
+        numbers = {column: [""] for column in COLUMNS[name] if column not in TEXTS}
+        texts = {column: str for column in COLUMNS[name] if column in TEXTS}
+        return pd.read_csv(
+            self.paths[name], dtype=texts, na_values=numbers, keep_default_na=False, float_precision="round_trip"
         )
-        chosen = {env_id: best_learning_rates(results, env_id) for env_id in environments}
-        rates = [chosen[run.environment].get(run.formulation) for run in results.itertuples()]
-        return results[(results.phase != "final") | (results.learning_rate == rates)]
+
+
+def keep_settings(folder: Path, study: Mapping[str, Any], hyperparameters: Mapping[str, Any]) -> list[str]:
+    """
+    Write the settings of a study, its hyperparameters and the versions of packages into its folder. Compared with those that
+    the folder has, numbers of seeds may differ, and cells may be new.
+
+    :param folder: the folder
+    :param study: the settings
+    :param hyperparameters: hyperparameters of each cell
+    :return: the packages whose versions differ from those that the folder has
+    :raises ValueError: if the folder belongs to another study, or has settings of another format
+    :raises OSError: if the file cannot be written
+    """
+    path, changed = folder / "study.yml", []
+    versions = {name: version for name in VERSIONS if (version := _version(name))}
+    new = _plain({"format": FORMAT, "study": study, "hyperparameters": hyperparameters, "versions": versions})
+    if path.is_file():
+        old = yaml.safe_load(path.read_text())
+        if not isinstance(old, dict) or old.get("format") != FORMAT:
+            raise ValueError(f"{path} has another format than {FORMAT}, that of this version: choose another --folder")
+        old_cells = {cell: old["hyperparameters"].get(cell, new["hyperparameters"][cell]) for cell in new["hyperparameters"]}
+        differences = [*_differences(old["study"], new["study"]), *_differences(old_cells, new["hyperparameters"])]
+        for key, before, now in differences:
+            raise ValueError(f"{folder} has another study ({key} is {before!r} there, {now!r} here): choose another --folder")
+        changed = [name for name in versions if old["versions"].get(name, versions[name]) != versions[name]]
+        new["versions"] = {**versions, **old["versions"]}
+        new["hyperparameters"] = {**old["hyperparameters"], **new["hyperparameters"]}
+    with atomic_write(path) as file:
+        file.write(yaml.safe_dump(new, sort_keys=False).encode())
+    return changed
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _plain(value: Any) -> Any:
+    """:return: the value as YAML gives it back"""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in {**old, **new}:
+            if name not in EXTENDABLE:
+                yield from _differences(old.get(name), new.get(name), f"{key}: {name}" if key else name)
+    elif old != new:
+        yield key, old, new
+
+
+def _key(row: Sequence[Any]) -> tuple[str, ...]:
+    """:return: the run of a row, as texts"""
+    return tuple("" if value is None else str(value) for value in row[: len(Run._fields)])
+
+
+def _as_csv(rows: Iterable[Sequence[Any]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
+
+
+def _complete_rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
+    """:return: the rows of a file without its header, and without a last line that is not complete"""
+    header = _as_csv([columns]).decode()
+    text = path.read_text() if path.is_file() else header
+    if not text.startswith(header):
+        raise ValueError(f"{path} has another format: its first line is not {header.strip()!r}; choose another --folder")
+    return list(csv.reader(text[: text.rindex("\n") + 1].splitlines()))[1:]

@@ -1,222 +1,230 @@
 """
-Statistics of a study's results: interquartile means over seeds with stratified bootstrap intervals, as recommended by Agarwal
-et al. (2021, https://arxiv.org/abs/2108.13264), computed with their library rliable.
+Statistics of a study's results, as recommended by Agarwal et al. (2021, https://arxiv.org/abs/2108.13264): interquartile means
+over seeds, probabilities of improvement and performance profiles, with stratified bootstrap intervals. They are those of the
+authors' library rliable, computed for all resamples at once.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from rliable import library, metrics
 from scipy.stats import trim_mean
 
-from sb3_vpg.study.study import COLUMNS, PHASES
+from sb3_vpg.study.study import Cell, Study
 
-MOMENTS = ["start", "middle", "end"]
-COSINES = {"pairwise_cosine": "pairwise cosine", "cosine_with_reference": "cosine with the reference"}
-
-# Default number of bootstrap resamples
+# Number of bootstrap resamples
 REPETITIONS = 2000
-
-EMPTY_CELL = "-"
 NO_VALUES = pd.Series(dtype=np.float64)
 
 
 class Estimate(NamedTuple):
-    """An interquartile mean, the ends of its 95 % interval, and the number of seeds."""
+    """A number, the ends of its 95 % interval, and the number of seeds."""
 
     mean: float
     low: float
     high: float
     n_seeds: int
 
+    @classmethod
+    def of(cls, mean_low_high: Iterable[float], n_seeds: int) -> "Estimate":
+        """:return: an estimate with these numbers"""
+        mean, low, high = map(float, mean_low_high)
+        return cls(mean, low, high, n_seeds)
+
+
+def chosen_learning_rates(study: Study, runs: pd.DataFrame) -> dict[Cell, float]:
+    """
+    :param study: the study
+    :param runs: the runs, see :data:`sb3_vpg.study.results.COLUMNS`
+    :return: for each cell with a search, the learning rate with the highest mean score; the lowest one if several are equal.
+        A rate with a failed run is chosen only if all have one.
+    """
+    search = runs[runs.phase == "search"]
+    search = search.assign(score=search[study.score].fillna(-np.inf))
+    chosen = {}
+    for key, rows in search.groupby(["environment", "algorithm", "setting"]):
+        means = rows.groupby("learning_rate").score.mean()
+        chosen[key] = float(means.idxmax())
+    return chosen
+
 
 @dataclass(frozen=True)
 class Findings:
     """
-    The validated results, as the sections of a report read them.
+    The results as the sections of a report read them.
 
-    :param rows: the tidy table, without rows that have no value
-    :param score_ranges: for each environment, the returns with the normalized scores 0 and 1, in the order of the report
-    :param formulations: names of the formulations, in the order of the report
-    :param first: the formulation with which the others are compared
-    :param repetitions: number of bootstrap resamples
+    :param study: the study
+    :param runs: the runs, with the name of the contestant
+    :param points: the points, with the name of the contestant
     """
 
-    rows: pd.DataFrame
-    score_ranges: Mapping[str, tuple[float, float]]
-    formulations: Sequence[str]
-    first: str
-    repetitions: int
+    study: Study
+    runs: pd.DataFrame
+    points: pd.DataFrame
 
-    def values(self, phase: str, metric: str, environment: str, *further: str) -> dict[Any, pd.Series]:
+    @classmethod
+    def of(cls, study: Study, runs: pd.DataFrame, points: pd.DataFrame) -> "Findings":
         """
-        :param phase: phase of the runs
-        :param metric: name of the metric
-        :param environment: id of the environment
-        :param further: columns to group by, in addition to the formulation
-        :return: values of the metric by seed, for each formulation or each tuple of formulation and further columns
+        :param study: the study
+        :param runs: the file "runs", see :data:`sb3_vpg.study.results.COLUMNS`
+        :param points: the file "points"
+        :return: the results. Final runs count only with the learning rate that the search selects now.
         """
-        rows = self.rows.query("phase == @phase and metric == @metric and environment == @environment")
-        groups = rows.groupby(["formulation", *further] if further else "formulation")
-        return {key: group.set_index("seed")["value"].sort_index() for key, group in groups}
+        chosen = chosen_learning_rates(study, runs)
+        rates = pd.Series(
+            [chosen.get(cell, np.nan) for cell in zip(runs.environment, runs.algorithm, runs.setting)], runs.index
+        )
+        runs = runs[(runs.phase != "final") | (runs.learning_rate == rates) | rates.isna()]
+        names = {cell: name for name, cell in study.contestants.items()}
+        runs, points = (
+            frame.assign(contestant=[names.get(cell) for cell in zip(frame.algorithm, frame.setting)])
+            for frame in (runs, points)
+        )
+        return cls(study, runs, points.merge(runs[list(runs.columns[:6])]))
+
+    @property
+    def environments(self) -> list[str]:
+        """Environments with final runs that have a score."""
+        present = set(self.final.environment)
+        return [name for name in self.study.environments if name in present]
+
+    @property
+    def contestants(self) -> list[str]:
+        """Contestants with final runs that have a score, the first of which is the reference."""
+        present = set(self.final.contestant)
+        return [name for name in self.study.contestants if name in present]
+
+    @property
+    def final(self) -> pd.DataFrame:
+        """Final runs that have a score."""
+        return self.runs[(self.runs.phase == "final") & self.runs[self.study.score].notna()]
+
+    def values(self, environment: str, column: str) -> dict[str, pd.Series]:
+        """:return: values of a column of the final runs by seed, for each contestant"""
+        rows = self.final[self.final.environment == environment].dropna(subset=column)
+        groups = {name: group.set_index("seed")[column].sort_index() for name, group in rows.groupby("contestant")}
+        return {name: groups[name] for name in self.contestants if name in groups}
+
+    def score_range(self, environment: str) -> tuple[float, float]:
+        """:return: the scores that are normalized to 0 and 1"""
+        given = self.study.environments[environment].get("score_range")
+        if given is not None:
+            return tuple(given)
+        scores = pd.concat(self.values(environment, self.study.score).values())
+        low, high = scores.min(), scores.max()
+        return (low, high) if low < high else (low - 1, high)
 
     def normalized(self) -> dict[str, np.ndarray]:
         """
-        :return: normalized scores of each formulation that has runs in all environments, shape (seeds, environments), for the
+        :return: normalized scores of each contestant that has runs in all environments, shape (seeds, environments), for the
             seeds that all environments have
         """
-        values = {environment: self.values("final", "final_return", environment) for environment in self.score_ranges}
-        scores = {}
-        for formulation in self.formulations:
-            columns = {
-                environment: (values[environment].get(formulation, NO_VALUES) - low) / (high - low)
-                for environment, (low, high) in self.score_ranges.items()
-            }
-            complete = pd.DataFrame(columns).dropna().to_numpy()
-            if len(complete):
-                scores[formulation] = complete
-        return scores
+        columns: dict[str, dict[str, pd.Series]] = {name: {} for name in self.contestants}
+        for environment in self.environments:
+            low, high = self.score_range(environment)
+            for name, scores in self.values(environment, self.study.score).items():
+                columns[name][environment] = (scores - low) / (high - low)
+        complete = {name: pd.DataFrame(of).dropna() for name, of in columns.items() if len(of) == len(self.environments)}
+        return {name: frame.to_numpy() for name, frame in complete.items() if len(frame)}
+
+    def curves(self, environment: str, axis: str, n_points: int = 60) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
+        """
+        :param environment: id of the environment
+        :param axis: "timesteps" or "seconds"
+        :param n_points: number of points of each curve
+        :return: for each contestant x, the interquartile mean of the return with the ends of its interval, shape (3, points),
+            and the number of seeds. Between the points of a run, returns are interpolated linearly; after its last, they stay.
+        """
+        rows = self.points[(self.points.metric == "return") & (self.points.phase == "final")]
+        lines = {}
+        for name, of_contestant in rows[rows.environment == environment].groupby("contestant"):
+            runs = [run.sort_values("timesteps") for _, run in of_contestant.groupby("seed")]
+            first, last = max(run[axis].iloc[0] for run in runs), np.median([run[axis].iloc[-1] for run in runs])
+            x = np.linspace(first, max(first, last), n_points)
+            y = np.stack([np.interp(x, run[axis], run["value"]) for run in runs])
+            lines[name] = (x, with_interval(iqm(y), iqm(resampled(y), axis=1)), len(runs))
+        return {name: lines[name] for name in self.contestants if name in lines}
 
 
-def validate_results(
-    results: pd.DataFrame, score_ranges: Mapping[str, tuple[float, float]], first: str | None
-) -> pd.DataFrame:
+def iqm(values: np.ndarray, axis: int | None = 0) -> np.ndarray:
+    """:return: interquartile means; over all axes for None"""
+    return trim_mean(values, 0.25, axis=axis)
+
+
+def resampled(values: np.ndarray, seed: int = 0) -> np.ndarray:
     """
-    :return: the rows that have a value
-    :raises ValueError: see ``write_report``
+    Stratified bootstrap: the columns are resampled independently.
+
+    :param values: shape (seeds, columns)
+    :param seed: seed of the random numbers
+    :return: shape (repetitions, seeds, columns)
     """
-    if set(results.columns) != set(COLUMNS):
-        wrong = sorted(set(results.columns).symmetric_difference(COLUMNS))
-        raise ValueError(f"the results have the columns {list(results.columns)}, not {COLUMNS}: {wrong}")
-    for column, known in [("phase", PHASES), ("environment", list(score_ranges))]:
-        unknown = sorted(set(results[column]) - set(known))
-        if unknown:
-            raise ValueError(f"the results have {column} {unknown}; known: {known}")
-    if first is not None and first not in set(results["formulation"]):
-        raise ValueError(f"first={first!r} is not a formulation of the results: {list(results['formulation'].unique())}")
-    for environment, (low, high) in score_ranges.items():
-        if not low < high:
-            raise ValueError(f"the score range of {environment} must be increasing, not {low, high}")
-    keys = [column for column in COLUMNS if column != "value"]
-    duplicates = results[results.duplicated(keys)]
-    if len(duplicates):
-        raise ValueError(f"the results have a duplicate row: {duplicates.iloc[0][keys].to_dict()}")
-    rows = results.dropna(subset="value")
-    final = rows.query("phase == 'final'")
-    if not (final["metric"] == "final_return").any():
-        raise ValueError("the results have no final rows: phase 'final' with metric 'final_return' and a value")
-    for (environment, formulation), rates in final.groupby(["environment", "formulation"])["learning_rate"]:
-        if rates.nunique() > 1:
-            raise ValueError(f"final runs of {formulation} in {environment} have several learning rates: {rates.unique()}")
-    return rows
+    rows = np.random.default_rng(seed).integers(len(values), size=(REPETITIONS, *values.shape))
+    return np.take_along_axis(values[None], rows, axis=1)
 
 
-# Estimates
-
-
-@contextmanager
-def seeded() -> Iterator[None]:
+def with_interval(value: np.ndarray, resamples: np.ndarray) -> np.ndarray:
     """
-    Context with a fixed seed of NumPy's global generator, which rliable uses even if ``random_state`` is given. The state of
-    the generator is restored at the end.
+    :param value: an estimate, shape (n,)
+    :param resamples: the same of each bootstrap resample, shape (repetitions, n)
+    :return: the estimate, and the ends of its 95 % percentile interval, shape (3, n)
     """
-    state = np.random.get_state()  # noqa: NPY002
-    np.random.seed(0)  # noqa: NPY002
-    try:
-        yield
-    finally:
-        np.random.set_state(state)  # noqa: NPY002
+    return np.vstack([value, np.quantile(resamples, [0.025, 0.975], axis=0)])
 
 
-def bootstrap(scores: np.ndarray, function: Callable[[np.ndarray], np.ndarray], repetitions: int) -> np.ndarray:
-    """
-    Stratified bootstrap: the columns of the scores are resampled independently.
-
-    :param scores: shape (seeds, columns)
-    :param function: maps such an array to one of shape (n,)
-    :param repetitions: number of resamples
-    :return: the function of the scores, and the lower and upper ends of its 95 % percentile intervals, shape (3, n)
-    """
-    with seeded():
-        points, intervals = library.get_interval_estimates({"": scores}, function, reps=repetitions)
-    return np.vstack([points[""], intervals[""]])
+def estimate(values: pd.Series) -> Estimate:
+    """:return: interquartile mean and interval of one value for each seed"""
+    column = values.to_numpy()[:, None]
+    return Estimate.of(with_interval(iqm(column), iqm(resampled(column), axis=1))[:, 0], len(values))
 
 
-def interquartile_means(columns: Mapping[Any, np.ndarray], repetitions: int) -> dict[Any, Estimate]:
-    """
-    :param columns: arrays with one value per seed; the number of seeds may differ
-    :param repetitions: number of bootstrap resamples
-    :return: interquartile mean and interval of each array
-    """
+def difference(before: pd.Series, after: pd.Series) -> Estimate | None:
+    """:return: difference of the interquartile means, with its interval; None with fewer than two seeds"""
+    if min(len(before), len(after)) < 2:
+        return None
+    x, y = before.to_numpy()[:, None], after.to_numpy()[:, None]
+    # The runs of both are independent
+    resamples = iqm(resampled(y, seed=1), axis=1) - iqm(resampled(x, seed=2), axis=1)
+    return Estimate.of(with_interval(iqm(y) - iqm(x), resamples)[:, 0], min(len(x), len(y)))
+
+
+def aggregates(normalized: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
+    """:return: interquartile mean over environments and seeds of each contestant's normalized scores"""
     estimates = {}
-    for n_seeds in {len(column) for column in columns.values()}:
-        keys = [key for key, column in columns.items() if len(column) == n_seeds]
-        scores = np.stack([columns[key] for key in keys], axis=1)
-        points_and_ends = bootstrap(scores, lambda sample: trim_mean(sample, 0.25, axis=0), repetitions)
-        for key, (mean, low, high) in zip(keys, points_and_ends.T):
-            estimates[key] = Estimate(mean, low, high, n_seeds)
+    for name, scores in normalized.items():
+        means = iqm(resampled(scores).reshape(REPETITIONS, -1), axis=1)
+        estimates[name] = Estimate.of(with_interval(iqm(scores, axis=None), means[:, None])[:, 0], len(scores))
     return estimates
 
 
-def final_returns(findings: Findings, environment: str) -> dict[Any, Estimate]:
-    """:return: estimate of the final return of each formulation that has final runs in the environment"""
-    values = findings.values("final", "final_return", environment)
-    return interquartile_means({key: series.to_numpy() for key, series in values.items()}, findings.repetitions)
-
-
-def aggregates(findings: Findings) -> dict[str, Estimate]:
+def probability_of_improvement(before: np.ndarray, after: np.ndarray) -> Estimate:
     """
-    :return: interquartile mean of the normalized scores over seeds and environments, for each formulation with final runs in
-        all environments
+    :param before: scores of the first, shape (seeds, environments)
+    :param after: scores of the second, shape (seeds, environments)
+    :return: the probability that a run of the second has a higher score than a run of the first, mean over environments. Ties
+        count one half.
     """
-    estimates = {}
-    for formulation, scores in findings.normalized().items():
-        point_and_ends = bootstrap(scores, lambda sample: np.array([metrics.aggregate_iqm(sample)]), findings.repetitions)
-        mean, low, high = point_and_ends[:, 0]
-        estimates[formulation] = Estimate(mean, low, high, len(scores))
-    return estimates
+
+    def probability(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        differences = y[..., :, None, :] - x[..., None, :, :]
+        return np.mean((np.sign(differences) + 1) / 2, axis=(-3, -2, -1))
+
+    # The runs of both are independent
+    resamples = probability(resampled(before, seed=1), resampled(after, seed=2))
+    return Estimate.of(with_interval(probability(before, after), resamples[:, None])[:, 0], min(len(before), len(after)))
 
 
-def learning_rates(findings: Findings, environment: str) -> dict[str, float]:
-    """:return: learning rate of the final runs of each formulation"""
-    rows = findings.rows.query("phase == 'final' and environment == @environment")
-    return dict(rows.groupby("formulation")["learning_rate"].first())
-
-
-def gradient_statistics(findings: Findings, environment: str, metric: str) -> dict[tuple[str, str], pd.Series]:
+def performance_profiles(normalized: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """
-    :return: values by seed for each pair of formulation and moment. The moment is the nearest of start, middle and end of
-        training.
+    :return: thresholds of the normalized score, and for each contestant the fraction of runs above them with the ends of its
+        interval, shape (3, thresholds)
     """
-    budget = findings.rows.query("environment == @environment")["timesteps"].max()
-    values = findings.values("statistics", metric, environment, "timesteps")
-    moments: dict[tuple[str, str], pd.Series] = {}
-    for (formulation, timesteps), series in values.items():
-        key = (formulation, MOMENTS[round(2 * timesteps / budget)])
-        moments[key] = pd.concat([moments[key], series]) if key in moments else series
-    return moments
-
-
-def variance_ratios(findings: Findings, environment: str) -> tuple[str, dict[tuple[str, str], pd.Series]]:
-    """
-    :return: the formulation whose variance is the denominator, and the ratios at the same policies by seed, without those that
-        are not positive and finite
-    """
-    variances = gradient_statistics(findings, environment, "variance")
-    measured = {formulation for formulation, _ in variances}
-    candidates = [findings.first, *findings.formulations]
-    relative_to = next((formulation for formulation in candidates if formulation in measured), findings.first)
-    ratios = {}
-    for (formulation, moment), variance in variances.items():
-        ratios[formulation, moment] = ratio_by_seed(variance, variances.get((relative_to, moment), NO_VALUES))
-    return relative_to, ratios
-
-
-def ratio_by_seed(values: pd.Series, of: pd.Series) -> pd.Series:
-    """:return: ratios by seed, without those that are not positive and finite"""
-    ratio = (values / of).dropna()
-    return ratio[(ratio > 0) & np.isfinite(ratio)]
+    values = np.concatenate([scores.ravel() for scores in normalized.values()])
+    thresholds = np.linspace(min(0.0, values.min()), max(1.0, values.max()), 101)
+    profiles = {}
+    for name, scores in normalized.items():
+        resamples = np.mean(resampled(scores)[..., None] > thresholds, axis=(1, 2))
+        profiles[name] = with_interval(np.mean(scores[..., None] > thresholds, axis=(0, 1)), resamples)
+    return thresholds, profiles

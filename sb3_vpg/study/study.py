@@ -1,168 +1,294 @@
-"""The settings of an ablation study, read from a YAML file, and its runs."""
+"""The settings of a study, read from YAML, and its runs."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import yaml
 
-from sb3_vpg.common.checks import check_choice, check_number
+from sb3_vpg.common.checks import check_choice, check_known, check_number
 from sb3_vpg.envs import register_environments
+from sb3_vpg.zoo.hyperparameter_files import ALGORITHMS as OWN_ALGORITHMS
 
 #: "search" for the learning rate, "final" runs with the selected learning rate, gradient "statistics"
 PHASES = ("search", "final", "statistics")
-#: Runs of the search have the seeds from this number on, which no other run has
+#: Runs of the search have the seeds from this number on
 FIRST_SEARCH_SEED = 1000
+#: Returns by which a study can be judged
+SCORES = ("deterministic_return", "stochastic_return", "training_return")
+#: Values of ``vec_env``, and the classes
+VEC_ENVS = {"envpool": "sb3_vpg.envs.EnvPoolVecEnv", "native": "sb3_vpg.envs.NativeVecEnv"}
+#: Keys of an environment that are not keywords
+ENVIRONMENT_KEYS = ("n_timesteps", "score_range")
+
+Cell = tuple[str, str, str]
 
 
 class Run(NamedTuple):
     """
     One training run.
 
-    :param environment: id of the environment
-    :param formulation: name of the formulation
     :param phase: one of :data:`PHASES`
+    :param environment: id of the environment
+    :param algorithm: name of the algorithm in the zoo
+    :param setting: name of the setting; empty for the algorithm as it is
     :param seed: random seed
-    :param learning_rate: learning rate of the actor
+    :param learning_rate: learning rate of the search; None for that of the setting or the entry
     """
 
-    environment: str
-    formulation: str
     phase: str
+    environment: str
+    algorithm: str
+    setting: str
     seed: int
-    learning_rate: float
+    learning_rate: float | None = None
 
-
-# Columns of the results. Each row has one number of one run
-COLUMNS = (*Run._fields, "timesteps", "metric", "value")
-Row = tuple[str, str, str, int, float, int, str, float]
-# Metric of the last row of a run
-LAST_METRIC = "seconds"
+    @property
+    def cell(self) -> Cell:
+        """Environment, algorithm and setting."""
+        return self.environment, self.algorithm, self.setting
 
 
 @dataclass(frozen=True)
-class Environment:
+class Search:
     """
-    Settings of an environment.
+    The search for a learning rate, for each setting and environment.
 
-    :param n_timesteps: budget of a run, summed over all environments, >= 1
-    :param n_envs: number of environments, >= 1
-    :param score_range: returns with the normalized scores 0 and 1
-    :param reward_scale: factor of the rewards during training, > 0
-    :param keywords: further keywords of VPG, for all formulations
+    :param learning_rates: the candidates; empty for no search
+    :param seeds: number of runs with each candidate
     """
 
-    n_timesteps: int
-    n_envs: int
-    score_range: tuple[float, float]
-    reward_scale: float = 1.0
-    keywords: Mapping[str, Any] = field(default_factory=dict)
+    learning_rates: Sequence[float] = ()
+    seeds: int = 2
 
     def __post_init__(self) -> None:
-        check_number("n_timesteps", self.n_timesteps, low=1, integer=True)
-        check_number("n_envs", self.n_envs, low=1, integer=True)
-        check_number("reward_scale", self.reward_scale, low=0, low_included=False)
-        low, high = self.score_range
-        check_number("score_range", high, low=low, low_included=False)
+        for rate in self.learning_rates:
+            check_number("search: learning_rates", rate, low=0, low_included=False)
+        check_number("search: seeds", self.seeds, low=1, integer=True)
 
 
 @dataclass(frozen=True)
 class Statistics:
     """
-    Settings of the gradient statistics.
+    Gradient statistics of all settings with ``n_episodes``, at policies of some of the settings.
 
-    :param policy_of: formulation that trains the policies at which gradients are measured
-    :param reference: formulation with whose gradient directions are compared
-    :param n_episodes: number of episodes, at least two batches of each formulation. Typical: 128 to 4096.
+    :param policies: settings that train the policies; empty for no statistics
+    :param reference: setting with whose gradient directions are compared; empty for each setting's own gradient
+    :param n_episodes: number of episodes at each policy, at least two batches of each setting. Typical: 128 to 4096.
+    :param seeds: number of runs of each policy
     """
 
-    policy_of: str
-    reference: str
-    n_episodes: int
+    policies: Sequence[str] = ()
+    reference: str = ""
+    n_episodes: int = 512
+    seeds: int = 3
+
+    def __post_init__(self) -> None:
+        check_number("statistics: n_episodes", self.n_episodes, low=2, integer=True)
+        check_number("statistics: seeds", self.seeds, low=0, integer=True)
 
 
 @dataclass(frozen=True)
 class Study:
     """
-    Settings of a study.
+    A study: algorithms x settings x environments x seeds. Hyperparameters are those of the zoo's entries. For VPG, they are
+    replaced by the keywords of ``common``, then of the environment, then of the setting. The other algorithms have no
+    settings: they are references.
 
-    :param learning_rates: candidates of the search
+    :param environments: for each id its keywords of VPG, and ``n_timesteps`` (of all algorithms) and ``score_range`` (returns
+        with the normalized scores 0 and 1; by default the lowest and highest score of the runs). A list of ids is allowed.
+    :param algorithms: names of algorithms in the zoo
+    :param settings: keywords of VPG by name of the setting; empty for VPG as it is
     :param common: keywords of VPG for all runs
-    :param environments: settings of the environments, by id
-    :param formulations: keywords of VPG for each formulation, by name
-    :param steps: pairs of formulations; the report compares the second with the first
-    :param statistics: settings of the gradient statistics
+    :param entries: whether VPG starts from the zoo's entries. If False, the keywords named here are all there are.
+    :param steps: number of timesteps of each run; None for the environment's ``n_timesteps`` or the entry's
+    :param seeds: number of runs of each algorithm and setting in each environment, >= 1
+    :param first_seed: seed of the first of these runs
+    :param vec_env: "envpool" or "native": class of the training environments. Evaluations do not use it.
+    :param score: the return by which contestants are judged: "deterministic_return" or "stochastic_return" of the final model,
+        or "training_return", the mean of the training episodes in the last tenth of the budget
+    :param evaluation_episodes: number of episodes of each evaluation
+    :param pairs: pairs of contestants; the report compares the second with the first. A third text is the question that the
+        pair answers. By default, all are compared with the first one.
+    :param search: the search for learning rates
+    :param statistics: the gradient statistics
+    :raises ValueError: if a name is not known, or a value is not allowed
     """
 
-    learning_rates: Sequence[float]
-    common: Mapping[str, Any]
-    environments: Mapping[str, Environment]
-    formulations: Mapping[str, Mapping[str, Any]]
-    steps: Sequence[Sequence[str]]
-    statistics: Statistics
+    environments: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"CartPole-v1": {}})
+    algorithms: Sequence[str] = ("vpg", "a2c", "ppo")
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    common: Mapping[str, Any] = field(default_factory=dict)
+    entries: bool = True
+    steps: int | None = None
+    seeds: int = 4
+    first_seed: int = 0
+    vec_env: str | None = None
+    score: str = "deterministic_return"
+    evaluation_episodes: int = 100
+    pairs: Sequence[Sequence[str]] = ()
+    search: Search = Search()
+    statistics: Statistics = Statistics()
 
     def __post_init__(self) -> None:
-        for rate in self.learning_rates:
-            check_number("learning_rates", rate, low=0, low_included=False)
-        for step in self.steps:
-            if len(step) != 2:
-                raise ValueError(f"steps: {step} is not allowed; it must be two formulations")
-            for name in step:
-                check_choice("steps", name, self.formulations)
-        check_choice("statistics: policy_of", self.statistics.policy_of, self.formulations)
-        check_choice("statistics: reference", self.statistics.reference, self.formulations)
+        check_number("steps", self.steps, low=1, integer=True, none=True)
+        check_number("seeds", self.seeds, low=1, integer=True)
+        check_number("first_seed", self.first_seed, low=0, integer=True)
+        check_number("evaluation_episodes", self.evaluation_episodes, low=1, integer=True)
+        check_choice("vec_env", self.vec_env, (None, *VEC_ENVS))
+        check_choice("score", self.score, SCORES)
+        check_choice("entries", self.entries, (True, False))
+        register_environments()
+        for name, environment in self.environments.items():
+            check_known("environment", name, gym.registry)
+            check_number(f"{name}: n_timesteps", environment.get("n_timesteps"), low=1, integer=True, none=True)
+            low, high = environment.get("score_range", (0, 1))
+            check_number(f"{name}: score_range", high, low=low, low_included=False)
+            if not self.entries and self.steps is None and "n_timesteps" not in environment:
+                raise ValueError(f"{name}: n_timesteps is missing; it is required with entries: false")
+        if (self.settings or self.common) and not set(self.algorithms) & set(OWN_ALGORITHMS):
+            raise ValueError(f"settings change keywords of VPG: add one of {', '.join(OWN_ALGORITHMS)} to the algorithms")
+        for pair in self.pairs:
+            if len(pair) not in (2, 3):
+                raise ValueError(f"pairs: {pair} is not allowed; it must be two contestants, and optionally a question")
+            for name in pair[:2]:
+                check_known("pairs", name, self.contestants)
+        for name in self.statistics.policies:
+            check_known("statistics: policies", name, self.settings)
+        if self.statistics.reference:
+            check_known("statistics: reference", self.statistics.reference, self.settings)
 
-    def keywords(self, env_id: str, formulation: str) -> dict[str, Any]:
-        """:return: keywords of VPG for a run, without learning rate and seed"""
-        return {**self.common, **self.environments[env_id].keywords, **self.formulations[formulation]}
+    @property
+    def contestants(self) -> dict[str, tuple[str, str]]:
+        """Algorithm and setting of each contestant, by the name that the report uses."""
+        own = [algorithm for algorithm in self.algorithms if algorithm in OWN_ALGORITHMS]
+        named = {}
+        for algorithm in self.algorithms:
+            for setting in (self.settings or [""]) if algorithm in own else [""]:
+                name = setting if len(own) == 1 and setting else f"{algorithm} {setting}".strip()
+                named[name] = (algorithm, setting)
+        return named
 
-    def search_runs(self, env_id: str, formulations: Iterable[str], n_seeds: int) -> Iterator[Run]:
-        """:return: runs of the search for learning rates"""
-        for formulation in formulations:
-            for learning_rate in self.learning_rates:
-                for seed in range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + n_seeds):
-                    yield Run(env_id, formulation, "search", seed, learning_rate)
+    def keywords(self, environment: str, algorithm: str, setting: str) -> dict[str, Any]:
+        """:return: hyperparameters that replace those of the zoo's entry"""
+        of_environment = self.environments[environment]
+        n_timesteps = self.steps or of_environment.get("n_timesteps")
+        keywords = {} if n_timesteps is None else {"n_timesteps": n_timesteps}
+        if self.vec_env is not None:
+            keywords["vec_env_class"] = VEC_ENVS[self.vec_env]
+            # The runs of a study are what is parallel
+            keywords["vec_env_kwargs"] = {"num_threads": 1} if self.vec_env == "envpool" else {}
+        if algorithm in OWN_ALGORITHMS:
+            own = {key: value for key, value in of_environment.items() if key not in ENVIRONMENT_KEYS}
+            keywords = {**self.common, **own, **self.settings.get(setting, {}), **keywords}
+        return keywords
 
-    def final_runs(self, env_id: str, learning_rates: Mapping[str, float], n_seeds: int) -> Iterator[Run]:
+    def search_runs(self, environments: Iterable[str], contestants: Iterable[str]) -> Iterator[Run]:
+        """:return: the runs of the search, also for the policies of the gradient statistics"""
+        searched = [*(self.contestants[name] for name in contestants), *self._policies]
+        for environment, (algorithm, setting) in itertools.product(environments, dict.fromkeys(searched)):
+            if algorithm in OWN_ALGORITHMS:
+                for rate, seed in itertools.product(self.search.learning_rates, range(self.search.seeds)):
+                    yield Run("search", environment, algorithm, setting, FIRST_SEARCH_SEED + seed, rate)
+
+    def final_runs(
+        self, environments: Iterable[str], contestants: Iterable[str], chosen: Mapping[Cell, float]
+    ) -> Iterator[Run]:
         """
-        :param env_id: id of the environment
-        :param learning_rates: learning rate of each formulation
-        :param n_seeds: number of runs of each formulation
-        :return: runs with these learning rates
+        :param environments: ids of environments
+        :param contestants: names of contestants
+        :param chosen: learning rates that the search has selected
+        :return: the final runs, seed by seed
         """
-        for seed in range(n_seeds):
-            for formulation, learning_rate in learning_rates.items():
-                yield Run(env_id, formulation, "final", seed, learning_rate)
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
+        for seed, environment, name in itertools.product(seeds, environments, contestants):
+            run = Run("final", environment, *self.contestants[name], seed)
+            yield run._replace(learning_rate=chosen.get(run.cell))
 
-    def statistics_runs(self, env_id: str, learning_rate: float, n_seeds: int) -> Iterator[Run]:
-        """:return: runs that measure gradients at the start, in the middle and at the end of training"""
-        for seed in range(n_seeds):
-            yield Run(env_id, self.statistics.policy_of, "statistics", seed, learning_rate)
+    def statistics_runs(self, environments: Iterable[str], chosen: Mapping[Cell, float]) -> Iterator[Run]:
+        """:return: the runs that measure gradients, see :meth:`final_runs`"""
+        seeds = range(self.statistics.seeds)
+        for seed, environment, (algorithm, setting) in itertools.product(seeds, environments, self._policies):
+            run = Run("statistics", environment, algorithm, setting, seed)
+            yield run._replace(learning_rate=chosen.get(run.cell))
+
+    @property
+    def _policies(self) -> list[tuple[str, str]]:
+        """Algorithm (the first that has settings) and setting of the policies at which gradients are measured."""
+        policies = self.statistics.policies if self.statistics.seeds > 0 else ()
+        own = next((algorithm for algorithm in self.algorithms if algorithm in OWN_ALGORITHMS), "")
+        return [(own, setting) for setting in policies]
 
 
-def load_study(path: Path) -> Study:
+def read_settings(path: Path) -> dict[str, Any]:
     """
-    :param path: YAML file; hyperparams/ablation/ladder.yml explains the keys
+    :param path: YAML file with the parameters of :class:`Study`; those that it omits have their defaults
+    :return: the settings
+    :raises ValueError: if the file cannot be read or is not a mapping
+    """
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: expected keys and values, got {settings!r}")
+    return settings
+
+
+def make_study(settings: Mapping[str, Any]) -> Study:
+    """
+    :param settings: parameters of :class:`Study`, as YAML has them
     :return: the study
-    :raises ValueError: if a key is missing or unknown, or a value is not allowed
+    :raises ValueError: if a key is not known, or a value is not allowed
     """
-    register_environments()
-    settings = yaml.safe_load(path.read_text())
-    expected = {"learning_rates", "common", "environments", "formulations", "steps", "statistics"}
-    if not isinstance(settings, dict) or set(settings) != expected:
-        given = sorted(settings) if isinstance(settings, dict) else settings
-        raise ValueError(f"{path}: expected the keys {', '.join(sorted(expected))}, got {given}")
-    for env_id in settings["environments"]:
-        if env_id not in gym.registry:
-            raise ValueError(f"{path}: the environment {env_id!r} is not registered")
-    own = ("n_timesteps", "n_envs", "score_range", "reward_scale")
-    environments = {
-        env_id: Environment(
-            **{key: value for key, value in entry.items() if key in own},
-            keywords={key: value for key, value in entry.items() if key not in own},
-        )
-        for env_id, entry in settings["environments"].items()
-    }
-    return Study(**{**settings, "environments": environments, "statistics": Statistics(**settings["statistics"])})
+    values = {**settings}
+    for key, cls in (("search", Search), ("statistics", Statistics)):
+        if key in values:
+            values[key] = _made(cls, values[key], f"{key}: key")
+    if "environments" in values:
+        environments = values["environments"]
+        values["environments"] = {name: {} for name in environments} if isinstance(environments, list) else environments
+        values["environments"] = {name: keywords or {} for name, keywords in values["environments"].items()}
+    # A key without a value is None in YAML
+    for key in ("settings", "common"):
+        values[key] = values.get(key) or {}
+    values["settings"] = {str(name): keywords or {} for name, keywords in values["settings"].items()}
+    return _made(Study, values, "key")
+
+
+def _made(cls: type, values: Any, what: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{what}: expected keys and values, got {values!r}")
+    for key in values:
+        check_known(what, key, [field.name for field in fields(cls)])
+    return cls(**values)
+
+
+def varied(texts: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """
+    :param texts: keywords and their values, such as "gae_lambda=0.9,0.95,1"
+    :return: a setting for each combination of values, by name
+    :raises ValueError: if a text has another form
+    """
+    choices = []
+    for text in texts:
+        keyword, equals, values = text.partition("=")
+        try:
+            parsed = yaml.safe_load(f"[{values}]")
+        except yaml.YAMLError as error:
+            raise ValueError(f"--vary {text!r}: {values!r} is not a list of values: {error}") from error
+        if not (keyword and equals and parsed):
+            raise ValueError(f"--vary {text!r} is not allowed; it must have the form keyword=value,value")
+        choices.append([(keyword, _number(value)) for value in parsed])
+    return {", ".join(f"{key}={value}" for key, value in one): dict(one) for one in itertools.product(*choices)}
+
+
+def _number(value: Any) -> Any:
+    """:return: the number that a text is, such as 1e-3, which is a text in YAML; otherwise the value itself"""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

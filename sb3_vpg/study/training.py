@@ -1,159 +1,312 @@
-"""Execute a single run of an ablation study."""
+"""
+Execute a run of a study with RL Baselines3 Zoo: train, evaluate, measure gradients.
 
-import signal
+Importing this module imports rl_zoo3, which changes gymnasium. Only processes of a study do.
+"""
+
+import argparse
+import copy
+import inspect
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import fields
-from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import gymnasium as gym
 import numpy as np
-import torch as th
+import yaml
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
+from stable_baselines3.common.utils import set_random_seed
+from stable_baselines3.common.vec_env import sync_envs_normalization, unwrap_vec_normalize
 
-from sb3_vpg.diagnostics import GradientStatistics, UpdateSpec, gradient_statistics
-from sb3_vpg.envs.native_vec_env import NativeVecEnv
-from sb3_vpg.estimators import Formulation
-from sb3_vpg.study.study import LAST_METRIC, Row, Run, Study
-from sb3_vpg.vpg import VPG
+from sb3_vpg.common.checks import check_known
+from sb3_vpg.diagnostics import UpdateSpec, gradient_statistics
+from sb3_vpg.study.results import Measures, Point, learning_curve
+from sb3_vpg.study.study import Run, Study
+from sb3_vpg.zoo import register
+from sb3_vpg.zoo.hyperparameter_files import ALGORITHMS as OWN_ALGORITHMS
 
-#: Number of points of a learning curve
-N_BINS = 20
-#: Number of evaluation episodes (deterministic policy) after a run, and the seed of their environments
-N_EVALUATION_EPISODES, EVALUATION_SEED = 20, 10_000
+register()
+# After VPG is registered
+from rl_zoo3.utils import ALGOS  # noqa: E402
+
+from sb3_vpg.zoo.manager import VPGExperimentManager  # noqa: E402
+
+#: Keys of hyperparameter files that are the zoo's own
+ZOO_KEYS = (
+    *("n_timesteps", "n_envs", "normalize", "frame_stack", "env_wrapper", "vec_env_wrapper", "env_kwargs", "monitor_kwargs"),
+    *("callback", "vec_env_class", "vec_env_kwargs"),
+)
+#: Added to the seed of a run for the environments of evaluations and gradient statistics
+EVALUATION_SEED = 10_000
 #: Fractions of the budget after which gradients are measured
 MEASURED_AT = (0.0, 0.5, 1.0)
+#: Minimum duration of a measurement of speed, in seconds
+SECONDS_OF_SPEED = 2.0
 
 
-class EpisodeReturns(BaseCallback):
-    """Records the return and the end (in timesteps) of each episode that VPG uses for training."""
+class Tracking(NamedTuple):
+    """
+    :param service: "tensorboard" or "wandb"
+    :param folder: folder of the study
+    """
 
-    def __init__(self) -> None:
+    service: str
+    folder: Path
+
+
+class Episodes(BaseCallback):
+    """
+    Records the training episodes: their ends, in timesteps and seconds, and their returns.
+
+    :param report: called with the finished fraction of the budget, about once a second
+    """
+
+    def __init__(self, report: Callable[[float], None]) -> None:
         super().__init__()
-        self.timesteps: list[int] = []
-        self.returns: list[float] = []
+        self.report = report
+        self.ended: list[tuple[int, float, float]] = []
+
+    def _on_training_start(self) -> None:
+        self.start = self.reported = time.perf_counter()
 
     def _on_step(self) -> bool:
-        for env_index in (self.locals["dones"] & self.locals["recording"]).nonzero()[0]:
-            self.timesteps.append(self.num_timesteps)
-            self.returns.append(self.locals["infos"][env_index]["episode"]["r"])
+        # VPG does not use the episodes of environments that wait for others
+        ended = self.locals["dones"] & self.locals.get("recording", True)
+        for index in ended.nonzero()[0]:
+            episode = self.locals["infos"][index].get("episode")
+            if episode is not None:
+                self.ended.append((self.num_timesteps, time.perf_counter() - self.start, episode["r"]))
         return True
 
+    def _on_rollout_start(self) -> None:
+        if time.perf_counter() > self.reported + 1:
+            self.reported = time.perf_counter()
+            self.report(min(1.0, self.num_timesteps / self.model._total_timesteps))
 
-def prepare_process() -> None:
-    """Set up a worker process: one thread, and Ctrl-C is handled by the main process only."""
-    th.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+class StopAfterSeconds(BaseCallback):
+    """Stops training after :data:`SECONDS_OF_SPEED` and at least two rollouts, the first of which warms up."""
+
+    def _on_training_start(self) -> None:
+        self.starts: list[tuple[float, int]] = []
+
+    def _on_rollout_start(self) -> None:
+        self.starts.append((time.perf_counter(), self.num_timesteps))
+
+    def _on_step(self) -> bool:
+        return len(self.starts) < 3 or self.starts[-1][0] < self.starts[1][0] + SECONDS_OF_SPEED
+
+    def _on_training_end(self) -> None:
+        start, timesteps = self.starts[1 if len(self.starts) > 2 else 0]
+        self.seconds_per_step = (time.perf_counter() - start) / (self.num_timesteps - timesteps)
 
 
-def execute(study: Study, run: Run) -> list[Row]:
+class GradientMeasurement(BaseCallback):
+    """
+    Measures the gradients of all settings with ``n_episodes``, at the start, in the middle and at the end of training.
+
+    :param study: the study
+    :param manager: manager of the run
+    :param run: the run
+    """
+
+    def __init__(self, study: Study, manager: VPGExperimentManager, run: Run):
+        super().__init__()
+        self.study, self.manager, self.run = study, manager, run
+        self.points: list[Point] = []
+        self.moments = list(MEASURED_AT)
+
+    def _on_training_start(self) -> None:
+        self.start = time.perf_counter()
+        self.env = self.manager.create_envs(self.manager.n_envs, no_log=True)
+        self.updates = update_specs(self.study, self.run, Path(self.manager.save_path))
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_start(self) -> None:
+        if self.moments and self.num_timesteps >= self.moments[0] * self.model._total_timesteps:
+            self.measure()
+
+    def _on_training_end(self) -> None:
+        self.measure()
+        self.env.close()
+
+    def measure(self) -> None:
+        del self.moments[0]
+        if (normalize := unwrap_vec_normalize(self.env)) is not None:
+            sync_envs_normalization(self.training_env, self.env)
+            normalize.training = False
+        statistics = gradient_statistics(
+            self.model,  # type: ignore[arg-type]
+            self.env,
+            self.updates,
+            n_episodes=self.study.statistics.n_episodes,
+            reference=self.study.statistics.reference or None,
+            seed=EVALUATION_SEED + self.run.seed,
+        )
+        now = (self.num_timesteps, time.perf_counter() - self.start)
+        for name, of_setting in statistics.items():
+            for field in fields(of_setting):
+                estimate = getattr(of_setting, field.name)
+                for end, value in (("", estimate.value), ("_low", estimate.low), ("_high", estimate.high)):
+                    self.points.append(Point(*now, field.name + end, name, float(value)))
+
+
+def set_up(
+    study: Study, run: Run, folder: Path, tensorboard_log: str = ""
+) -> tuple[VPGExperimentManager, Any, dict[str, Any]]:
     """
     :param study: the study
     :param run: one of its runs
-    :return: the results of the run, see :data:`sb3_vpg.study.study.COLUMNS`
+    :param folder: folder for the run's own files
+    :param tensorboard_log: folder of TensorBoard's logs; empty for none
+    :return: the zoo's manager of the run, the model, and its hyperparameters as the zoo's files have them
     """
-    return measure(study, run) if run.phase == "statistics" else train(study, run)
+    folder.mkdir(parents=True, exist_ok=True)
+    keywords = copy.deepcopy(study.keywords(*run.cell))
+    if run.learning_rate is not None:
+        keywords["learning_rate"] = run.learning_rate
+    config = None
+    if not study.entries and run.algorithm in OWN_ALGORITHMS:
+        config = str(folder / "entry.yml")
+        Path(config).write_text(yaml.safe_dump({run.environment: {"policy": "MlpPolicy", **keywords}}))
+    settings: dict[str, Any] = {"config": config, "hyperparams": keywords, "seed": run.seed, "device": "cpu"}
+    settings |= {"tensorboard_log": tensorboard_log, "eval_freq": -1, "log_interval": -1, "verbose": 0}
+    manager = VPGExperimentManager(argparse.Namespace(), run.algorithm, run.environment, str(folder), **settings)
+    model, hyperparameters = manager.setup_experiment()  # type: ignore[misc]
+    return manager, model, hyperparameters
 
 
-def make_env(study: Study, env_id: str, n_envs: int, seed: int) -> VecEnv:
-    """:return: environments with Monitor and scaled rewards"""
-    vec_env_class: Any = NativeVecEnv if gym.spec(env_id).vector_entry_point else DummyVecEnv
-    env = VecNormalize(
-        make_vec_env(env_id, n_envs, seed=seed, vec_env_cls=vec_env_class),
-        training=False,
-        norm_obs=False,
-        clip_reward=np.inf,
-        epsilon=0.0,
-    )
-    # VecNormalize divides rewards by this standard deviation, which is fixed (training=False)
-    env.ret_rms.var = np.array(study.environments[env_id].reward_scale ** -2.0)
-    return env
+def update_specs(study: Study, run: Run, folder: Path) -> dict[str, UpdateSpec]:
+    """:return: the updates of all settings of the run's algorithm that use whole episodes, by name"""
+    specs = {}
+    for setting in study.settings:
+        _, model, _ = set_up(study, run._replace(setting=setting), folder)
+        if model.n_episodes is not None:
+            n_episodes = model.n_envs * model.n_episodes
+            specs[setting] = UpdateSpec(model.plan.formulation, n_episodes, model.loss_reduction)
+        model.env.close()
+    return specs
 
 
-def make_model(study: Study, run: Run) -> VPG:
-    env = make_env(study, run.environment, study.environments[run.environment].n_envs, run.seed)
-    keywords = study.keywords(run.environment, run.formulation)
-    return VPG(env=env, learning_rate=run.learning_rate, seed=run.seed, device="cpu", **keywords)
-
-
-def train(study: Study, run: Run) -> list[Row]:
+def execute(
+    study: Study, run: Run, folder: Path, tracking: Tracking | None, report: Callable[[float], None]
+) -> tuple[Measures, list[Point]]:
     """
-    Train, and evaluate the deterministic policy.
+    Train the model of a run, and evaluate it or measure gradients.
 
-    :raises ValueError: if no episode ends in the last tenth of the budget: the final return is the mean of these episodes
+    :param study: the study
+    :param run: one of its runs
+    :param folder: folder for the run's own files
+    :param tracking: where the logs of training go; None for nowhere
+    :param report: called with the finished fraction of the run
+    :return: measures and points
+    :raises ValueError: if the run has no score: no episode has ended in the last tenth of the budget
     """
-    budget = study.environments[run.environment].n_timesteps
-    episodes = EpisodeReturns()
-    start = time.perf_counter()
-    model = make_model(study, run).learn(budget, callback=episodes)
-    seconds = time.perf_counter() - start
+    set_random_seed(run.seed)
+    with start_tracking(tracking, study, run) as tensorboard_log:
+        manager, model, _ = set_up(study, run, folder, tensorboard_log)
+        gradients = GradientMeasurement(study, manager, run) if run.phase == "statistics" else None
+        episodes = Episodes(report)
+        manager.callbacks += [episodes] if gradients is None else [episodes, gradients]
+        start, processor_start = time.perf_counter(), time.process_time()
+        # The manager's own `learn` would end normally when it is interrupted
+        model.learn(manager.n_timesteps, callback=manager.callbacks)
+        wall, processor = time.perf_counter() - start, time.process_time() - processor_start
+    measures = Measures(model.num_timesteps, wall, processor)
+    if gradients is not None:
+        points = gradients.points
+    else:
+        points, training_return = learning_curve(episodes.ended, manager.n_timesteps)
+        measures = measures._replace(training_return=training_return)
+        if run.phase == "final" or study.score != "training_return":
+            measures = measures._replace(**evaluate(study, run, manager, model))
+        if getattr(measures, study.score) is None:
+            raise ValueError(f"no episode ends in the last tenth of n_timesteps={manager.n_timesteps}; increase n_timesteps")
+    model.env.close()
+    return measures, points
 
-    timesteps, returns = np.array(episodes.timesteps), np.array(episodes.returns)
-    rows: list[tuple[int, str, float]] = []
-    for low, high in pairwise(np.linspace(0, budget, N_BINS + 1)):
-        in_bin = (low < timesteps) & (timesteps <= high)
-        if in_bin.any():
-            rows.append((int(high), "return", returns[in_bin].mean()))
-    in_last_tenth = (0.9 * budget < timesteps) & (timesteps <= budget)
-    if not in_last_tenth.any():
-        raise ValueError(f"{run}: no episode ends in the last tenth of n_timesteps={budget}; increase n_timesteps")
-    rows.append((budget, "final_return", returns[in_last_tenth].mean()))
-    env = make_env(study, run.environment, N_EVALUATION_EPISODES, EVALUATION_SEED)
-    evaluation, _ = evaluate_policy(model, env, N_EVALUATION_EPISODES, deterministic=True)
-    rows.append((budget, "evaluation_return", float(evaluation)))  # type: ignore[arg-type]
-    rows.append((budget, LAST_METRIC, seconds))
-    return [(*run, *row) for row in rows]
 
+@contextmanager
+def start_tracking(tracking: Tracking | None, study: Study, run: Run) -> Iterator[str]:
+    """
+    Context of a training that is tracked as by the zoo's ``--track``.
 
-def measure(study: Study, run: Run) -> list[Row]:
-    """Train, and measure gradients at the start, in the middle and at the end, for each formulation with ``n_episodes``."""
-    environment = study.environments[run.environment]
-    measured = measured_formulations(study, run.environment)
-    env = make_env(study, run.environment, environment.n_envs, EVALUATION_SEED + run.seed)
-    start = time.perf_counter()
-    model = make_model(study, run)
-    rows: list[Row] = []
-    for fraction in MEASURED_AT:
-        timesteps = int(fraction * environment.n_timesteps)
-        if timesteps > model.num_timesteps:
-            model.learn(timesteps - model.num_timesteps, reset_num_timesteps=False)
-        statistics = gradient_statistics(
-            model,
-            env,
-            measured,
-            n_episodes=study.statistics.n_episodes,
-            reference=study.statistics.reference,
-            seed=EVALUATION_SEED + run.seed,
+    :return: folder of TensorBoard's logs; empty for none
+    """
+    if tracking is None:
+        yield ""
+        return
+    name = "__".join(str(part) for part in run if part not in ("", None)).replace("/", "_")
+    logs = tracking.folder / "tensorboard" / name
+    shutil.rmtree(logs, ignore_errors=True)
+    if tracking.service == "wandb":
+        import wandb
+
+        config = {**run._asdict(), **study.keywords(*run.cell)}
+        wandb.init(
+            name=name, project="sb3", group=tracking.folder.name, config=config, sync_tensorboard=True, dir=tracking.folder
         )
-        for name, estimates in statistics.items():
-            formulation_run = run._replace(formulation=name)
-            rows += [(*formulation_run, timesteps, metric, value) for metric, value in flatten_statistics(estimates).items()]
-    # The last row of each formulation that has rows, and of the run itself
-    seconds = (environment.n_timesteps, LAST_METRIC, time.perf_counter() - start)
-    return rows + [(*run._replace(formulation=name), *seconds) for name in dict.fromkeys([*measured, run.formulation])]
+    yield str(logs)
+    if tracking.service == "wandb":
+        wandb.finish()
 
 
-def measured_formulations(study: Study, env_id: str) -> Mapping[str, UpdateSpec]:
-    """:return: the updates of the study's formulations with ``n_episodes``, by name"""
-    n_envs = study.environments[env_id].n_envs
-    measured = {}
-    for name in study.formulations:
-        keywords: dict[str, Any] = study.keywords(env_id, name)
-        if keywords.get("n_episodes") is not None:
-            formulation = {field.name: keywords[field.name] for field in fields(Formulation) if field.name in keywords}
-            reduction = keywords.get("loss_reduction", "mean")
-            measured[name] = UpdateSpec(Formulation(**formulation), n_envs * keywords["n_episodes"], reduction)
-    return measured
+def evaluate(study: Study, run: Run, manager: VPGExperimentManager, model: Any) -> dict[str, Any]:
+    """:return: returns of the model in gymnasium's own environments, deterministic and stochastic, and length of episodes"""
+    env = manager.create_envs(study.evaluation_episodes, eval_env=True)
+    env.seed(EVALUATION_SEED + run.seed)
+    sync_envs_normalization(model.env, env)
+    (returns, lengths), (stochastic, _) = (
+        evaluate_policy(model, env, study.evaluation_episodes, deterministic, return_episode_rewards=True)
+        for deterministic in (True, False)
+    )
+    env.close()
+    means = {"deterministic_return": returns, "stochastic_return": stochastic, "episode_length": lengths}
+    return {name: float(np.mean(values)) for name, values in means.items()}
 
 
-def flatten_statistics(statistics: GradientStatistics) -> dict[str, float]:
-    """:return: the value of each statistic as <name>, and its interval as <name>_low and <name>_high"""
-    numbers: dict[str, float] = {}
-    for field in fields(statistics):
-        estimate = getattr(statistics, field.name)
-        numbers |= {field.name: estimate.value, f"{field.name}_low": estimate.low, f"{field.name}_high": estimate.high}
-    return numbers
+def measure_speed(study: Study, run: Run, folder: Path, report: Callable[[float], None]) -> float:
+    """
+    Train for :data:`SECONDS_OF_SPEED`.
+
+    :param study: the study
+    :param run: one of its runs
+    :param folder: folder for the run's own files
+    :param report: not used
+    :return: seconds of training per timestep
+    """
+    manager, model, _ = set_up(study, run, folder)
+    callback = StopAfterSeconds()
+    model.learn(manager.n_timesteps, callback=[*manager.callbacks, callback])
+    model.env.close()
+    return callback.seconds_per_step
+
+
+def check_cell(study: Study, run: Run, folder: Path) -> dict[str, Any]:
+    """
+    Check the algorithm and the keywords of a run: make its model.
+
+    :param study: the study
+    :param run: one of its runs
+    :param folder: folder for the run's own files
+    :return: its hyperparameters, as the zoo's files have them, with the number of timesteps
+    :raises ValueError: if a name is not known, or the model cannot be made
+    """
+    check_known("algorithm", run.algorithm, ALGOS)
+    known = {*inspect.signature(ALGOS[run.algorithm]).parameters, *ZOO_KEYS}
+    for keyword in study.keywords(*run.cell):
+        check_known(f"{run.setting or run.environment}: keyword", keyword, known)
+    folder.mkdir(exist_ok=True)
+    with (folder / "output.log").open("a") as output, redirect_stdout(output), redirect_stderr(output):
+        try:
+            manager, model, hyperparameters = set_up(study, run, folder)
+        except Exception as error:
+            raise ValueError(f"{' '.join(filter(None, run.cell))}: {error}") from error
+        model.env.close()
+    return {**hyperparameters, "n_timesteps": manager.n_timesteps}

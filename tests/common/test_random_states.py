@@ -19,10 +19,15 @@ from sb3_vpg import VPG
 from sb3_vpg.common.random_states import get_random_states, set_random_states
 from sb3_vpg.envs.native_vec_env import NativeVecEnv
 
+
+def short_pendulum():
+    return gym.make("Pendulum-v1", max_episode_steps=30)
+
+
 ENVIRONMENTS = {
     "one": lambda seed: make_vec_env("CartPole-v1", 1, seed=seed),
     "dummy": lambda seed: make_vec_env("CartPole-v1", 3, seed=seed),
-    "same length": lambda seed: make_vec_env("Pendulum-v1", 2, seed=seed),
+    "same length": lambda seed: make_vec_env(short_pendulum, 2, seed=seed),
     "native": lambda seed: make_vec_env("CartPole-v1", 3, seed=seed, vec_env_cls=NativeVecEnv),
     "subprocess": lambda seed: make_vec_env("CartPole-v1", 2, seed=seed, vec_env_cls=SubprocVecEnv),
 }
@@ -56,15 +61,15 @@ def test_a_run_that_goes_on_from_a_file_gives_the_same_weights(name, keywords, t
     make_env = ENVIRONMENTS[name]
     env = make_env(0)
     uninterrupted = cartpole_model(env, learning_rate=lambda left: 0.01 * left, **keywords)
-    uninterrupted.learn(10**6, callback=Until(6, save_at=3, folder=tmp_path))
+    uninterrupted.learn(10**6, callback=Until(4, save_at=2, folder=tmp_path))
     env.close()
 
     th.manual_seed(5)
     np.random.seed(5)  # noqa: NPY002
     env = make_env(99)
     resumed = VPG.load(tmp_path / "between", env=env, device="cpu")
-    assert resumed._n_updates == 3
-    resumed.learn(10**6 - resumed.num_timesteps, callback=Until(6), reset_num_timesteps=False)
+    assert resumed._n_updates == 2
+    resumed.learn(10**6 - resumed.num_timesteps, callback=Until(4), reset_num_timesteps=False)
     env.close()
     assert resumed.num_timesteps == uninterrupted.num_timesteps
     assert th.equal(flat_weights(resumed), flat_weights(uninterrupted))
@@ -130,11 +135,11 @@ def test_random_states_are_plain_numbers_and_come_back():
 
 def test_vec_normalize_goes_on_too(tmp_path):
     def environment(seed):
-        return VecNormalize(make_vec_env("Pendulum-v1", 2, seed=seed))
+        return VecNormalize(make_vec_env(short_pendulum, 2, seed=seed))
 
     uninterrupted = cartpole_model(environment(0), n_episodes=1)
     uninterrupted.learn(10**6, callback=Until(4, save_at=2, folder=tmp_path))
-    env = VecNormalize.load(tmp_path / "between.pkl", make_vec_env("Pendulum-v1", 2, seed=7))
+    env = VecNormalize.load(tmp_path / "between.pkl", make_vec_env(short_pendulum, 2, seed=7))
     resumed = VPG.load(tmp_path / "between", env=env, device="cpu")
     resumed.learn(10**6 - resumed.num_timesteps, callback=Until(4), reset_num_timesteps=False)
     assert th.equal(flat_weights(resumed), flat_weights(uninterrupted))

@@ -49,8 +49,8 @@ def is_number(text: str) -> bool:
     return True
 
 
-# A study of formulations has a form of its own: tests/study/test_study.py
-ZOO_FILES = [name for name in HYPERPARAMS if not name.startswith("hyperparams/ablation/")]
+# Studies have a form of their own: tests/study/test_study.py
+ZOO_FILES = [name for name in HYPERPARAMS if not name.startswith("hyperparams/studies/")]
 
 
 @pytest.fixture(scope="module", params=ZOO_FILES)

@@ -1,276 +1,234 @@
-"""The report of an ablation study: numbers that can be checked by hand, missing parts, bad input."""
+"""The report of a study: its numbers, its missing parts, and the HTML file in a browser."""
 
 import re
+import shutil
+from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
+from helpers.studies import SETTINGS, add_final_runs, add_search, add_statistics
 from PIL import Image
 
-from sb3_vpg.study import report
+from sb3_vpg.study.gradient_report import COSINES
 from sb3_vpg.study.report import write_report
-from sb3_vpg.study.study import COLUMNS
+from sb3_vpg.study.results import Measures, Results, keep_settings
+from sb3_vpg.study.study import Run, make_study
 
-# "Far" first: the order of the report is theirs, not that of the results
-RANGES = {"Far": (0.0, 100.0), "Near": (0.0, 10.0)}
-BUDGET = 1000
-
-
-def final_rows(environment, formulation, returns, rate=0.01):
-    """One final run for each of the returns, with a learning curve of two bins."""
-    for seed, value in enumerate(returns):
-        run = (environment, formulation, "final", seed, rate)
-        yield (*run, BUDGET, "final_return", value)
-        yield from ((*run, timesteps, "return", value * timesteps / BUDGET) for timesteps in (BUDGET // 2, BUDGET))
+STUDY = make_study(SETTINGS)
 
 
-def search_rows(environment, formulation, returns_by_rate):
-    for rate, returns in returns_by_rate.items():
-        for seed, value in enumerate(returns):
-            yield (environment, formulation, "search", seed, rate, BUDGET, "final_return", value)
+def whole_study(folder: Path) -> Results:
+    results = Results(folder)
+    for setting, best in (("reward_to_go", 0.01), ("gae", 0.001)):
+        add_search(results, "CartPole-v1", setting, {rate: [400 if rate == best else 20.5] for rate in (0.001, 0.01)})
+    add_final_runs(results, "CartPole-v1", ("vpg", "reward_to_go"), [0, 100, 200, 500], learning_rate=0.01)
+    add_final_runs(results, "Acrobot-v1", ("vpg", "reward_to_go"), [-500, -300, -200, -100])
+    add_final_runs(results, "CartPole-v1", ("vpg", "gae"), [400, 450, 450, 500, 500], learning_rate=0.001)
+    add_final_runs(results, "Acrobot-v1", ("vpg", "gae"), [-100, -90, -90, -80])
+    add_final_runs(results, "CartPole-v1", ("a2c", ""), [1000, 1000])
+    results.add(Run("final", "Acrobot-v1", "vpg", "diverges", 0), Measures(), [], "ValueError: <critic> diverged")
+    cosines = {"reward_to_go": [[0.25, 0.5, 0.5]], "gae": [[0.75, 0.25, 0.5]]}
+    variances = {"reward_to_go": [[1, 2, 4]], "gae": [[2, 1, 1]]}
+    metrics = {"variance": variances, "snr": cosines, **dict.fromkeys(COSINES, cosines)}
+    add_statistics(results, "CartPole-v1", "gae", metrics)
+    return results
 
 
-def statistics_rows(environment, formulation, metric, start_middle_end):
-    """A reference run for each number that a moment has; moments as they come out with whole episodes."""
-    for timesteps, values in zip((0, 520, 1010), start_middle_end):
-        for seed, value in enumerate(values):
-            for end, shift in (("", 0.0), ("_low", -0.1), ("_high", 0.1)):
-                yield (environment, formulation, "statistics", seed, 0.01, timesteps, metric + end, value + shift)
-
-
-def frame(*parts):
-    return pd.DataFrame([row for part in parts for row in part], columns=COLUMNS)
-
-
-def whole_study():
-    return frame(
-        final_rows("Near", "plain", [0, 2, 4, 10]),
-        final_rows("Far", "plain", [20, 40, 60, 100]),
-        final_rows("Near", "clever", [5, 6, 7, 8, 9]),
-        final_rows("Far", "clever", [50, 60, 70, 80], rate=0.001),
-        final_rows("Near", "partial", [3, 3, np.nan]),
-        search_rows("Near", "plain", {0.001: [1, 4], 0.01: [3]}),
-        search_rows("Near", "clever", {0.001: [6]}),
-        search_rows("Far", "clever", {0.001: [1, 2], 0.01: [30, 40]}),
-        statistics_rows("Near", "plain", "variance", [[1, 1], [2, 2], [0, 4]]),
-        statistics_rows("Near", "clever", "variance", [[4, 1], [1], [1, 2]]),
-        *(statistics_rows("Near", "plain", metric, [[0.25, 0.75], [0.5], [0.5]]) for metric in report.COSINES),
-        statistics_rows("Near", "clever", "pairwise_cosine", [[0.75], [0.25], [0.5]]),
-        statistics_rows("Near", "clever", "cosine_with_reference", [[0.75], [0.875], [0.5]]),
-        *(statistics_rows("Near", "partial", metric, [[0.75], [0.375], [0.5]]) for metric in report.COSINES),
-    )
-
-
-def written(results, folder, **kwargs):
-    return write_report(results, RANGES, folder, repetitions=20, **kwargs).read_text()
-
-
-def section(text, heading):
-    return re.split(r"^## ", text, flags=re.MULTILINE)[1:][report_headings(text).index(heading)]
-
-
-def report_headings(text):
-    return re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
-
-
-def cells(text, name):
-    """Of the first row with this name."""
-    line = next(line for line in text.splitlines() if line.startswith(f"| {name} |"))
-    return [cell.strip() for cell in line.strip("|").split("|")][1:]
-
-
-def in_memory(results, first=None):
-    """What the sections read."""
-    formulations = list(results["formulation"].unique())
-    return report.Findings(report.validate_results(results, RANGES, first), RANGES, formulations, first or formulations[0], 20)
+def written(results: Results, folder: Path) -> str:
+    keep_settings(folder, SETTINGS, {})
+    assert write_report(STUDY, results, folder) == folder / "report.html"
+    return (folder / "report.md").read_text()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("report") / "made" / "if need be"
-    written(whole_study(), folder)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    written(whole_study(folder), folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def text(folder):
+def text(folder: Path) -> str:
     return (folder / "report.md").read_text()
 
 
-def test_interquartile_mean_leaves_out_a_quarter_at_each_end():
-    columns = {"even": np.array([8.0, 0, 2, 100, 4, 0, 6, 100]), "constant": np.full(8, 3.0), "one seed": np.array([7.0])}
-    estimates = report.interquartile_means(columns, repetitions=100)
-    assert estimates["even"].mean == 5
-    assert 0 <= estimates["even"].low < 5 < estimates["even"].high <= 100
-    assert estimates["constant"] == (3, 3, 3, 8)
-    assert estimates["one seed"] == (7, 7, 7, 1)
+def headings(text: str) -> list[str]:
+    return re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
 
 
-def test_final_returns_by_environment_with_learning_rate(text):
-    far, near, _, seeds = cells(section(text, "Final returns"), "plain")
-    # A hundredth of the range is to be seen
-    assert re.fullmatch(r"50 \[\d+, \d+\] at 0.01", far)
-    assert re.fullmatch(r"3\.0 \[\d+\.\d, \d+\.\d\] at 0.01", near)
+def section(text: str, heading: str) -> str:
+    return re.split(r"^## ", text, flags=re.MULTILINE)[1:][headings(text).index(heading)]
+
+
+def cells(text: str, *first: str) -> list[str]:
+    """Of the first row that begins with these cells, the others."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {' | '.join(first)} |"))
+    return [cell.strip() for cell in line.strip("|").split("|")][len(first) :]
+
+
+def test_scores_by_environment_and_normalized(text: str):
+    cartpole, acrobot, normalized, seeds = cells(section(text, "Scores"), "reward_to_go")
+    assert re.fullmatch(r"150 \[\d+, \d+\]", cartpole)
+    assert re.fullmatch(r"-250 \[-\d+, -\d+\]", acrobot)
     assert seeds == "4"
-    assert cells(section(text, "Final returns"), "clever")[0].endswith("at 0.001 (n = 4)")
+    # 0, .2, .4, 1 and of -500 to -80 0, .48, .71, .95: without two at each end .2, .4, .48, .71
+    assert normalized.startswith("0.45 [")
+    # One of the five seeds is not there in the other environment
+    assert cells(section(text, "Scores"), "gae")[2:] == [cells(section(text, "Scores"), "gae")[2], "5"]
+    assert cells(section(text, "Scores"), "gae")[2].endswith("(n = 4)")
+    assert cells(section(text, "Scores"), "a2c") == ["1000", "-", "-", "2"]
+    assert "CartPole-v1 0 to 500, Acrobot-v1 -500 to -80" in section(text, "Scores")
 
 
-def test_aggregate_is_over_normalised_scores_of_all_environments(text):
-    # 0, .2, .4, 1 and .2, .4, .6, 1: without two at each end .2, .4, .4, .6
-    assert cells(section(text, "Final returns"), "plain")[2].startswith("0.40 [")
-    # The fifth seed is not there in Far; the middle of .5, .6, .7, .8, twice
-    of_clever = cells(section(text, "Final returns"), "clever")
-    assert of_clever[2].startswith("0.65 [")
-    assert of_clever[2].endswith("(n = 4)")
-    assert of_clever[3] == "5"
+def test_all_measures_of_the_runs(text: str):
+    header = cells(section(text, "Runs"), "environment")
+    row = dict(zip(header[1:], cells(section(text, "Runs"), "CartPole-v1", "gae")))
+    assert row["deterministic return"].startswith("467 [")
+    assert row["stochastic return"].startswith("466 [")
+    assert row["training return"].startswith("465 [")
+    expected = {"length": "50", "steps": "1,000", "seconds": "10.0", "processor seconds": "9.0", "learning rate": "0.001"}
+    assert {name: row[name] for name in expected} == expected
 
 
-def test_no_aggregate_without_all_environments_and_runs_without_a_value_do_not_count(text):
-    far, near, aggregate, seeds = cells(section(text, "Final returns"), "partial")
-    assert (far, near, aggregate, seeds) == ("-", "3.0 [3.0, 3.0] at 0.01", "-", "2")
+def test_pairs_have_differences_probabilities_and_the_question(text: str):
+    pairs = section(text, "Pairs")
+    cartpole, acrobot, probability, question = cells(pairs, "reward_to_go -> gae")
+    # (466.7 - 150) / 500 and (-90 + 250) / 420
+    assert cartpole.startswith("+0.63 [-")
+    assert acrobot.startswith("**+0.38 [+")
+    # Of 4 x 4 runs 12 and one tie, and 15 and one tie
+    assert probability.startswith(f"{(12.5 / 16 + 15.5 / 16) / 2:.2f} [")
+    assert question == "Does the critic help?"
+    assert cells(pairs, "gae -> a2c")[1:] == ["-", "-", ""]
+    assert cells(pairs[pairs.index("Variance") :], "reward_to_go -> gae") == ["2 / 0.5 / 0.25"]
+    assert cells(pairs[pairs.index("Pairwise") :], "reward_to_go -> gae") == ["+0.50 / -0.25 / +0.00"]
 
 
-def test_orders_are_those_of_the_ranges_and_of_the_results(text):
-    assert re.findall(r"^\| +\| (.*)", section(text, "Final returns"), flags=re.MULTILINE) == [
-        "Far | Near | normalized | seeds |"
-    ]
-    rows = re.findall(r"^\| (plain|clever|partial) ", section(text, "Final returns"), flags=re.MULTILINE)
-    assert rows == ["plain", "clever", "partial"]
+def test_the_search_shows_what_is_selected_and_that_it_is_at_the_edge(text: str):
+    search = section(text, "Learning rates")
+    assert cells(search, "reward_to_go") == ["20", "**400***"]
+    assert cells(search, "gae") == ["**400***", "20"]
 
 
-def test_search_shows_means_and_the_chosen_rate_bold(text):
-    of_search = section(text, "Learning rates")
-    # 0.01 is that of the final runs, though it is not the best here, and has one seed of two
-    assert cells(of_search, "plain") == ["2.5", "**3.0** (n = 1)", "2"]
-    assert cells(of_search, "clever") == ["**2**", "35", "2"]
-    assert cells(of_search.split("**Near**")[1], "clever") == ["6.0", "-", "1"]
+def test_gradient_statistics(text: str):
+    variance, snr, pairwise, _, seeds = cells(section(text, "Gradient statistics"), "gae")
+    assert variance == "2 / 0.5 / 0.25"
+    assert snr == "0.75 / 0.25 / 0.5"
+    assert pairwise == "0.750 / 0.250 / 0.500"
+    assert seeds == "1"
+    # Two settings have no ranks to correlate
+    assert cells(section(text, "Do better gradients mean better returns?"), "CartPole-v1, gae") == ["-", "-", "2"]
 
 
-def test_variances_are_ratios_at_the_same_policy_averaged_geometrically(text):
-    variance, _, cosine, _, seeds = cells(section(text, "Gradient statistics"), "clever")
-    # 4 and 1; 1 / 2 of the one seed there is; 1 / 0 is left out, 2 / 4 is not
-    assert variance == "2 / 0.5 (n = 1) / 0.5 (n = 1)"
-    assert cosine == "0.750 (n = 1) / 0.250 (n = 1) / 0.500 (n = 1)"
-    assert seeds == "2"
-    assert cells(section(text, "Gradient statistics"), "plain")[2] == "0.500 / 0.500 (n = 1) / 0.500 (n = 1)"
-    assert cells(section(text, "Gradient statistics"), "plain")[1] == "- / - / -"
+def test_failed_runs_are_rows_with_their_errors(text: str):
+    failed = cells(section(text, "Failed runs"), "Acrobot-v1")
+    assert failed == ["diverges", "final", "0", "ValueError: <critic> diverged"]
 
 
-def test_first_is_what_variances_are_relative_to():
-    relative_to, ratios = report.variance_ratios(in_memory(whole_study(), first="clever"), "Near")
-    assert relative_to == "clever"
-    assert ratios["plain", "start"].to_dict() == {0: 0.25, 1: 1}
-    assert ratios["plain", "middle"].to_dict() == {0: 2}
-    # Not measured: the first that is
-    assert report.variance_ratios(in_memory(whole_study(), first="partial"), "Near")[0] == "plain"
-
-
-def test_a_step_is_told_by_score_variance_and_cosine():
-    text = report.steps_section(in_memory(whole_study()), [("plain", "clever"), ("clever", "nowhere")])
-    scores, ratios, cosines = (part for part in text.split("\n\n") if part.startswith("|"))
-    # Interquartile means 3 and 7 of Near, whose scores are
-    low, high = RANGES["Near"]
-    assert (
-        cells(scores, "plain -> clever")[list(RANGES).index("Near")].strip("*").startswith(f"{(7 - 3) / (high - low):+.2f} [")
-    )
-    assert cells(ratios, "plain -> clever")[list(RANGES).index("Near")] == "2 / 0.5 / 0.5"
-    assert cells(cosines, "plain -> clever")[list(RANGES).index("Near")] == "+0.50 / -0.25 / +0.00"
-    assert set(cells(scores, "clever -> nowhere")) == {"-"}
-
-
-def test_a_difference_without_doubt_is_bold():
-    few, many = np.array([1.0, 1, 2, 2]), np.array([5.0, 5, 6, 6])
-    assert report.difference(few, many, 100).startswith("**+4.00 [")
-    assert report.difference(many, few, 100).startswith("**-4.00 [")
-    assert report.difference(few, few, 100).startswith("+0.00 [-")
-
-
-def test_rank_correlation(text):
-    # Cosines .5, .25 or .875, .375 and returns 3, 7, 3: ranks 3, 1, 2 or 2, 3, 1 and 1.5, 3, 1.5
-    ranks = section(text, "Do better gradients mean better returns?")
-    assert cells(ranks, "Near") == [f"{-np.sqrt(3) / 2:.2f}", f"{np.sqrt(3) / 2:.2f}", "3", "1", "2 to 5"]
-
-
-@pytest.mark.parametrize("cosines", [(0.1, 0.2), (0.1, 0.1, 0.1)], ids=["two formulations", "no spread"])
-def test_no_rank_correlation_where_it_says_nothing(cosines):
-    parts = [
-        part
-        for i, cosine in enumerate(cosines)
-        for part in (
-            final_rows("Near", f"rung {i}", [i, i]),
-            *(statistics_rows("Near", f"rung {i}", metric, [[], [cosine], []]) for metric in report.COSINES),
-        )
-    ]
-    results = in_memory(frame(*parts))
-    estimates = {environment: report.final_returns(results, environment) for environment in RANGES}
-    assert cells(report.rank_section(results, estimates), "Near") == ["-", "-", str(len(cosines)), "1", "2"]
-
-
-def test_every_picture_is_shown_opens_and_is_small(folder, text):
+def test_every_picture_is_shown_opens_and_is_small(folder: Path, text: str):
     pictures = re.findall(r"!\[.*\]\((.*)\)", text)
     assert sorted(pictures) == sorted(path.name for path in folder.glob("*.png"))
-    assert {"aggregate.png", "performance_profiles.png", "learning_curves_Far.png", "cosines_Near.png"} < set(pictures)
+    assert {"aggregate.png", "performance_profiles.png", "learning_curves_CartPole-v1_seconds.png"} < set(pictures)
     for name in pictures:
         with Image.open(folder / name) as image:
             assert len(image.convert("RGB").getcolors()) > 10
         assert (folder / name).stat().st_size < 150_000
 
 
-def test_same_results_same_bytes_and_numpys_generator_is_left_alone(folder, tmp_path):
-    # The generator rliable draws from
-    np.random.seed(1)  # noqa: NPY002
-    next_number = np.random.random()  # noqa: NPY002
-    np.random.seed(1)  # noqa: NPY002
-    written(whole_study(), tmp_path)
-    assert np.random.random() == next_number  # noqa: NPY002
-    once, twice = ({path.name: path.read_bytes() for path in where.iterdir()} for where in (folder, tmp_path))
+def test_same_results_same_bytes(folder: Path, tmp_path: Path):
+    written(whole_study(tmp_path), tmp_path)
+    once, twice = (
+        {path.name: path.read_bytes() for path in where.glob("report.*")}
+        | {p.name: p.read_bytes() for p in where.glob("*.png")}
+        for where in (folder, tmp_path)
+    )
     assert once == twice
 
 
-def test_study_that_has_just_begun(tmp_path):
-    text = written(frame(final_rows("Near", "plain", [1])), tmp_path)
-    assert cells(section(text, "Final returns"), "plain") == ["-", "1.0 at 0.01", "-", "1"]
-    said = {
-        "Final returns": "No final runs yet: Far.",
-        "Normalized scores": "No formulation has final runs in all environments yet.",
-        "Performance profiles": "No formulation has final runs in all environments yet.",
-        "Learning curves": "No learning curves yet: Far.",
-        "Learning rates": "No search yet: Far, Near.",
-        "Gradient statistics": "No gradient statistics yet: Far, Near.",
-        "Step by step": "The study has no steps.",
-        "Do better gradients mean better returns?": "No formulation has both gradient statistics and final runs yet.",
-    }
-    assert report_headings(text) == list(said)
-    for heading, sentence in said.items():
-        assert sentence in section(text, heading)
+def test_many_contestants_have_a_panel_each(tmp_path: Path):
+    settings = {"settings": {f"{i}": {} for i in range(8)}, "algorithms": ["vpg"]}
+    results = Results(tmp_path)
+    for name in settings["settings"]:
+        add_final_runs(results, "CartPole-v1", ("vpg", name), [1, 2])
+    keep_settings(tmp_path, settings, {})
+    write_report(make_study(settings), results, tmp_path)
+    with Image.open(tmp_path / "learning_curves_CartPole-v1_timesteps.png") as image:
+        assert image.width == 1000
 
 
-def test_names_of_environments_that_are_no_file_names(tmp_path):
-    write_report(frame(final_rows("ALE/Pong-v5", "plain", [1, 2])), {"ALE/Pong-v5": (0, 10)}, tmp_path, repetitions=20)
-    assert (tmp_path / "learning_curves_ALE_Pong-v5.png").exists()
+def test_a_study_that_has_just_begun(tmp_path: Path):
+    results = Results(tmp_path)
+    begun = written(results, tmp_path)
+    assert headings(begun) == ["How to read it", "Study"]
+    assert "The study is not complete: 16 of 16 runs have no score." in begun
+    add_final_runs(results, "CartPole-v1", ("a2c", ""), [1])
+    one = written(results, tmp_path)
+    assert headings(one) == ["How to read it", "Scores", "Learning curves", "Performance profiles", "Runs", "Study"]
+    # 1 of 0 to 500
+    assert cells(section(one, "Scores"), "a2c") == ["1", "0.00", "1"]
 
 
-NEAR = frame(final_rows("Near", "plain", [1, 2]))
+# ---------------------------------------------------------------------------------------------------------------
+# In a browser
+# ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("results", "kwargs", "named"),
-    [
-        (NEAR.assign(reward=0), {}, r"\['reward'\]"),
-        (NEAR.drop(columns="metric"), {}, r"\['metric'\]"),
-        (NEAR.assign(phase="finale"), {}, "phase.*'finale'.*search"),
-        (NEAR.assign(environment="Nowhere"), {}, "environment.*'Nowhere'.*Far"),
-        (NEAR.assign(phase="search"), {}, "no final rows"),
-        (NEAR[NEAR["metric"] == "return"], {}, "no final rows"),
-        (NEAR.assign(value=np.nan), {}, "no final rows"),
-        (NEAR.iloc[:0], {}, "no final rows"),
-        (pd.concat([NEAR, NEAR]), {}, "duplicate row.*'plain'"),
-        (NEAR.assign(learning_rate=NEAR["seed"] + 1.0), {}, "plain in Near have several learning rates"),
-        (NEAR, {"first": "nobody"}, "first='nobody'.*plain"),
-        (NEAR, {"score_ranges": {"Near": (1.0, 1.0)}}, "score range of Near must be increasing"),
-    ],
-)
-def test_bad_input_is_named_and_nothing_is_written(tmp_path, results, kwargs, named):
-    with pytest.raises(ValueError, match=named):
-        write_report(**{"results": results, "score_ranges": RANGES, "folder": tmp_path / "report", **kwargs})
-    assert not (tmp_path / "report").exists()
+@pytest.fixture(scope="module")
+def page(folder: Path):
+    """The report in Chromium, without network; ``page.messages`` has what it complains about and what it asks for."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("there is no Chromium")
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        context = chromium.new_context(offline=True, viewport={"width": 1200, "height": 900})
+        page = context.new_page()
+        page.messages = []
+        page.on("console", lambda message: page.messages.append(message.text))
+        page.on("pageerror", lambda error: page.messages.append(str(error)))
+        page.on("request", lambda request: page.messages.append(request.url))
+        page.goto((folder / "report.html").as_uri())
+        yield page
+        chromium.close()
+
+
+def test_the_page_needs_one_file_and_has_no_errors(page, folder: Path):
+    assert page.messages == [(folder / "report.html").as_uri()]
+    assert page.locator("figure svg").count() == page.locator("figure").count() > 5
+
+
+def test_tables_are_sorted_by_numbers_and_what_is_none_is_last(page):
+    table = page.locator("table").first
+
+    def column(i: int) -> list[str]:
+        return [text.split(" [")[0] for text in table.locator(f"tbody td:nth-child({i})").all_inner_texts()]
+
+    table.locator("th button").nth(1).click()
+    assert column(2) == ["1000", "467", "150"]
+    table.locator("th button").nth(1).click()
+    assert column(2) == ["150", "467", "1000"]
+    table.locator("th button").nth(2).click()
+    assert column(3) == ["-90", "-250", "-"]
+    table.locator("th button").nth(0).click()
+    assert column(1) == ["reward_to_go", "gae", "a2c"]
+    assert table.locator("th[aria-sort]").all_inner_texts() == ["contestant"]
+
+
+def test_a_curve_tells_its_numbers_where_one_points_and_can_be_hidden(page):
+    figure = page.locator("figure", has_text="CartPole-v1: return by timesteps")
+    figure.scroll_into_view_if_needed()
+    figure.locator("svg").hover()
+    tip = figure.locator(".tip")
+    assert re.fullmatch(r"timesteps 7\d\d(\.\d)?", tip.locator("b").inner_text())
+    numbers = [re.fullmatch(r"(.*): (.*) \[(.*), (.*)\]", line).groups() for line in tip.locator("div").all_inner_texts()]
+    assert [name for name, *_ in numbers] == ["a2c", "gae", "reward_to_go"]
+    assert all(float(low) <= float(mean) <= float(high) for _, mean, low, high in numbers)
+    figure.locator(".legend button", has_text="a2c").click()
+    figure.locator("svg").hover(position={"x": 200, "y": 100})
+    assert [line.split(":")[0] for line in tip.locator("div").all_inner_texts()] == ["gae", "reward_to_go"]
+    page.mouse.move(0, 0)
+    assert tip.is_hidden()
+
+
+def test_text_from_runs_is_text(page):
+    assert "ValueError: <critic> diverged" in page.locator("table").last.inner_text()

@@ -1,34 +1,31 @@
-"""The settings of a study, and one of its runs."""
+"""The settings of a study and its runs."""
 
 import re
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
 import pytest
 import yaml
-from helpers.studies import LADDER, SETTINGS, written
+from helpers.studies import LADDER, SETTINGS, STUDIES, written
 
-from sb3_vpg.estimators import Formulation
-from sb3_vpg.study.results import Results
-from sb3_vpg.study.study import COLUMNS, LAST_METRIC, Run, load_study
-from sb3_vpg.study.training import N_BINS, make_env, make_model, measured_formulations, train
+from sb3_vpg.study.__main__ import parse_arguments, study_of
+from sb3_vpg.study.study import FIRST_SEARCH_SEED, Run, make_study, read_settings, varied
+
+SMALL = {"environments": ["CartPole-v1"], "seeds": 2}
 
 
-def test_every_step_of_the_ladder_is_a_vpg_in_every_environment():
-    study = load_study(LADDER)
-    assert {"CartPole-v1", "Acrobot-v1", "CartPoleSwingUp-v0", "CartPoleSwingUp-v1", "Pendulum-v1"} == set(study.environments)
-    for env_id in study.environments:
-        for name in study.formulations:
-            model = make_model(study, Run(env_id, name, "final", 0, 0.01))
-            assert model.n_envs == study.environments[env_id].n_envs
-            model.env.close()
+def final_runs(study, chosen=None):
+    return list(study.final_runs(study.environments, study.contestants, chosen or {}))
+
+
+@pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yml")), ids=lambda path: path.stem)
+def test_studies_of_the_package_are_valid(path: Path):
+    study = make_study(read_settings(path))
+    assert final_runs(study)
 
 
 def test_the_ladder_has_each_step_once_and_most_differ_in_one_keyword():
-    study = load_study(LADDER)
-    formulations = study.formulations
-    assert len({yaml.safe_dump(dict(f), sort_keys=True) for f in formulations.values()}) == len(formulations)
+    study = make_study(read_settings(LADDER))
+    assert len({yaml.safe_dump(dict(setting)) for setting in study.settings.values()}) == len(study.settings)
     changed = {
         ("total_return", "total_return_discounted"): {"gamma"},
         ("total_return_discounted", "reward_to_go"): {"estimator"},
@@ -49,81 +46,136 @@ def test_the_ladder_has_each_step_once_and_most_differ_in_one_keyword():
         ("batch_normalized", "gamma_t"): {"discount_state_distribution"},
         ("batch_normalized", "trajectory_sum"): {"loss_reduction"},
     }
-    assert {tuple(step) for step in study.steps} == set(changed)
-    assert set().union(*changed) == set(formulations)
+    assert {tuple(pair) for pair in study.pairs} == set(changed)
+    assert set().union(*changed) == set(study.settings)
     for (one, other), expected in changed.items():
-        a, b = (study.keywords("CartPole-v1", name) for name in (one, other))
+        a, b = (study.keywords("CartPole-v1", "vpg", name) for name in (one, other))
         assert {key for key in {*a, *b} if a.get(key) != b.get(key)} == expected, (one, other)
 
 
-def test_what_is_measured_is_what_is_trained(tmp_path: Path):
-    study = load_study(written(SETTINGS, tmp_path))
-    measured = measured_formulations(study, "CartPole-v1")
-    # Pieces of 8 steps are no whole episodes
-    assert list(measured) == ["reward_to_go", "gae"]
-    assert measured["reward_to_go"].formulation == Formulation("reward_to_go", gamma=0.9, gae_lambda=0.5)
-    for name, one in measured.items():
-        model = make_model(study, Run("CartPole-v1", name, "final", 0, 0.01))
-        assert one.episodes_per_batch == model.n_envs * model.n_episodes
-        if name == "reward_to_go":
-            assert one.formulation == model.plan.formulation
+def test_defaults_are_three_algorithms_with_their_entries():
+    study = make_study({})
+    assert final_runs(study) == [
+        Run("final", "CartPole-v1", algorithm, "", seed) for seed in range(4) for algorithm in ("vpg", "a2c", "ppo")
+    ]
+    assert study.keywords("CartPole-v1", "vpg", "") == {}
 
 
-def test_rewards_are_scaled_and_returns_are_not(tmp_path: Path):
-    study = load_study(written(SETTINGS, tmp_path))
-    env = make_env(study, "CartPole-v1", 1, seed=0)
-    env.reset()
-    rewards, done = [], False
-    while not done:
-        _, reward, (done,), infos = env.step(np.array([0]))
-        rewards.append(reward[0])
-    assert rewards == pytest.approx([0.1] * len(rewards))
-    assert infos[0]["episode"]["r"] == len(rewards)
+def test_settings_are_those_of_vpg_and_the_others_are_references():
+    study = make_study({**SMALL, "algorithms": ["vpg", "ppo"], "settings": {"a": {"gamma": 0.9}, "b": {}}})
+    assert study.contestants == {"a": ("vpg", "a"), "b": ("vpg", "b"), "ppo": ("ppo", "")}
+    both = make_study({**SMALL, "algorithms": ["vpg", "vpg_lstm"], "settings": {"a": {}}})
+    assert list(both.contestants) == ["vpg a", "vpg_lstm a"]
 
 
-def test_a_learning_curve_is_the_mean_of_the_episodes_of_each_bin(tmp_path: Path):
-    study = load_study(written(SETTINGS, tmp_path))
-    rows = pd.DataFrame(train(study, Run("CartPole-v1", "gae", "final", 0, 0.001)), columns=list(COLUMNS))
-    curve = rows[rows.metric == "return"]
-    assert set(curve.timesteps) <= {3000 * (i + 1) // N_BINS for i in range(N_BINS)}
-    assert len(curve) > N_BINS // 2
-    assert curve.value.between(8, 500).all()
-    assert rows.metric.iloc[-1] == LAST_METRIC
-    # The last tenth is the last two bins
-    ends = curve[curve.timesteps > 2700].value
-    assert ends.min() <= rows[rows.metric == "final_return"].value.item() <= ends.max()
+def test_keywords_of_the_setting_precede_those_of_the_environment_and_of_all():
+    study = make_study(
+        {
+            "environments": {"CartPole-v1": {"gamma": 0.5, "n_steps": 5, "n_timesteps": 100, "score_range": [0, 1]}},
+            "algorithms": ["vpg", "ppo"],
+            "common": {"gamma": 0.4, "n_steps": 4, "n_envs": 4},
+            "settings": {"a": {"gamma": 0.6}},
+        }
+    )
+    assert study.keywords("CartPole-v1", "vpg", "a") == {"gamma": 0.6, "n_steps": 5, "n_envs": 4, "n_timesteps": 100}
+    # The budget is that of all, so that they can be compared
+    assert study.keywords("CartPole-v1", "ppo", "") == {"n_timesteps": 100}
+
+
+def test_steps_replace_all_budgets_and_the_class_of_environments_is_that_of_all():
+    study = make_study({"environments": {"CartPole-v1": {"n_timesteps": 100}}, "steps": 7, "vec_env": "envpool"})
+    for algorithm in study.algorithms:
+        assert study.keywords("CartPole-v1", algorithm, "") == {
+            "n_timesteps": 7,
+            "vec_env_class": "sb3_vpg.envs.EnvPoolVecEnv",
+            "vec_env_kwargs": {"num_threads": 1},
+        }
+
+
+def test_searched_are_settings_and_policies_once_and_the_final_runs_have_what_was_chosen():
+    study = make_study(SETTINGS)
+    searched = list(study.search_runs(["CartPole-v1"], ["reward_to_go", "a2c"]))
+    assert searched == [
+        Run("search", "CartPole-v1", "vpg", name, FIRST_SEARCH_SEED, rate)
+        for name in ("reward_to_go", "gae")
+        for rate in (0.001, 0.01)
+    ]
+    chosen = {("CartPole-v1", "vpg", "reward_to_go"): 0.01, ("CartPole-v1", "vpg", "gae"): 0.001}
+    final = list(study.final_runs(["CartPole-v1"], ["reward_to_go", "a2c"], chosen))
+    assert final == [
+        Run("final", "CartPole-v1", *contestant, seed, rate)
+        for seed in (0, 1)
+        for contestant, rate in ((("vpg", "reward_to_go"), 0.01), (("a2c", ""), None))
+    ]
+    assert list(study.statistics_runs(["CartPole-v1"], chosen)) == [Run("statistics", "CartPole-v1", "vpg", "gae", 0, 0.001)]
+
+
+def test_first_seed_is_that_of_the_final_runs():
+    assert {run.seed for run in final_runs(make_study({**SMALL, "first_seed": 100}))} == {100, 101}
+
+
+def test_vary_gives_all_combinations():
+    assert varied(["gae_lambda=0.9,1"]) == {"gae_lambda=0.9": {"gae_lambda": 0.9}, "gae_lambda=1": {"gae_lambda": 1}}
+    assert list(varied(["n_steps=8,16", "baseline=null,value"])) == [
+        *("n_steps=8, baseline=None", "n_steps=8, baseline=value", "n_steps=16, baseline=None", "n_steps=16, baseline=value")
+    ]
+    values = varied(["learning_rate=1e-3,lin_0.01", "policy_kwargs='dict(net_arch=[8, 8])'"]).values()
+    assert [value["learning_rate"] for value in values] == [0.001, "lin_0.01"]
+    assert {value["policy_kwargs"] for value in values} == {"dict(net_arch=[8, 8])"}
+
+
+def test_arguments_select_a_part_of_a_study_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def selected(*arguments: str):
+        monkeypatch.setattr("sys.argv", ["compare", "--config", str(written(SETTINGS, tmp_path)), *arguments])
+        return study_of(parse_arguments())[1]
+
+    assert selected() == (["CartPole-v1", "Acrobot-v1"], ["reward_to_go", "gae", "diverges", "a2c"])
+    assert selected("--env", "Acrobot-v1", "Acrobot-v1", "--algo", "a2c") == (["Acrobot-v1"], ["a2c"])
+    assert selected("--setting", "gae")[1] == ["gae"]
+    with pytest.raises(ValueError, match="--algo='ppo' is not known"):
+        selected("--algo", "ppo")
+    with pytest.raises(ValueError, match="--vary is not allowed with the settings of"):
+        selected("--vary", "gamma=1")
+
+
+@pytest.mark.parametrize("text", ["gae_lambda", "=1", "gae_lambda=", "gae_lambda=]"])
+def test_vary_names_what_it_cannot_read(text: str):
+    with pytest.raises(ValueError, match=re.escape(f"--vary {text!r}")):
+        varied([text])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"learning_rates": [0.0]}, "learning_rates=0.0"),
-        ({"statistics": {**SETTINGS["statistics"], "policy_of": "ppo"}}, "policy_of='ppo'"),
-        ({"environments": {"NoSuch-v0": SETTINGS["environments"]["CartPole-v1"]}}, "'NoSuch-v0'"),
-        ({"seeds": 3}, "expected the keys"),
-        ({"steps": [["gae", "ppo"]]}, "steps='ppo'"),
-        ({"steps": [["gae"]]}, "must be two formulations"),
-        ({"environments": {"CartPole-v1": {"n_timesteps": 0, "n_envs": 1, "score_range": [0, 1]}}}, "n_timesteps=0"),
-        ({"environments": {"CartPole-v1": {"n_timesteps": 9, "n_envs": 1, "score_range": [1, 0]}}}, "score_range=0"),
+        ({"environments": ["CartPole-v7"]}, "environment='CartPole-v7' is not known; did you mean 'CartPole-v1'"),
+        ({"seed": 3}, "key='seed' is not known; did you mean 'seeds'"),
+        ({"seeds": 0}, "seeds=0 is not allowed"),
+        ({"steps": 0.5}, "steps=0.5 is not allowed"),
+        ({"score": "return"}, "score='return' is not allowed; choose one of 'deterministic_return'"),
+        ({"vec_env": "subproc"}, "vec_env='subproc' is not allowed; choose one of None, 'envpool', 'native'"),
+        ({"search": {"learning_rates": [0.0]}}, "search: learning_rates=0.0 is not allowed"),
+        ({"search": {"rates": [0.1]}}, "search: key='rates' is not known; did you mean 'learning_rates'"),
+        ({"search": 3}, "search: key: expected keys and values, got 3"),
+        ({"statistics": {"policies": ["gea"]}}, "statistics: policies='gea' is not known; did you mean 'gae'"),
+        ({"statistics": {"reference": "ppo"}}, "statistics: reference='ppo' is not known"),
+        ({"pairs": [["gae", "a2"]]}, "pairs='a2' is not known; did you mean 'a2c'"),
+        ({"pairs": [["gae"]]}, "must be two contestants"),
+        ({"environments": {"CartPole-v1": {"n_timesteps": 0}}}, "CartPole-v1: n_timesteps=0"),
+        ({"environments": {"CartPole-v1": {"n_timesteps": 1, "score_range": [1, 0]}}}, "CartPole-v1: score_range=0"),
+        ({"environments": ["CartPole-v1"]}, "CartPole-v1: n_timesteps is missing"),
+        ({"algorithms": ["a2c"], "pairs": [], "statistics": {}}, "settings change keywords of VPG"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_settings_are_named(change: dict, message: str, tmp_path: Path):
     with pytest.raises(ValueError, match=re.escape(message)):
-        load_study(written({**SETTINGS, **change}, tmp_path))
+        make_study(read_settings(written({**SETTINGS, **change}, tmp_path)))
 
 
-def test_a_budget_too_small_to_judge_by_is_named(tmp_path: Path):
-    # Episodes of two environments end after each 400 steps: none in the last 190 of 1900
-    environment = {"n_timesteps": 1900, "n_envs": 2, "score_range": [-1500, 0]}
-    study = load_study(written({**SETTINGS, "environments": {"Pendulum-v1": environment}}, tmp_path))
-    with pytest.raises(ValueError, match="no episode ends in the last tenth"):
-        train(study, Run("Pendulum-v1", "gae", "final", 0, 0.001))
-
-
-def test_a_file_of_something_else_is_not_taken_for_results(tmp_path: Path):
-    path = tmp_path / "results.csv"
-    path.write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="is not a file of results"):
-        Results(path)
-    assert path.read_text() == "a,b\n1,2\n"
+@pytest.mark.parametrize("text", [None, "- 1", "a: [", "3"])
+def test_files_that_are_no_settings_are_named(text: str | None, tmp_path: Path):
+    path = tmp_path / "settings.yml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        read_settings(path)

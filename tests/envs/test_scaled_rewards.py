@@ -1,0 +1,18 @@
+"""Rewards are multiplied by a number, and episode statistics are not."""
+
+import numpy as np
+import pytest
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_vpg.envs import NativeVecEnv, ScaledRewards
+
+
+def test_rewards_are_scaled_and_returns_are_not():
+    env = ScaledRewards(make_vec_env("CartPole-v1", 1, seed=0, vec_env_cls=NativeVecEnv), factor=0.1)
+    env.reset()
+    rewards, done = [], False
+    while not done:
+        _, reward, (done,), infos = env.step(np.array([0]))
+        rewards.append(reward[0])
+    assert rewards == pytest.approx([0.1] * len(rewards))
+    assert infos[0]["episode"]["r"] == len(rewards)
