@@ -1,8 +1,8 @@
 """
 Command line: ``python -m sb3_vpg train --env CartPole-v1``.
 
-It runs rl_zoo3's commands with VPG registered, and with VPG as the default algorithm. The package's own commands are ``watch``,
-which shows a trained agent, and ``compare`` and ``ablation``, which run studies.
+It runs rl_zoo3's commands with VPG registered, and with VPG as the default algorithm. The package's own commands:
+``watch`` shows a trained agent, ``compare`` and ``ablation`` run studies.
 """
 
 import argparse
