@@ -1,8 +1,8 @@
 """
 Command line: ``python -m sb3_vpg train --env CartPole-v1``.
 
-It runs rl_zoo3's commands with VPG registered, and with VPG as the default algorithm. The package's own commands,
-``compare`` and ``ablation``, run studies.
+It runs rl_zoo3's commands with VPG registered, and with VPG as the default algorithm. The package's own commands:
+``watch`` shows a trained agent, ``compare`` and ``ablation`` run studies.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from sb3_vpg.distributed.launcher import launched_by_torchrun, run_in_process_gr
 COMMANDS = {
     "train": ("rl_zoo3.train", "train an agent; with -optimize, search for hyperparameters"),
     "enjoy": ("rl_zoo3.enjoy", "show a trained agent from the folder -f logs"),
+    "watch": ("sb3_vpg.zoo.watch", "show a trained agent, its choices and its values (sb3_vpg's own command)"),
     "record_video": ("rl_zoo3.record_video", "record a video of a trained agent"),
     "record_training": ("rl_zoo3.record_training", "record videos of the checkpoints of a training run"),
     "plot_train": ("rl_zoo3.plots.plot_train", "plot returns during training: -a vpg"),
@@ -54,6 +55,8 @@ def main() -> None:
         sys.exit("This command needs RL Baselines3 Zoo: pip install 'sb3_vpg[zoo]'")
     if COMMANDS[command][0] == "sb3_vpg.study" and importlib.util.find_spec("scipy") is None:
         sys.exit("This command draws plots: pip install 'sb3_vpg[plots]'")
+    if command == "watch" and importlib.util.find_spec("pygame") is None:
+        sys.exit("This command draws pictures: pip install 'sb3_vpg[render]'")
 
     arguments = sys.argv[2:]
     if command == "ablation":

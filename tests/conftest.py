@@ -35,6 +35,7 @@ ON_ONE_WORKER = {
         *("integration/test_hub.py", "integration/test_hyperparameter_files.py", "integration/test_own_command_line.py"),
         *("integration/test_packaging.py", "integration/test_start_up_hook.py", "integration/test_compare_command.py"),
         *("integration/test_trained_agents.py", "integration/test_tutorials.py", "integration/test_zoo_commands.py"),
+        "integration/test_watch_command.py",
     ),
 }
 

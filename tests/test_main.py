@@ -1,8 +1,11 @@
 """Arguments of ``python -m sb3_vpg``."""
 
+import importlib.util
+import sys
+
 import pytest
 
-from sb3_vpg.__main__ import translate_vec_env
+from sb3_vpg.__main__ import main, translate_vec_env
 
 ENVPOOL = "vec_env_class:'sb3_vpg.envs.EnvPoolVecEnv'"
 NATIVE = "vec_env_class:'sb3_vpg.envs.NativeVecEnv'"
@@ -21,3 +24,11 @@ NATIVE = "vec_env_class:'sb3_vpg.envs.NativeVecEnv'"
 )
 def test_engines_become_a_hyperparameter(arguments, translated):
     assert translate_vec_env(arguments.split()) == translated.split()
+
+
+def test_watch_says_how_to_install_pygame(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pygame" else find_spec(name))
+    monkeypatch.setattr(sys, "argv", ["sb3_vpg", "watch"])
+    with pytest.raises(SystemExit, match=r"^This command draws pictures: pip install 'sb3_vpg\[render\]'$"):
+        main()

@@ -42,3 +42,7 @@ def register_environments() -> None:
                 max_episode_steps=500,
                 **arguments,  # type: ignore[arg-type]
             )
+            # gymnasium warns that v0 is out of date if its registry has a higher version of the same name. But v1 is another
+            # task, no successor: each id is registered as a name of its own, without a version
+            spec = gym.registry[env_id]
+            spec.name, spec.version = env_id.rpartition("/")[2], None

@@ -92,6 +92,17 @@ def test_registering_again_changes_nothing(registry):
     assert all(registry[env_id] is spec for env_id, spec in before.items())
 
 
+# Both ids are of equal rank. Warnings are errors in all tests
+@each_id
+def test_no_version_is_called_out_of_date(env_id):
+    for env in (gym.make(env_id), gym.make(f"sb3_vpg:{env_id}"), make(env_id, 2)):
+        assert env.spec.id == gym.spec(env_id).id == env_id
+    with pytest.raises(gym.error.NameNotFound, match="Did you mean: `CartPoleSwingUp-v"):
+        gym.make("CartPoleSwingUp")
+    with pytest.raises(gym.error.NameNotFound, match="Did you mean: `CartPoleSwingUp-v"):
+        gym.make("CartPoleSwingUp-v7")
+
+
 @pytest.mark.parametrize("entry_point", ["gymnasium.envs.classic_control:CartPoleEnv", lambda **kwargs: None])
 def test_an_id_that_is_taken_stays_with_who_took_it(registry, entry_point):
     registry[V0] = gym.envs.registration.EnvSpec(V0, entry_point)

@@ -4,7 +4,8 @@ import re
 import sys
 import tarfile
 import zipfile
-from email.parser import HeaderParser
+from email.message import Message
+from email.parser import Parser
 from pathlib import Path
 
 from helpers.installed import CHECKOUT, HYPERPARAMS, Environment, build_wheel, call, output_of
@@ -53,11 +54,28 @@ def test_a_wheel_built_from_the_source_distribution_is_the_same(wheel: Path, tmp
             assert one.read(file) == other.read(file), file
 
 
-def test_the_version_is_said_once(wheel: Path, installed: Environment):
-    version = version_in_pyproject()
+def metadata_of(wheel: Path) -> Message:
     (metadata,) = (name for name in names_in(wheel) if name.endswith(".dist-info/METADATA"))
     with zipfile.ZipFile(wheel) as archive:
-        assert HeaderParser().parsestr(archive.read(metadata).decode())["Version"] == version
+        return Parser().parsestr(archive.read(metadata).decode())
+
+
+def test_the_description_on_a_package_index_needs_no_checkout(wheel: Path):
+    metadata = metadata_of(wheel)
+    assert metadata["Description-Content-Type"].startswith("text/markdown")
+    text = metadata.get_payload()
+    links = re.findall(r"\]\(([^)]*)\)", text)
+    assert links
+    assert all(link.startswith("https://") for link in links)
+    assert 'pip install "sb3_vpg[zoo]"' in text
+    assert '".[' not in text
+    sections = re.findall("^## (.*)", text, re.MULTILINE)
+    assert sections == ["Train", "Why", "Formulations", "Can I use?", "Results", "Documentation", "Citation"]
+
+
+def test_the_version_is_said_once(wheel: Path, installed: Environment):
+    version = version_in_pyproject()
+    assert metadata_of(wheel)["Version"] == version
     assert output_of(installed.run_warm("-c", "import sb3_vpg; print(sb3_vpg.__version__)")).strip() == version
     changelog = (CHECKOUT / "CHANGELOG.md").read_text()
     assert ("## Unreleased" if ".dev" in version else f"## {version}") in changelog
