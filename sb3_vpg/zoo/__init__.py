@@ -7,9 +7,12 @@ VPG is added to rl_zoo3's modules by :func:`patch`. The start-up hook calls it w
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_vpg.vpg import VPG
 from sb3_vpg.zoo.hyperparameter_files import ALGORITHMS, HYPERPARAMS
@@ -37,10 +40,22 @@ def patch(module: ModuleType) -> None:
 
 
 def _add_algorithm(utils: ModuleType) -> None:
+    from sb3_vpg.maskable import MaskableVPG
     from sb3_vpg.recurrent import RecurrentVPG
     from sb3_vpg.zoo import hub
+    from sb3_vpg.zoo.masks import attach_masks, register_invalid_action_envs
 
-    utils.ALGOS.update(vpg=VPG, vpg_lstm=RecurrentVPG)
+    utils.ALGOS.update(vpg=VPG, vpg_lstm=RecurrentVPG, vpg_mask=MaskableVPG)
+    register_invalid_action_envs()
+    create_test_env = utils.create_test_env
+
+    @functools.wraps(create_test_env)
+    def create_test_env_with_masks(*args: Any, **kwargs: Any) -> VecEnv:
+        return attach_masks(create_test_env(*args, **kwargs))
+
+    # The commands import it from the package or from the module
+    for importable in (utils, sys.modules["rl_zoo3"]):
+        importable.create_test_env = create_test_env_with_masks  # type: ignore[attr-defined]
     # At this point the Hub's packages are imported, and the zoo's modules that use them are not
     hub.patch()
 
