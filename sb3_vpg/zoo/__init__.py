@@ -61,16 +61,20 @@ def _add_algorithm(utils: ModuleType) -> None:
 
 
 def _add_search_space(hyperparams_opt: ModuleType) -> None:
-    from sb3_vpg.zoo.search_space import convert_vpg_params, sample_vpg_params
+    from sb3_vpg.zoo.search_space import convert_vpg_params, sample_recurrent_vpg_params, sample_vpg_params
 
     convert = functools.partial(convert_vpg_params, convert_onpolicy_params=hyperparams_opt.convert_onpolicy_params)
 
-    def sample(trial: Any, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
-        return convert(sample_vpg_params(trial, n_envs, trial.user_attrs.get("n_timesteps")))
+    def sampler(sample: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        def sample_and_convert(trial: Any, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+            return convert(sample(trial, n_envs, trial.user_attrs.get("n_timesteps")))
+
+        return sample_and_convert
 
     for algo in ALGORITHMS:
+        sample = sample_recurrent_vpg_params if algo == "vpg_lstm" else sample_vpg_params
         hyperparams_opt.HYPERPARAMS_CONVERTER[algo] = convert
-        hyperparams_opt.HYPERPARAMS_SAMPLER[algo] = sample
+        hyperparams_opt.HYPERPARAMS_SAMPLER[algo] = sampler(sample)
 
 
 def _replace_manager(exp_manager: Any) -> None:
