@@ -17,8 +17,6 @@ from test_vpg_is_a2c import FORCE, IMAGE, VECTOR, RandomWalk
 
 from sb3_vpg import VPG, RecurrentVPG
 from sb3_vpg.buffers import VPGBufferMixin
-from sb3_vpg.diagnostics import GradientStatisticsCallback, UpdateSpec, gradient_statistics
-from sb3_vpg.estimators import Formulation
 
 SMALL = {"net_arch": [8], "lstm_hidden_size": 8}
 SGD = {**SMALL, "optimizer_class": th.optim.SGD}
@@ -238,12 +236,3 @@ def test_normalized_environments_and_prediction(tmp_path):
 def test_what_cannot_be_recurrent_is_refused(keywords, message):
     with pytest.raises(ValueError, match=message):
         RecurrentVPG(**{"policy": "MlpLstmPolicy", "env": walks(), **keywords})
-
-
-def test_gradient_statistics_are_refused():
-    model = recurrent_model()
-    spec = UpdateSpec(Formulation("reward_to_go"), episodes_per_batch=2)
-    with pytest.raises(ValueError, match="of recurrent policies are not supported"):
-        gradient_statistics(model, walks(), {"to go": spec}, n_episodes=8)
-    with pytest.raises(ValueError, match="of recurrent policies are not supported"):
-        model.learn(72, callback=GradientStatisticsCallback())

@@ -1,8 +1,8 @@
 """
 Action masks in the zoo: masked tasks, and evaluation with masks.
 
-The zoo's commands and callbacks call ``predict`` without masks. Therefore the observations of its evaluation environments carry
-the masks, where :meth:`MaskableVPG.predict <sb3_vpg.maskable.MaskableVPG.predict>` finds them.
+The zoo's commands and callbacks call ``predict`` without masks. Therefore the observations of its evaluation environments
+carry the masks, where :meth:`MaskableVPG.predict <sb3_vpg.maskable.MaskableVPG.predict>` finds them.
 """
 
 from typing import Any
