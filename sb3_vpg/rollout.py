@@ -29,8 +29,8 @@ from sb3_vpg.common.checkpoint import ResumableAlgorithm
 from sb3_vpg.common.collectives import SINGLE_PROCESS, SingleProcess
 from sb3_vpg.common.faults import LOST_WORKER_ERRORS, find_failed_environment
 from sb3_vpg.common.policy_inputs import action_masks_of
-from sb3_vpg.common.policy_runner import FastPolicyRunner, PolicyRunner, make_policy_runner
-from sb3_vpg.common.recurrent_runner import RecurrentRunner, States, zero_states
+from sb3_vpg.common.policy_runner import PolicyRunner, make_policy_runner
+from sb3_vpg.common.recurrent_runner import States, make_recurrent_runner, zero_states
 from sb3_vpg.keywords import Plan
 
 
@@ -120,9 +120,9 @@ class RolloutCollector(ResumableAlgorithm):
         recorder = self.recorder = adapt_buffer(rollout_buffer, self.plan.formulation, self.policy)
         self._start_rollout(env)
         runner = self._make_runner()
-        fast_runner = runner if isinstance(runner, FastPolicyRunner) and not recorder.needs_log_probs else None
+        fast_runner = runner if runner.samples_actions and not recorder.needs_log_probs else None
         # Values are computed in one batch after the rollout, unless features that actor and critic share are computed anyway
-        values_at_each_step = self.plan.uses_value_function and (fast_runner is None or fast_runner.shares_features)
+        values_at_each_step = self.plan.uses_value_function and (fast_runner is None or fast_runner.values_with_actions)
 
         n_steps = 0
         n_finished = np.zeros(env.num_envs, dtype=np.int64)
@@ -230,7 +230,7 @@ class RolloutCollector(ResumableAlgorithm):
         return action_masks_of(env, self.action_space) if self.use_masking else {}
 
     def _sample_actions(
-        self, obs: PyTorchObs, fast_runner: FastPolicyRunner | None, with_values: bool, inputs: dict[str, np.ndarray]
+        self, obs: PyTorchObs, fast_runner: Any | None, with_values: bool, inputs: dict[str, np.ndarray]
     ) -> tuple[np.ndarray, th.Tensor | None, th.Tensor | None]:
         """
         :param obs: observations of N environments
@@ -452,16 +452,19 @@ class RecurrentRolloutCollector(RolloutCollector):
         self._states_at_time_limits: list[list[th.Tensor]] = []
 
     def _make_runner(self) -> PolicyRunner:
-        return RecurrentRunner(self.policy, self._first_states)
+        return make_recurrent_runner(self.policy, self._first_states)
 
     def _policy_inputs(self, env: VecEnv) -> dict[str, np.ndarray]:
         starts = np.asarray(self._last_episode_starts, dtype=np.float32)
         return {"env_indices": np.arange(env.num_envs), "episode_starts": starts}
 
     def _sample_actions(
-        self, obs: PyTorchObs, fast_runner: FastPolicyRunner | None, with_values: bool, inputs: dict[str, np.ndarray]
+        self, obs: PyTorchObs, fast_runner: Any | None, with_values: bool, inputs: dict[str, np.ndarray]
     ) -> tuple[np.ndarray, th.Tensor | None, th.Tensor | None]:
         starts = th.as_tensor(inputs["episode_starts"], device=self.device)
+        if fast_runner is not None:
+            actions, values, self._lstm_states = fast_runner.sample(obs, self._lstm_states, starts, with_values)
+            return actions.reshape(-1, *self.action_space.shape), values, None  # type: ignore[misc]
         with th.no_grad():
             actions, values, log_probs, states = self.policy(obs, self._lstm_states, starts)
         self._lstm_states = States(*states)
