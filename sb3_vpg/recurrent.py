@@ -21,8 +21,8 @@ class RecurrentVPG(RecurrentRolloutCollector, VPG):
     :param policy: "MlpLstmPolicy", "CnnLstmPolicy", "MultiInputLstmPolicy", or a subclass of sb3-contrib's
         ``RecurrentActorCriticPolicy``
 
-    All other parameters are those of :class:`~sb3_vpg.vpg.VPG`. ``rollout_buffer_class`` must be one of VPG's own. Minibatches of
-    the critic (``critic_batch_size``) have all steps of some environments.
+    All other parameters are those of :class:`~sb3_vpg.vpg.VPG`. ``rollout_buffer_class`` must be one of VPG's own. Minibatches
+    of the critic (``critic_batch_size``) have all steps of some environments.
 
     :raises ValueError: as for VPG
     """
