@@ -9,12 +9,14 @@ rollout (``n_epochs=1`` with the whole rollout as batch, ``n_critic_updates=1``)
 stay untrained. Masks: MlpPolicy with two hidden layers of 64; the mask is constant and allows all actions. Memory:
 MlpLstmPolicy with the networks of the zoo's entry for CartPoleNoVel-v1, an LSTM of 64 for the actor and one for the critic.
 
-The contestants take turns in one process. Output: median over the rounds, and ratio to PPO within a round as median [minimum,
-maximum]. Peak memory: growth of a new process from the first rollout to the end of the fourth update, in MiB.
+The contestants take turns in one process, on one thread. Seconds are those of the processor, equal to wall-clock time if
+nothing else runs. Output: median over the rounds, and ratio to PPO within a round as median [minimum, maximum]. Peak memory:
+growth of a new process from the first rollout to the end of the fourth update, in MiB.
 """
 
 import argparse
 import resource
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +69,7 @@ def speeds(job: Job) -> list[dict[str, Any]]:
 
     runs = [training(make_model(job.task, job.n_envs, contestant)) for contestant in CONTESTANTS[job.task]]
     n_frames = N_STEPS * job.n_envs
-    rounds = [[frames_per_second(run, n_frames, job.seconds) for run in runs] for _ in range(job.rounds)]
+    rounds = [[frames_per_second(run, n_frames, job.seconds, time.process_time) for run in runs] for _ in range(job.rounds)]
     return [
         {"task": job.task, "n_envs": job.n_envs, "contestant": contestant, "frames_per_second": list(own)}
         for contestant, own in zip(CONTESTANTS[job.task], zip(*rounds))
