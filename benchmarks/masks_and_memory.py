@@ -86,6 +86,7 @@ def peak_memory(job: MemoryJob) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="+", default=list(CONTESTANTS), choices=list(CONTESTANTS))
     parser.add_argument("--n-envs", nargs="+", type=int, default=[8, 64])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
@@ -94,7 +95,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for all results")
     args = parser.parse_args()
 
-    jobs = [Job(task, n_envs, args.rounds, args.seconds) for task in CONTESTANTS for n_envs in args.n_envs]
+    jobs = [Job(task, n_envs, args.rounds, args.seconds) for task in args.task for n_envs in args.n_envs]
     results: list[dict[str, Any]] = []
     for job, lines in zip(jobs, in_processes(speeds, jobs, 1)):
         peaks = in_processes(peak_memory, [MemoryJob(job.task, job.n_envs, line["contestant"]) for line in lines], 1)
