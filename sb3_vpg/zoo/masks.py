@@ -17,8 +17,8 @@ from sb3_vpg.common.policy_inputs import METHOD, action_masks_of
 #: sb3-contrib's tasks with masks, by id, and their arguments. In all of them, the observation is the right action
 INVALID_ACTION_ENVS: dict[str, dict[str, Any]] = {
     "InvalidActionEnvDiscrete": {"dim": 80, "n_invalid_actions": 60},
-    "InvalidActionEnvMultiDiscrete": {"dims": [20, 20], "n_invalid_actions": 20},
-    "InvalidActionEnvMultiBinary": {"dims": 20, "n_invalid_actions": 10},
+    "InvalidActionEnvMultiDiscrete": {"dims": [10, 10], "n_invalid_actions": 10},
+    "InvalidActionEnvMultiBinary": {"dims": 10, "n_invalid_actions": 5},
 }
 
 
