@@ -173,7 +173,7 @@ def test_other_algorithms_keep_the_hyperparameters_of_the_zoo(installed: Environ
 
 def test_the_zoo_trains_shows_and_continues_recurrent_models(installed: Environment):
     arguments = ("--algo", "vpg_lstm", "--env", "CartPoleNoVel-v1", "-f", "lstm")
-    train = (*arguments, "--eval-freq", "256", "--eval-episodes", "1", "-params", "n_envs:2")
+    train = (*arguments, "--eval-freq", "256", "--eval-episodes", "1", "-params", "n_envs:2", "n_steps:32")
     output = output_of(installed.run_warm(*zoo_command("train", *train, "-n", "300")))
     assert "sb3_vpg/hyperparams/vpg_lstm.yml" in output.replace("\\", "/")
     assert "Eval num_timesteps=256" in output
