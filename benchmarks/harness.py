@@ -75,21 +75,24 @@ def in_processes(function: Callable[[Any], T], jobs: list[Any], n_processes: int
         yield from pool.imap(function, jobs, chunksize=1)
 
 
-def frames_per_second(run: Callable[[int], int], n_frames: int, seconds: float) -> float:
+def frames_per_second(
+    run: Callable[[int], int], n_frames: int, seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """
     Measure the speed of ``run``. A first call, which is not measured, warms up.
 
     :param run: runs for at least the given number of frames, and returns the actual number
     :param n_frames: minimum number of frames of a call, such as one rollout
     :param seconds: approximate duration of the measurement
+    :param clock: the time in seconds; ``time.process_time`` for processor time, if other programs use the machine
     :return: frames per second
     """
     gc.collect()
     run(n_frames)
     while True:
-        start = time.perf_counter()
+        start = clock()
         n_done = run(n_frames)
-        elapsed = time.perf_counter() - start
+        elapsed = clock() - start
         if elapsed > seconds / 2:
             return n_done / elapsed
         # Too short for a measurement: at least twice as many frames in the next call

@@ -55,6 +55,18 @@ def throughput(scenario: str, file: str = "throughput") -> str:
     return markdown_table(header, rows)
 
 
+def masks_and_memory() -> str:
+    lines = results_of("masks_and_memory")
+    rows = []
+    for ppo, own in zip(lines[::2], lines[1::2]):
+        speeds = [np.array(line["frames_per_second"]) for line in (ppo, own)]
+        of_both = [f"{np.median(speed):,.0f}" for speed in speeds]
+        ratio, mib = median_and_range(speeds[1] / speeds[0]), [f"{line['mib']:.0f}" for line in (ppo, own)]
+        rows.append([f"{own['contestant']} x {own['n_envs']}", *of_both, ratio, *mib])
+    header = ["", "PPO, frames/s", "VPG, frames/s", "VPG / PPO", "PPO, MiB", "VPG, MiB"]
+    return markdown_table(header, rows)
+
+
 def time_to_solve(env_id: str) -> str:
     groups = by_contestant(results_of("time_to_solve_" + env_id))
     of_ppo = median(groups["PPO"], "seconds")

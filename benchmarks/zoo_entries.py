@@ -67,6 +67,7 @@ def learning_curve(folder: str) -> list[float | None]:
 
 
 def run(job: Job, n_episodes: int = 100) -> Result:
+    import rl_zoo3.import_envs  # noqa: F401  registers the environments of the zoo and of packages that it knows
     from rl_zoo3.utils import ALGOS, create_test_env, get_model_path, get_saved_hyperparams
     from stable_baselines3.common.evaluation import evaluate_policy
 

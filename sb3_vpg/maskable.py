@@ -8,7 +8,7 @@ from sb3_contrib.common.maskable import policies
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
 
-from sb3_vpg.common.policy_inputs import check_has_masks, mask_sizes
+from sb3_vpg.common.policy_inputs import METHOD, check_has_masks, mask_sizes
 from sb3_vpg.vpg import VPG
 
 
@@ -76,5 +76,10 @@ class MaskableVPG(VPG):
         deterministic: bool = False,
         action_masks: np.ndarray | None = None,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """:param action_masks: True where an action is allowed, shape (N, entries of a mask); None: all are"""
+        """
+        :param action_masks: True where an action is allowed, shape (N, entries of a mask). None for the masks that the
+            observation carries, as in the zoo's evaluations; without these, all actions are allowed
+        """
+        if action_masks is None:
+            action_masks = getattr(observation, METHOD, None)
         return self.policy.predict(observation, state, episode_start, deterministic, action_masks)

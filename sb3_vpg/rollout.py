@@ -29,7 +29,8 @@ from sb3_vpg.common.checkpoint import ResumableAlgorithm
 from sb3_vpg.common.collectives import SINGLE_PROCESS, SingleProcess
 from sb3_vpg.common.faults import LOST_WORKER_ERRORS, find_failed_environment
 from sb3_vpg.common.policy_inputs import action_masks_of
-from sb3_vpg.common.policy_runner import FastPolicyRunner, PolicyRunner, make_policy_runner
+from sb3_vpg.common.policy_runner import PolicyRunner, make_policy_runner
+from sb3_vpg.common.recurrent_runner import States, make_recurrent_runner, zero_states
 from sb3_vpg.keywords import Plan
 
 
@@ -117,11 +118,11 @@ class RolloutCollector(ResumableAlgorithm):
         # Called before any random number is drawn: a model that is saved here resumes with the same rollout
         callback.on_rollout_start()
         recorder = self.recorder = adapt_buffer(rollout_buffer, self.plan.formulation, self.policy)
-        runner = self._make_runner()
-        fast_runner = runner if isinstance(runner, FastPolicyRunner) and not recorder.needs_log_probs else None
-        # Values are computed in one batch after the rollout, unless features that actor and critic share are computed anyway
-        values_at_each_step = self.plan.uses_value_function and (fast_runner is None or fast_runner.shares_features)
         self._start_rollout(env)
+        runner = self._make_runner()
+        fast_runner = runner if runner.samples_actions and not recorder.needs_log_probs else None
+        # Values are computed in one batch after the rollout, unless features that actor and critic share are computed anyway
+        values_at_each_step = self.plan.uses_value_function and (fast_runner is None or fast_runner.values_with_actions)
 
         n_steps = 0
         n_finished = np.zeros(env.num_envs, dtype=np.int64)
@@ -229,7 +230,7 @@ class RolloutCollector(ResumableAlgorithm):
         return action_masks_of(env, self.action_space) if self.use_masking else {}
 
     def _sample_actions(
-        self, obs: PyTorchObs, fast_runner: FastPolicyRunner | None, with_values: bool, inputs: dict[str, np.ndarray]
+        self, obs: PyTorchObs, fast_runner: Any | None, with_values: bool, inputs: dict[str, np.ndarray]
     ) -> tuple[np.ndarray, th.Tensor | None, th.Tensor | None]:
         """
         :param obs: observations of N environments
@@ -429,3 +430,58 @@ class RolloutCollector(ResumableAlgorithm):
             "partial_episodes='truncate', or partial_episodes='bootstrap' with a value function. If episodes of this "
             "environment are longer than that, increase the model's `max_episode_steps`."
         )
+
+
+class RecurrentRolloutCollector(RolloutCollector):
+    """Rollouts of sb3-contrib's recurrent policies: the states of their LSTMs are kept from step to step."""
+
+    policy: Any
+    recorder: VPGBufferMixin
+    #: States before the next step. Those of environments whose episode begins are not used
+    _lstm_states: States
+    #: States before the first step of the rollout
+    _first_states: States
+
+    def _start_rollout(self, env: VecEnv) -> None:
+        super()._start_rollout(env)
+        self.recorder.by_environment = True
+        states = getattr(self, "_lstm_states", None)
+        if states is None or states.pi[0].shape[1] != env.num_envs:
+            self._lstm_states = zero_states(self.policy, env.num_envs)
+        self._first_states = self._lstm_states
+        self._states_at_time_limits: list[list[th.Tensor]] = []
+
+    def _make_runner(self) -> PolicyRunner:
+        return make_recurrent_runner(self.policy, self._first_states)
+
+    def _policy_inputs(self, env: VecEnv) -> dict[str, np.ndarray]:
+        starts = np.asarray(self._last_episode_starts, dtype=np.float32)
+        return {"env_indices": np.arange(env.num_envs), "episode_starts": starts}
+
+    def _sample_actions(
+        self, obs: PyTorchObs, fast_runner: Any | None, with_values: bool, inputs: dict[str, np.ndarray]
+    ) -> tuple[np.ndarray, th.Tensor | None, th.Tensor | None]:
+        starts = th.as_tensor(inputs["episode_starts"], device=self.device)
+        if fast_runner is not None:
+            actions, values, self._lstm_states = fast_runner.sample(obs, self._lstm_states, starts, with_values)
+            return actions.reshape(-1, *self.action_space.shape), values, None  # type: ignore[misc]
+        with th.no_grad():
+            actions, values, log_probs, states = self.policy(obs, self._lstm_states, starts)
+        self._lstm_states = States(*states)
+        return actions.cpu().numpy(), values, log_probs
+
+    def _add_time_limit(self, env_index: int, terminal_obs: VecEnvObs) -> None:
+        super()._add_time_limit(env_index, terminal_obs)
+        self._states_at_time_limits.append([part[:, env_index] for part in self._lstm_states.vf])
+
+    def _terminal_values(self, obs: PyTorchObs, runner: PolicyRunner) -> th.Tensor:
+        hidden, cell = (th.stack(parts, dim=1) for parts in zip(*self._states_at_time_limits))
+        no_starts = th.zeros(hidden.shape[1], device=self.device)
+        return self.policy.predict_values(obs, (hidden, cell), no_starts).flatten()
+
+    def _last_values(self, obs: PyTorchObs, dones: np.ndarray, runner: PolicyRunner) -> th.Tensor:
+        starts = th.as_tensor(dones, dtype=th.float32, device=self.device)
+        return self.policy.predict_values(obs, self._lstm_states.vf, starts).flatten()
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_first_states", "_states_at_time_limits"]

@@ -289,7 +289,7 @@ class VPG(RolloutCollector):
 
         :param n_steps: number of steps in the batch of all processes
         :param n_segments: number of episodes (whole or in part) in it
-        :return: the losses, under the names that A2C logs; evenly spaced inputs of the policy, for the KL divergence
+        :return: the losses, under the names that A2C logs; a part of the policy's inputs, for the KL divergence
         :raises ValueError: if a loss is not finite
         """
         weight = 1 / self.plan.batch_divisor(n_steps, n_segments)
@@ -323,7 +323,8 @@ class VPG(RolloutCollector):
         losses = self.processes.sum_gradients(self.policy.parameters(), losses)
         for name, total in losses.items():
             self._check_finite_update(name, total)
-        sample = slice(None, None, 1 if runner.sequences else -(-len(batch.actions) // KL_STEPS))
+        # The first sequences, or evenly spaced steps
+        sample = slice(KL_STEPS) if runner.sequences else slice(None, None, -(-len(batch.actions) // KL_STEPS))
         inputs = {key: array[sample] for key, array in inputs_of(batch).items()}
         return losses, (map_obs(lambda obs: obs[sample], batch.observations), batch.actions[sample], inputs)
 

@@ -9,6 +9,7 @@ import torch as th
 from gymnasium import spaces
 from helpers.models import Spy, assert_same_weights, weights
 from sb3_contrib import RecurrentPPO
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -17,8 +18,7 @@ from test_vpg_is_a2c import FORCE, IMAGE, VECTOR, RandomWalk
 
 from sb3_vpg import VPG, RecurrentVPG
 from sb3_vpg.buffers import VPGBufferMixin
-from sb3_vpg.diagnostics import GradientStatisticsCallback, UpdateSpec, gradient_statistics
-from sb3_vpg.estimators import Formulation
+from sb3_vpg.common.recurrent_runner import FastRecurrentRunner, RecurrentRunner, has_contrib_forward
 
 SMALL = {"net_arch": [8], "lstm_hidden_size": 8}
 SGD = {**SMALL, "optimizer_class": th.optim.SGD}
@@ -92,9 +92,13 @@ def test_it_is_recurrent_ppo_with_one_epoch(case, monkeypatch):
     ],
     ids=str,
 )
+@pytest.mark.parametrize("fast", [True, False])
 @each_critic
-def test_the_update_sees_the_probabilities_and_values_of_the_rollout(critic, keywords):
+def test_the_update_sees_the_probabilities_and_values_of_the_rollout(critic, fast, keywords, monkeypatch):
     """Through episodes that begin in the middle of a rollout, and rollouts that begin in the middle of an episode."""
+    if not fast:
+        # The policy itself takes the steps, and the log probabilities are its own
+        monkeypatch.setattr("sb3_vpg.rollout.make_recurrent_runner", RecurrentRunner)
     seen = []
 
     def compare(spy):
@@ -108,7 +112,8 @@ def test_the_update_sees_the_probabilities_and_values_of_the_rollout(critic, key
                     runner = model._make_runner()
                     values, log_prob, _ = runner.evaluate(buffer.flat_observations(indices), actions, True, **inputs)
                     alone = runner.values(buffer.flat_observations(indices), **inputs)
-                np.testing.assert_allclose(log_prob, buffer.log_probs.reshape(-1)[indices], atol=1e-5)
+                if not fast:
+                    np.testing.assert_allclose(log_prob, buffer.log_probs.reshape(-1)[indices], atol=1e-5)
                 if model.plan.uses_value_function:
                     np.testing.assert_allclose(values, buffer.values.reshape(-1)[indices], atol=1e-5)
                 np.testing.assert_allclose(alone, values, atol=1e-5)
@@ -117,6 +122,7 @@ def test_the_update_sees_the_probabilities_and_values_of_the_rollout(critic, key
     model = recurrent_model(critic=critic, **keywords)
     model.learn(150, callback=Spy(compare, "rollout_end"))
     n_recorded = model.recorder.n_recorded
+    assert isinstance(model._make_runner(), FastRecurrentRunner) == fast
     assert (None, n_recorded) in seen
     # One environment at a time
     assert sum(n for size, n in seen[-3:] if size == 1) == n_recorded
@@ -171,6 +177,131 @@ def test_minibatches_of_the_critic_are_whole_environments():
     assert len(batches) == 3
     for batch in batches:
         assert len(batch.inputs["env_indices"].unique()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The fast runner
+# ---------------------------------------------------------------------------------------------------------------
+
+
+SPACES = {
+    "Discrete": spaces.Discrete(3),
+    "Box": spaces.Box(-1, 1, (2,)),
+    "MultiDiscrete": spaces.MultiDiscrete([2, 3]),
+    "MultiBinary": spaces.MultiBinary(2),
+}
+POLICIES = {
+    **{f"critic: {name}": {"critic": critic} for name, critic in CRITICS.items()},
+    **{name: {"env": lambda space=space: walks(action_space=space)} for name, space in SPACES.items()},
+    "gSDE": {"env": lambda: walks(action_space=FORCE), "use_sde": True},
+    "dict": {"env": lambda: walks(spaces.Dict({"a": VECTOR, "b": FORCE})), "policy": "MultiInputLstmPolicy"},
+    "CNN": {"env": lambda: walks(IMAGE), "policy": "CnnLstmPolicy"},
+    "own features": {"critic": {"share_features_extractor": False}},
+    "ReLU": {"critic": {"activation_fn": th.nn.ReLU}},
+}
+
+
+def runners_of(name):
+    """The model, with the general runner and the fast one, whose rollout began in the middle of episodes."""
+    keywords = dict(POLICIES[name])
+    model = recurrent_model(keywords.pop("env", walks)(), **keywords).learn(72)
+    fast = model._make_runner()
+    assert isinstance(fast, FastRecurrentRunner)
+    assert model.recorder.first_steps.any()
+    return model, RecurrentRunner(model.policy, model._first_states), fast
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_fast_runner_takes_the_steps_of_the_policy(name):
+    model, _, fast = runners_of(name)
+    policy, obs = model.policy, model.policy.obs_to_tensor(model._last_obs)[0]
+    states, starts = model._lstm_states, th.tensor([0.0, 1.0, 0.0])
+    for _ in range(3):
+        th.manual_seed(1)
+        with th.no_grad():
+            expected, expected_values, _, expected_states = policy(obs, states, starts)
+        th.manual_seed(1)
+        actions, values, states = fast.sample(obs, states, starts, with_values=True)
+        np.testing.assert_allclose(actions.reshape(expected.shape), expected, atol=1e-5)
+        th.testing.assert_close(values, expected_values.flatten(), rtol=1e-4, atol=1e-5)
+        kinds = ("pi", "vf") if policy.lstm_critic is not None or policy.shared_lstm else ("pi",)
+        for kind in kinds:
+            th.testing.assert_close(getattr(states, kind), getattr(expected_states, kind), rtol=1e-4, atol=1e-5)
+        th.manual_seed(1)
+        without_values, values, _ = fast.sample(obs, model._lstm_states, starts, with_values=False)
+        assert without_values.shape == actions.shape
+        assert values is None
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_fast_runner_evaluates_as_the_policy_does(name):
+    model, general, fast = runners_of(name)
+    (batch,) = model.recorder.get(shuffle=False)
+    found = []
+    for runner in (general, fast):
+        model.policy.zero_grad()
+        values, log_prob, entropy = runner.evaluate(batch.observations, batch.actions, True, **batch.inputs)
+        (values.sum() + 2 * log_prob.sum() + (0 if entropy is None else 3 * entropy.sum())).backward()
+        gradients = [p.grad.clone() for p in model.policy.parameters() if p.grad is not None]
+        alone = runner.values(batch.observations, **batch.inputs)
+        found.append([values, log_prob, *([] if entropy is None else [entropy]), alone, *gradients])
+    assert len(found[0]) == len(found[1])
+    for expected, numbers in zip(*found):
+        th.testing.assert_close(numbers, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_steps", [36, 15])
+def test_the_logged_kl_divergence_is_exact(n_steps, monkeypatch):
+    """Of the first steps, in order of environment and time, if the rollout has many."""
+    monkeypatch.setattr("sb3_vpg.vpg.KL_STEPS", n_steps)
+    before = []
+    spy = Spy(lambda spy: before.append(copy.deepcopy(spy.model.policy)), "rollout_end")
+    model = recurrent_model(learning_rate=0.05, n_critic_updates=1).learn(36, callback=spy, log_interval=100)
+    (batch,) = model.recorder.get(shuffle=False)
+
+    def log_p(policy):
+        """Of all actions, by the policy's own methods."""
+        runner = RecurrentRunner(policy, model._first_states)
+        actions = [th.full_like(batch.actions, action) for action in range(3)]
+        with th.no_grad():
+            return th.stack([runner.evaluate(batch.observations, action, False, **batch.inputs)[1] for action in actions])
+
+    old, new = log_p(before[0]), log_p(model.policy)
+    expected = (old.exp() * (old - new)).sum(dim=0)[:n_steps].mean().item()
+    assert expected > 1e-3
+    assert model.logger.name_to_value["train/kl_divergence"] == pytest.approx(expected, rel=1e-3)
+
+
+class OwnForward(RecurrentActorCriticPolicy):
+    def forward(self, *args, **kwargs):
+        actions, values, log_prob, states = super().forward(*args, **kwargs)
+        return actions, values + 100, log_prob, states
+
+
+@pytest.mark.parametrize(
+    "change",
+    {
+        "own forward": lambda policy: setattr(policy, "__class__", OwnForward),
+        "hook of the LSTM": lambda policy: policy.lstm_actor.register_forward_hook(lambda *_: None),
+        "hook of the policy": lambda policy: policy.register_forward_hook(lambda *_: None),
+        "replaced method": lambda policy: setattr(policy, "_process_sequence", policy._process_sequence),
+        "double precision": lambda policy: policy.lstm_critic.double(),
+    }.values(),
+)
+def test_other_policies_are_called_themselves(change):
+    policy = recurrent_model().policy
+    change(policy)
+    assert not has_contrib_forward(policy)
+
+
+@pytest.mark.parametrize("lstm_kwargs", [{"bias": False}, {"batch_first": True}])
+def test_lstms_with_other_options_are_called_themselves(lstm_kwargs):
+    assert not has_contrib_forward(recurrent_model(critic={"lstm_kwargs": lstm_kwargs}).policy)
+
+
+def test_the_values_of_an_own_forward_are_used():
+    model = recurrent_model(policy=OwnForward).learn(36)
+    assert model.recorder.values.min() > 50
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -238,12 +369,3 @@ def test_normalized_environments_and_prediction(tmp_path):
 def test_what_cannot_be_recurrent_is_refused(keywords, message):
     with pytest.raises(ValueError, match=message):
         RecurrentVPG(**{"policy": "MlpLstmPolicy", "env": walks(), **keywords})
-
-
-def test_gradient_statistics_are_refused():
-    model = recurrent_model()
-    spec = UpdateSpec(Formulation("reward_to_go"), episodes_per_batch=2)
-    with pytest.raises(ValueError, match="of recurrent policies are not supported"):
-        gradient_statistics(model, walks(), {"to go": spec}, n_episodes=8)
-    with pytest.raises(ValueError, match="of recurrent policies are not supported"):
-        model.learn(72, callback=GradientStatisticsCallback())

@@ -6,7 +6,7 @@ policies whose forward passes are SB3's own.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -46,20 +46,25 @@ SB3_FORWARD = (
 )
 
 
-def has_sb3_forward(policy: ActorCriticPolicy) -> bool:
+def has_sb3_forward(
+    policy: ActorCriticPolicy, policies: Collection[str] = SB3_POLICIES, methods: Collection[str] = SB3_FORWARD
+) -> bool:
     """
+    :param policy: the policy
+    :param policies: full names of the policies whose forward passes are known
+    :param methods: their methods that compute forward passes
     :return: whether the forward passes of the policy are SB3's own and the policy has no hooks, so that actions, log
         probabilities and values can be computed separately and in batches
     """
     # A policy compiled by th.compile() is of another type
-    base = next((cls for cls in type(policy).__mro__ if f"{cls.__module__}.{cls.__qualname__}" in SB3_POLICIES), None)
-    if base is None or any(getattr(type(policy), name) is not getattr(base, name) for name in SB3_FORWARD):
+    base = next((cls for cls in type(policy).__mro__ if f"{cls.__module__}.{cls.__qualname__}" in policies), None)
+    if base is None or any(getattr(type(policy), name) is not getattr(base, name) for name in methods):
         return False
     # Separate forward passes do not call these two modules as a whole, so their hooks would not run
     if has_hooks(policy) or has_hooks(policy.mlp_extractor):
         return False
     # A method of this object was replaced after construction
-    if not vars(policy).keys().isdisjoint(SB3_FORWARD) or "forward" in vars(policy.mlp_extractor):
+    if not vars(policy).keys().isdisjoint(methods) or "forward" in vars(policy.mlp_extractor):
         return False
     shared = policy.features_extractor is policy.pi_features_extractor is policy.vf_features_extractor
     return shared or not policy.share_features_extractor
@@ -127,6 +132,10 @@ class PolicyRunner:
 
     #: Whether batches are sequences, which cannot be sampled
     sequences = False
+    #: Whether the runner samples actions. Otherwise, the policy is called
+    samples_actions = False
+    #: Whether it computes values together with actions, if they are needed, rather than in a batch after the rollout
+    values_with_actions = True
     #: Whether a forward pass is faster on one thread of PyTorch. Several such passes can run in parallel threads.
     single_threaded = False
 
@@ -184,27 +193,29 @@ class FastPolicyRunner(PolicyRunner):
     :param policy: the policy
     """
 
+    samples_actions = True
+
     def __init__(self, policy: ActorCriticPolicy):
         super().__init__(policy)
         extractors = (policy.pi_features_extractor, policy.vf_features_extractor)
         flat = isinstance(policy.observation_space, spaces.Box) and not is_image_space(policy.observation_space)
         #: Whether extract_features() only flattens the observation, the most common case
         self._only_flatten = flat and all(map(_only_flattens, extractors))
-        #: Whether actor and critic share features that are costly to compute
-        self.shares_features = policy.share_features_extractor and not self._only_flatten
-        self._head = make_head(policy)
+        # Features that actor and critic share are costly to compute
+        self.values_with_actions = policy.share_features_extractor and not self._only_flatten
+        self.head = make_head(policy)
         mlp = policy.mlp_extractor
         self._plain = is_plain(mlp, MlpExtractor) and all(
             is_plain(network, nn.Sequential) and not has_hooks(network) for network in (mlp.policy_net, mlp.value_net)
         )
-        self._actor: list[Layer] = make_layers(*mlp.policy_net) if self._plain else [mlp.forward_actor]
+        self.actor: list[Layer] = make_layers(*mlp.policy_net) if self._plain else [mlp.forward_actor]
         critic: list[Layer] = make_layers(*mlp.value_net) if self._plain else [mlp.forward_critic]
-        self._critic = [*critic, *make_layers(policy.value_net)]
+        self.critic = [*critic, *make_layers(policy.value_net)]
 
     @cached_property
     def single_threaded(self) -> bool:  # type: ignore[override]
         """True for small standard layers on a CPU, without hooks, and with a distribution that has no state."""
-        if not (self._plain and self._only_flatten and isinstance(self._head, NumPyHead)):
+        if not (self._plain and self._only_flatten and isinstance(self.head, NumPyHead)):
             return False
         parameters = list(self.policy.parameters())
         hooks = any(map(has_hooks, self.policy.modules())) or any(p._post_accumulate_grad_hooks for p in parameters)
@@ -213,14 +224,14 @@ class FastPolicyRunner(PolicyRunner):
     @cached_property
     def _numpy_actor(self) -> NumPyActor | None:
         """The actor in NumPy; None unless it consists of alternating Linear and Tanh, in single precision on a CPU."""
-        if not (self._plain and self._only_flatten and isinstance(self._head, NumPyHead)):
+        if not (self._plain and self._only_flatten and isinstance(self.head, NumPyHead)):
             return None
         modules = [*self.policy.mlp_extractor.policy_net, self.policy.action_net]
         linears, activations = modules[::2], modules[1::2]
         supported = all(map(is_plain_linear, linears)) and all(is_plain(module, nn.Tanh) for module in activations)
-        return None if not supported or any(map(has_hooks, modules)) else NumPyActor(linears, self._head)
+        return None if not supported or any(map(has_hooks, modules)) else NumPyActor(linears, self.head)
 
-    def _features(self, obs: PyTorchObs, extractor: BaseFeaturesExtractor) -> th.Tensor:
+    def features(self, obs: PyTorchObs, extractor: BaseFeaturesExtractor) -> th.Tensor:
         if self._only_flatten:
             return obs.float().flatten(1)  # type: ignore[union-attr]
         return BaseModel.extract_features(self.policy, obs, extractor)
@@ -238,16 +249,16 @@ class FastPolicyRunner(PolicyRunner):
             x: th.Tensor = obs  # type: ignore[assignment]
             return self._numpy_actor.sample(x.numpy().reshape(len(x), -1).astype(np.float32, copy=False), **inputs), None
         with self.threads(), th.inference_mode():
-            features = self._features(obs, self.policy.pi_features_extractor)
-            actions = self._head.sample(_apply_layers(self._actor, features), **inputs)
+            features = self.features(obs, self.policy.pi_features_extractor)
+            actions = self.head.sample(apply_layers(self.actor, features), **inputs)
             return actions, self._values(obs, features) if with_values else None
 
     def evaluate(
         self, obs: PyTorchObs, actions: th.Tensor, with_values: bool, **inputs: th.Tensor
     ) -> tuple[th.Tensor | None, th.Tensor, th.Tensor | None]:
-        features = self._features(obs, self.policy.pi_features_extractor)
-        latent = _apply_layers(self._actor, features)
-        log_prob, entropy = self._head.evaluate(latent, self._actions(actions), **inputs)
+        features = self.features(obs, self.policy.pi_features_extractor)
+        latent = apply_layers(self.actor, features)
+        log_prob, entropy = self.head.evaluate(latent, self._actions(actions), **inputs)
         return self._values(obs, features) if with_values else None, log_prob, entropy
 
     def values(self, obs: PyTorchObs, **inputs: th.Tensor) -> th.Tensor:
@@ -256,20 +267,20 @@ class FastPolicyRunner(PolicyRunner):
 
     def _values(self, obs: PyTorchObs, features: th.Tensor | None = None) -> th.Tensor:
         if features is None or not self.policy.share_features_extractor:
-            features = self._features(obs, self.policy.vf_features_extractor)
-        return _apply_layers(self._critic, features).flatten()
+            features = self.features(obs, self.policy.vf_features_extractor)
+        return apply_layers(self.critic, features).flatten()
 
     @th.no_grad()
     def snapshot(self, obs: PyTorchObs, actions: th.Tensor, **inputs: th.Tensor) -> Any:
         with self.threads():
-            features = self._features(obs, self.policy.pi_features_extractor)
-            return self._head.parameters(_apply_layers(self._actor, features), **inputs)
+            features = self.features(obs, self.policy.pi_features_extractor)
+            return self.head.parameters(apply_layers(self.actor, features), **inputs)
 
     def kl_divergence(self, before: Any, after: Any) -> float:
-        return self._head.kl_divergence(before, after).mean().item()
+        return self.head.kl_divergence(before, after).mean().item()
 
 
-def _apply_layers(layers: list[Layer], x: th.Tensor) -> th.Tensor:
+def apply_layers(layers: list[Layer], x: th.Tensor) -> th.Tensor:
     for layer in layers:
         x = layer(x)
     return x

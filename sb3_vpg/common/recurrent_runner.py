@@ -1,11 +1,21 @@
-"""Run the networks of sb3-contrib's recurrent policies on whole sequences."""
+"""
+Run the networks of sb3-contrib's recurrent policies: step by step in the rollout, on whole sequences in the update.
+
+:class:`RecurrentRunner` calls the methods of any policy. :class:`FastRecurrentRunner` computes the same numbers in less time,
+for policies whose forward passes are sb3-contrib's own.
+"""
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
 
-from sb3_vpg.common.policy_runner import PolicyRunner
+from sb3_vpg.common.layers import has_hooks, is_plain
+from sb3_vpg.common.policy_runner import SB3_FORWARD, FastPolicyRunner, PolicyRunner, apply_layers, has_sb3_forward
+
+CONTRIB_POLICY = "sb3_contrib.common.recurrent.policies.RecurrentActorCriticPolicy"
 
 #: Hidden state and cell state of an LSTM, shape (layers, N, hidden size)
 LSTMState = tuple[th.Tensor, th.Tensor]
@@ -41,6 +51,7 @@ class RecurrentRunner(PolicyRunner):
     """
 
     sequences = True
+    policy: Any
 
     def __init__(self, policy: Any, first_states: States):
         super().__init__(policy)
@@ -55,7 +66,7 @@ class RecurrentRunner(PolicyRunner):
         """
         places, no_starts, states = self._sequences(env_indices, episode_starts)
         padded = [_pad(array, places, len(no_starts)) for array in (obs, self._actions(actions))]
-        values, log_prob, entropy = self.policy.evaluate_actions(*padded, states, no_starts)  # type: ignore[call-arg]
+        values, log_prob, entropy = self.policy.evaluate_actions(*padded, states, no_starts)
         return (
             values.flatten()[places] if with_values else None,
             log_prob[places],
@@ -67,7 +78,7 @@ class RecurrentRunner(PolicyRunner):
     ) -> th.Tensor:
         places, no_starts, states = self._sequences(env_indices, episode_starts)
         padded = _pad(obs, places, len(no_starts))
-        return self.policy.predict_values(padded, states.vf, no_starts).flatten()[places]  # type: ignore[call-arg]
+        return self.policy.predict_values(padded, states.vf, no_starts).flatten()[places]
 
     def _sequences(self, env_indices: th.Tensor, episode_starts: th.Tensor) -> tuple[th.Tensor, th.Tensor, States]:
         """
@@ -96,3 +107,177 @@ def _pad(array: Any, places: th.Tensor, n: int) -> Any:
     if isinstance(array, dict):
         return {key: _pad(part, places, n) for key, part in array.items()}
     return array.new_zeros((n, *array.shape[1:])).index_copy(0, places, array)
+
+
+class LSTMStepper:
+    """
+    One step of an LSTM for some environments, without gradient. NumPy computes the activations: PyTorch's take several times
+    as long, and so does calling its LSTM for a single step.
+
+    :param lstm: an LSTM on a CPU, see :func:`is_plain_lstm`
+    """
+
+    def __init__(self, lstm: nn.LSTM):
+        # Shared with PyTorch, which updates them in place
+        parameters = [[parameter.detach() for parameter in layer] for layer in lstm.all_weights]
+        self._layers = [(w_input.T, w_hidden.T, b_input + b_hidden) for w_input, w_hidden, b_input, b_hidden in parameters]
+        # tanh for the third of the four gates, sigmoid(x) = (1 + tanh(x / 2)) / 2 for the others
+        self._scale = np.repeat(np.array([0.5, 0.5, 1.0, 0.5], dtype=np.float32), lstm.hidden_size)
+
+    def step(self, x: th.Tensor, state: LSTMState) -> tuple[th.Tensor, LSTMState]:
+        """
+        :param x: inputs, shape (N, input size)
+        :param state: the state before the step
+        :return: outputs of the last layer, shape (N, hidden size), and the state after the step
+        """
+        states = []
+        for (w_input, w_hidden, bias), hidden, cell in zip(self._layers, *state):
+            gates = th.addmm(th.addmm(bias, x, w_input), hidden, w_hidden).numpy()
+            gates *= self._scale
+            np.tanh(gates, out=gates)
+            gates *= self._scale
+            gates += 1 - self._scale
+            input_gate, forget_gate, candidate, output_gate = np.split(gates, 4, axis=1)
+            new_cell = forget_gate * cell.numpy() + input_gate * candidate
+            x = th.from_numpy(output_gate * np.tanh(new_cell))
+            states.append((x, th.from_numpy(new_cell)))
+        hidden, cell = (th.stack(parts) for parts in zip(*states))
+        return x, (hidden, cell)
+
+
+class FastRecurrentRunner(RecurrentRunner):
+    """
+    Runner for a policy for which :func:`has_contrib_forward` is True. Results are those of :class:`RecurrentRunner` up to
+    rounding, in less time. The KL divergence is exact, where the distribution has an analytical form.
+
+    :param policy: a policy of sb3-contrib with LSTMs, on a CPU
+    :param first_states: states at the beginning of the rollout, of all environments
+    """
+
+    samples_actions = True
+
+    def __init__(self, policy: Any, first_states: States):
+        super().__init__(policy, first_states)
+        # What comes before and after the LSTMs
+        self._feedforward = FastPolicyRunner(policy)
+        self._actor_step = LSTMStepper(policy.lstm_actor)
+        self._critic_step = None if policy.lstm_critic is None else LSTMStepper(policy.lstm_critic)
+
+    @th.no_grad()
+    def sample(
+        self, obs: PyTorchObs, states: States, episode_starts: th.Tensor, with_values: bool
+    ) -> tuple[np.ndarray, th.Tensor | None, States]:
+        """
+        Sample actions. With the same random state, they are those of the policy.
+
+        :param obs: observations of N environments
+        :param states: states before the step
+        :param episode_starts: whether the observations begin an episode, shape (N,)
+        :param with_values: whether to compute values. Without, the state of the critic is not updated
+        :return: actions; values (None if not computed), shape (N,); states after the step
+        """
+        running = (1.0 - episode_starts)[:, None]
+        pi, vf = (tuple(part * running for part in state) for state in states)
+        features = self._feedforward.features(obs, self.policy.pi_features_extractor)
+        latent, pi = self._actor_step.step(features, pi)  # type: ignore[arg-type]
+        actions = self._feedforward.head.sample(apply_layers(self._feedforward.actor, latent))
+        if not with_values:
+            return actions, None, States(pi, vf)  # type: ignore[arg-type]
+        if self.policy.shared_lstm:
+            vf = pi
+        else:
+            features = self._critic_features(obs, features)
+            if self._critic_step is None:
+                latent = self.policy.critic(features)
+            else:
+                latent, vf = self._critic_step.step(features, vf)  # type: ignore[arg-type]
+        return actions, apply_layers(self._feedforward.critic, latent).flatten(), States(pi, vf)  # type: ignore[arg-type]
+
+    def evaluate(  # type: ignore[override]
+        self, obs: PyTorchObs, actions: th.Tensor, with_values: bool, *, env_indices: th.Tensor, episode_starts: th.Tensor
+    ) -> tuple[th.Tensor | None, th.Tensor, th.Tensor | None]:
+        sequences = self._sequences(env_indices, episode_starts)
+        features = self._feedforward.features(obs, self.policy.pi_features_extractor)
+        latent = _run(self.policy.lstm_actor, features, sequences, sequences[2].pi)
+        log_prob, entropy = self._feedforward.head.evaluate(
+            apply_layers(self._feedforward.actor, latent), self._actions(actions)
+        )
+        if not with_values:
+            return None, log_prob, entropy
+        return self._sequence_values(sequences, self._critic_features(obs, features), latent), log_prob, entropy
+
+    def values(  # type: ignore[override]
+        self, obs: PyTorchObs, *, env_indices: th.Tensor, episode_starts: th.Tensor
+    ) -> th.Tensor:
+        sequences = self._sequences(env_indices, episode_starts)
+        features = self._feedforward.features(obs, self.policy.vf_features_extractor)
+        latent = None
+        if self.policy.shared_lstm:
+            latent = _run(self.policy.lstm_actor, features, sequences, sequences[2].vf)
+        return self._sequence_values(sequences, features, latent)
+
+    @th.no_grad()
+    def snapshot(self, obs: PyTorchObs, actions: th.Tensor, **inputs: th.Tensor) -> Any:
+        sequences = self._sequences(**inputs)
+        features = self._feedforward.features(obs, self.policy.pi_features_extractor)
+        latent = _run(self.policy.lstm_actor, features, sequences, sequences[2].pi)
+        return self._feedforward.head.parameters(apply_layers(self._feedforward.actor, latent))
+
+    def kl_divergence(self, before: Any, after: Any) -> float:
+        return self._feedforward.kl_divergence(before, after)
+
+    def _critic_features(self, obs: PyTorchObs, features: th.Tensor) -> th.Tensor:
+        """:return: the features of the critic; ``features``, those of the actor, if they are the same"""
+        if self.policy.share_features_extractor:
+            return features
+        return self._feedforward.features(obs, self.policy.vf_features_extractor)
+
+    def _sequence_values(self, sequences: Any, features: th.Tensor, actor_latent: th.Tensor | None) -> th.Tensor:
+        """
+        :param sequences: see :meth:`_sequences`
+        :param features: the features of the critic
+        :param actor_latent: outputs of the actor's LSTM, used if the critic shares it
+        :return: V(s), shape (n,)
+        """
+        if self.policy.shared_lstm:
+            latent = actor_latent.detach()  # type: ignore[union-attr]
+        elif self.policy.lstm_critic is None:
+            latent = self.policy.critic(features)
+        else:
+            latent = _run(self.policy.lstm_critic, features, sequences, sequences[2].vf)
+        return apply_layers(self._feedforward.critic, latent).flatten()
+
+
+def _run(lstm: nn.LSTM, features: th.Tensor, sequences: tuple[th.Tensor, th.Tensor, States], state: LSTMState) -> th.Tensor:
+    """
+    :param features: shape (n, input size)
+    :param sequences: see :meth:`RecurrentRunner._sequences`
+    :param state: states at the beginnings of the sequences
+    :return: outputs of the LSTM, shape (n, hidden size)
+    """
+    places, no_starts, _ = sequences
+    n_sequences = state[0].shape[1]
+    padded = _pad(features, places, len(no_starts)).reshape(n_sequences, -1, lstm.input_size)
+    outputs, _ = lstm(padded.transpose(0, 1), state)
+    return outputs.transpose(0, 1).flatten(0, 1)[places]
+
+
+def is_plain_lstm(lstm: nn.Module) -> bool:
+    """Whether :class:`LSTMStepper` can compute the LSTM: in single precision on a CPU, and with its default options."""
+    if not is_plain(lstm, nn.LSTM) or has_hooks(lstm):
+        return False
+    options = (lstm.bidirectional, lstm.batch_first, lstm.proj_size > 0, not lstm.bias)
+    return not any(options) and all(p.is_cpu and p.dtype == th.float32 for p in lstm.parameters())
+
+
+def has_contrib_forward(policy: Any) -> bool:
+    """:return: whether the forward passes are those of sb3-contrib's recurrent policies, without hooks, and on a CPU"""
+    if not has_sb3_forward(policy, [CONTRIB_POLICY], [*SB3_FORWARD, "_process_sequence"]):
+        return False
+    lstms = [policy.lstm_actor, *([] if policy.lstm_critic is None else [policy.lstm_critic])]
+    return all(map(is_plain_lstm, lstms)) and not (policy.critic is not None and has_hooks(policy.critic))
+
+
+def make_recurrent_runner(policy: Any, first_states: States) -> RecurrentRunner:
+    """:return: the fast runner if the policy's forward passes are sb3-contrib's own, else the general one"""
+    return (FastRecurrentRunner if has_contrib_forward(policy) else RecurrentRunner)(policy, first_states)

@@ -8,8 +8,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_vpg.buffers import VPGBufferMixin
 from sb3_vpg.common.checks import check_number
-from sb3_vpg.common.policy_runner import make_policy_runner, temporary_distribution
-from sb3_vpg.diagnostics.gradients import actor_parameters, check_not_recurrent, weighted_score
+from sb3_vpg.common.policy_runner import temporary_distribution
+from sb3_vpg.diagnostics.gradients import actor_parameters, weighted_score
 from sb3_vpg.diagnostics.statistics import GradientStatistics, statistics_of
 from sb3_vpg.estimators import Array, segment_index
 from sb3_vpg.vpg import VPG
@@ -71,7 +71,6 @@ def rollout_statistics(model: VPG, n_bootstrap: int = 0) -> GradientStatistics |
     :return: the statistics; None if the rollout has fewer than two segments
     """
     buffer = model.rollout_buffer
-    check_not_recurrent(model.policy)
     if not isinstance(buffer, VPGBufferMixin) or buffer.n_segments < 2:
         return None
     model.policy.set_training_mode(False)
@@ -80,10 +79,10 @@ def rollout_statistics(model: VPG, n_bootstrap: int = 0) -> GradientStatistics |
     scale = len(groups) / model.plan.batch_divisor(buffer.n_recorded, buffer.n_segments)
     # Not over all processes: those without the callback, or with fewer than two segments, do not get here
     weights = scale * buffer.normalized_advantages().reshape(1, -1)
-    runner, segments = make_policy_runner(model.policy), steps_of_segments(buffer)
+    runner, segments = model._make_runner(), steps_of_segments(buffer)
     gradients = []
     with temporary_distribution(model.policy):
-        parameters = actor_parameters(model.policy, buffer)
+        parameters = actor_parameters(runner, buffer)
         for group in groups:
             indices = np.concatenate([segments[segment] for segment in group])
             gradients.append(weighted_score(runner, parameters, buffer, indices, weights[:, indices])[0])

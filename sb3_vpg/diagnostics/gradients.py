@@ -15,17 +15,17 @@ from sb3_vpg.buffers import VPGBufferMixin, buffer_class_for
 from sb3_vpg.common.checks import check_choice, check_number
 from sb3_vpg.common.policy_inputs import inputs_of
 from sb3_vpg.common.policy_runner import PolicyRunner, temporary_distribution
-from sb3_vpg.common.recurrent_runner import is_recurrent
+from sb3_vpg.common.recurrent_runner import RecurrentRunner, is_recurrent, zero_states
 from sb3_vpg.diagnostics.statistics import GradientStatistics, statistics_of
 from sb3_vpg.estimators import Array, Formulation, Rollout, segment_index
 from sb3_vpg.keywords import LOSS_REDUCTIONS, PARTIAL_EPISODES, Plan
-from sb3_vpg.rollout import RolloutCollector
+from sb3_vpg.rollout import RecurrentRolloutCollector, RolloutCollector
 
 
-def actor_parameters(policy: ActorCriticPolicy, buffer: VPGBufferMixin) -> list[th.nn.Parameter]:
+def actor_parameters(runner: PolicyRunner, buffer: VPGBufferMixin) -> list[th.nn.Parameter]:
     """:return: the policy's parameters on which the log probability of an action depends"""
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    log_prob = log_probabilities(PolicyRunner(policy), buffer, np.arange(1))
+    parameters = [p for p in runner.policy.parameters() if p.requires_grad]
+    log_prob = log_probabilities(runner, buffer, np.arange(1))
     gradients = th.autograd.grad(log_prob.sum(), parameters, allow_unused=True)
     return [p for p, gradient in zip(parameters, gradients) if gradient is not None]
 
@@ -51,12 +51,13 @@ def weighted_score(
         :class:`FastPolicyRunner` have no vectorized backward pass.
     :param parameters: the parameters with respect to which the gradient is computed
     :param buffer: a rollout
-    :param indices: indices of steps in the rollout, see :meth:`VPGBufferMixin.batch_indices`, shape (n,)
+    :param indices: indices of steps in the rollout, see :meth:`VPGBufferMixin.batch_indices`, shape (n,). For a recurrent
+        policy: whole segments, each in order of time
     :param weights: w_t for each weighting, shape (number of weightings, n)
     :return: shape (number of weightings, number of scalars in ``parameters``)
     """
-    # The backward pass needs memory for all weightings at once
-    chunk_size = max(1, buffer.chunk_size // len(weights))
+    # The backward pass needs memory for all weightings at once. Sequences are not split
+    chunk_size = len(indices) if runner.sequences else max(1, buffer.chunk_size // len(weights))
     several = len(weights) > 1
     total = th.zeros(len(weights), sum(p.numel() for p in parameters), device=parameters[0].device)
     for start in range(0, len(indices), chunk_size):
@@ -137,6 +138,10 @@ class _EpisodeCollector(RolloutCollector):
         return buffer  # type: ignore[return-value]
 
 
+class _RecurrentEpisodeCollector(RecurrentRolloutCollector, _EpisodeCollector):
+    """Collects whole episodes with a recurrent policy."""
+
+
 def episodes_in(buffer: VPGBufferMixin, n_episodes: int) -> Episodes:
     """
     :param buffer: a rollout of whole episodes
@@ -167,19 +172,14 @@ def collect_episodes(model: OnPolicyAlgorithm, env: VecEnv, n_episodes: int) -> 
     :param n_episodes: number of episodes, >= 1
     :return: the episodes
     """
-    buffer = _EpisodeCollector(model, env, -(-n_episodes // env.num_envs)).collect()
+    collector = _RecurrentEpisodeCollector if is_recurrent(model.policy) else _EpisodeCollector
+    buffer = collector(model, env, -(-n_episodes // env.num_envs)).collect()
     training_env = model.get_env()
     if training_env is not None and env.unwrapped is training_env.unwrapped:
         # These are the model's training environments, and their episodes were interrupted
         model._last_obs = training_env.reset()  # type: ignore[assignment]
         model._last_episode_starts = np.ones(training_env.num_envs, dtype=bool)
     return episodes_in(buffer, n_episodes)
-
-
-def check_not_recurrent(policy: ActorCriticPolicy) -> None:
-    """:raises ValueError: if the policy is recurrent: the gradient of a step depends on the steps before"""
-    if is_recurrent(policy):
-        raise ValueError("Gradient statistics of recurrent policies are not supported")
 
 
 def gradient_statistics(
@@ -202,7 +202,8 @@ def gradient_statistics(
     and clipping. Baseline and normalization are computed within the batch. Values are those of the model's critic, so the
     statistics of a formulation with a value function depend on the quality of the critic.
 
-    :param model: VPG, A2C, PPO or any other on-policy algorithm of SB3
+    :param model: VPG, A2C, PPO or any other on-policy algorithm of SB3 or sb3-contrib. The gradient of a recurrent policy goes
+        back through time to the beginning of each episode.
     :param env: environments like those in which the model was trained, with the same wrappers (``VecNormalize`` with its
         statistics and ``training=False``); they are reset
     :param measured: the updates whose gradients are measured, by name
@@ -215,10 +216,8 @@ def gradient_statistics(
     :param n_bootstrap: number of bootstrap resamples. Typical: 1000 to 10000. Larger: more accurate interval ends.
     :param max_bytes: approximate limit on the memory for gradients; formulations are processed in groups that fit
     :return: the statistics, by name
-    :raises ValueError: if the policy is recurrent, ``reference`` is not in ``measured``, or ``n_episodes`` gives fewer than
-        two batches of an update
+    :raises ValueError: if ``reference`` is not in ``measured``, or ``n_episodes`` gives fewer than two batches of an update
     """
-    check_not_recurrent(model.policy)
     if reference is not None:
         check_choice("reference", reference, measured)
     for name, update in measured.items():
@@ -258,18 +257,21 @@ def batch_gradients(policy: ActorCriticPolicy, episodes: Episodes, measured: Seq
     :return: the policy gradient of each batch (ascent direction), shape (len(measured), batches, parameters of the actor)
     """
     policy.set_training_mode(False)
-    runner, buffer = PolicyRunner(policy), episodes.buffer
+    buffer = episodes.buffer
+    # An episode begins with states of zero
+    runner = RecurrentRunner(policy, zero_states(policy, buffer.n_envs)) if is_recurrent(policy) else PolicyRunner(policy)
     size = measured[0].episodes_per_batch
     n_batches = episodes.indices.shape[1] // size
     gradients = []
     with temporary_distribution(policy):
-        parameters = actor_parameters(policy, buffer)
+        parameters = actor_parameters(runner, buffer)
         for batch in range(n_batches):
             columns = slice(batch * size, (batch + 1) * size)
             rollout = Rollout(*(array[:, columns] for array in episodes.rollout))
-            recorded = rollout.mask
-            weights = np.stack([psi(update, rollout)[recorded] for update in measured])
-            gradients.append(weighted_score(runner, parameters, buffer, episodes.indices[:, columns][recorded], weights))
+            # One episode after the other, each in order of time
+            recorded = rollout.mask.T
+            weights = np.stack([psi(update, rollout).T[recorded] for update in measured])
+            gradients.append(weighted_score(runner, parameters, buffer, episodes.indices[:, columns].T[recorded], weights))
     return th.stack(gradients, dim=1)
 
 

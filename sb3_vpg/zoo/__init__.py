@@ -7,9 +7,12 @@ VPG is added to rl_zoo3's modules by :func:`patch`. The start-up hook calls it w
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
+
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_vpg.vpg import VPG
 from sb3_vpg.zoo.hyperparameter_files import ALGORITHMS, HYPERPARAMS
@@ -37,25 +40,41 @@ def patch(module: ModuleType) -> None:
 
 
 def _add_algorithm(utils: ModuleType) -> None:
+    from sb3_vpg.maskable import MaskableVPG
     from sb3_vpg.recurrent import RecurrentVPG
     from sb3_vpg.zoo import hub
+    from sb3_vpg.zoo.masks import attach_masks, register_invalid_action_envs
 
-    utils.ALGOS.update(vpg=VPG, vpg_lstm=RecurrentVPG)
+    utils.ALGOS.update(vpg=VPG, vpg_lstm=RecurrentVPG, vpg_mask=MaskableVPG)
+    register_invalid_action_envs()
+    create_test_env = utils.create_test_env
+
+    @functools.wraps(create_test_env)
+    def create_test_env_with_masks(*args: Any, **kwargs: Any) -> VecEnv:
+        return attach_masks(create_test_env(*args, **kwargs))
+
+    # The commands import it from the package or from the module
+    for importable in (utils, sys.modules["rl_zoo3"]):
+        importable.create_test_env = create_test_env_with_masks  # type: ignore[attr-defined]
     # At this point the Hub's packages are imported, and the zoo's modules that use them are not
     hub.patch()
 
 
 def _add_search_space(hyperparams_opt: ModuleType) -> None:
-    from sb3_vpg.zoo.search_space import convert_vpg_params, sample_vpg_params
+    from sb3_vpg.zoo.search_space import convert_vpg_params, sample_recurrent_vpg_params, sample_vpg_params
 
     convert = functools.partial(convert_vpg_params, convert_onpolicy_params=hyperparams_opt.convert_onpolicy_params)
 
-    def sample(trial: Any, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
-        return convert(sample_vpg_params(trial, n_envs, trial.user_attrs.get("n_timesteps")))
+    def sampler(sample: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        def sample_and_convert(trial: Any, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+            return convert(sample(trial, n_envs, trial.user_attrs.get("n_timesteps")))
+
+        return sample_and_convert
 
     for algo in ALGORITHMS:
+        sample = sample_recurrent_vpg_params if algo == "vpg_lstm" else sample_vpg_params
         hyperparams_opt.HYPERPARAMS_CONVERTER[algo] = convert
-        hyperparams_opt.HYPERPARAMS_SAMPLER[algo] = sample
+        hyperparams_opt.HYPERPARAMS_SAMPLER[algo] = sampler(sample)
 
 
 def _replace_manager(exp_manager: Any) -> None:

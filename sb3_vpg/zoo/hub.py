@@ -40,7 +40,7 @@ def _with_install_command(metadata_save: Any) -> Any:
         path = Path(local_path)
         if path.is_file():
             card = path.read_text(encoding="utf-8")
-            if "rl_zoo3.enjoy --algo vpg " in card:
+            if "rl_zoo3.enjoy --algo vpg" in card:
                 path.write_text(card.replace(INSTALL, INSTALL_VPG), encoding="utf-8")
         metadata_save(local_path, data)
 

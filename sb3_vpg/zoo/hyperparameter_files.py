@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 #: Names of the package's algorithms in the zoo
-ALGORITHMS = ("vpg", "vpg_lstm")
+ALGORITHMS = ("vpg", "vpg_lstm", "vpg_mask")
 _PACKAGE = Path(__file__).parent.parent
 #: Folder of the hyperparameter files: inside an installed package, beside the package in a checkout
 HYPERPARAMS = next(path for path in (_PACKAGE / "hyperparams", _PACKAGE.parent / "hyperparams") if path.is_dir())

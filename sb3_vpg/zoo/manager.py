@@ -30,6 +30,7 @@ from sb3_vpg.distributed.launcher import JOB_FILE, job_id, last_model_of_this_jo
 from sb3_vpg.envs import ENVIRONMENTS, NativeVecEnv
 from sb3_vpg.vpg import VPG
 from sb3_vpg.zoo.hyperparameter_files import ALGORITHMS, own_config
+from sb3_vpg.zoo.masks import attach_masks
 from sb3_vpg.zoo.runs import StopAtBudget, check_budget, continue_in_place, sigterm_as_ctrl_c
 
 
@@ -146,7 +147,7 @@ class VPGExperimentManager(ExperimentManager):
             # They differ on purpose: what is reported does not depend on the engine
             warnings.filterwarnings("ignore", "Training and eval env are not of the same type")
         try:
-            return super().create_envs(n_envs, eval_env=True)
+            return attach_masks(super().create_envs(n_envs, eval_env=True))
         finally:
             self.vec_env_class, self.vec_env_kwargs = training
 

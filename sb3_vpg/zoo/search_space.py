@@ -1,4 +1,4 @@
-"""VPG's search space for Optuna."""
+"""Search spaces of VPG, MaskableVPG and RecurrentVPG for Optuna."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,11 +20,15 @@ SMALLEST_BATCH, LARGEST_BATCH = 32, 16384
 MIN_UPDATES_PER_TRIAL = 8
 
 
+#: Arguments of recurrent policies that are sampled, and their values
+LSTM_KWARGS: dict[str, list[int]] = {"enable_critic_lstm": [False, True], "lstm_hidden_size": [16, 32, 64, 128, 256, 512]}
+
+
 def sample_vpg_params(trial: optuna.Trial, n_envs: int, n_timesteps: int | None = None) -> dict[str, Any]:
     """
-    Sample hyperparameters of VPG. Estimator and baseline are sampled together, so that every sample is a valid combination.
-    The batch size, ``n_envs * n_steps``, is 32 to 16384 steps and less than an eighth of the budget. If no ``n_steps``
-    satisfies this, ``n_steps`` is 1.
+    Sample hyperparameters of VPG and MaskableVPG. Estimator and baseline are sampled together, so that every sample is a valid
+    combination. The batch size, ``n_envs * n_steps``, is 32 to 16384 steps and less than an eighth of the budget. If no
+    ``n_steps`` satisfies this, ``n_steps`` is 1.
 
     :param trial: the trial
     :param n_envs: number of environments of the trial
@@ -60,18 +64,34 @@ def sample_vpg_params(trial: optuna.Trial, n_envs: int, n_timesteps: int | None 
     return params
 
 
+def sample_recurrent_vpg_params(trial: optuna.Trial, n_envs: int, n_timesteps: int | None = None) -> dict[str, Any]:
+    """
+    Sample hyperparameters of RecurrentVPG: those of VPG, the size of the LSTMs, and whether the critic has its own.
+
+    :param trial: as for :func:`sample_vpg_params`
+    :param n_envs: as for :func:`sample_vpg_params`
+    :param n_timesteps: as for :func:`sample_vpg_params`
+    :return: the sampled values
+    """
+    lstm = {name: trial.suggest_categorical(name, values) for name, values in LSTM_KWARGS.items()}
+    return {**sample_vpg_params(trial, n_envs, n_timesteps), **lstm}
+
+
 def convert_vpg_params(
     sampled_params: dict[str, Any], convert_onpolicy_params: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> dict[str, Any]:
     """
     Convert sampled values to keyword arguments.
 
-    :param sampled_params: values as returned by :func:`sample_vpg_params` and stored by Optuna
+    :param sampled_params: values as returned by the functions that sample, and stored by Optuna
     :param convert_onpolicy_params: the zoo's converter for the hyperparameters that VPG shares with A2C and PPO
-    :return: keyword arguments of VPG
+    :return: keyword arguments of the algorithm
     """
     params = sampled_params.copy()
+    lstm = {name: params.pop(name) for name in LSTM_KWARGS if name in params}
     estimator, baseline = ESTIMATORS_WITH_BASELINES[params.pop("formulation")]
     # Override values of the hyperparameter file that may be invalid with this formulation
     overrides = {"partial_episodes": None, "n_episodes": None}
-    return {**convert_onpolicy_params(params), "estimator": estimator, "baseline": baseline, **overrides}
+    converted = convert_onpolicy_params(params)
+    converted["policy_kwargs"].update(lstm)
+    return {**converted, "estimator": estimator, "baseline": baseline, **overrides}

@@ -11,9 +11,9 @@ from helpers.installed import HYPERPARAMS, Environment, output_of
 from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
 
-from sb3_vpg import VPG, RecurrentVPG
+from sb3_vpg import VPG, MaskableVPG, RecurrentVPG
 
-ALGORITHMS = {"vpg": VPG, "vpg_lstm": RecurrentVPG, "ppo": PPO, "trpo": TRPO, "a2c": A2C}
+ALGORITHMS = {"vpg": VPG, "vpg_lstm": RecurrentVPG, "vpg_mask": MaskableVPG, "ppo": PPO, "trpo": TRPO, "a2c": A2C}
 # What the zoo takes out of an entry before the algorithm gets it
 ZOO_KEYS = {
     *("n_timesteps", "n_envs", "normalize", "frame_stack", "env_wrapper", "vec_env_wrapper"),

@@ -11,7 +11,7 @@ import numpy as np
 import optuna
 import pytest
 import yaml
-from helpers.installed import Environment, output_of, wait_until
+from helpers.installed import HOOK_OFF, Environment, output_of, wait_until
 from helpers.zoo import CARTPOLE_ENTRY, TRAIN_CARTPOLE, saved_config, zoo_command
 
 from sb3_vpg.zoo.search_space import ESTIMATORS_WITH_BASELINES
@@ -173,7 +173,7 @@ def test_other_algorithms_keep_the_hyperparameters_of_the_zoo(installed: Environ
 
 def test_the_zoo_trains_shows_and_continues_recurrent_models(installed: Environment):
     arguments = ("--algo", "vpg_lstm", "--env", "CartPoleNoVel-v1", "-f", "lstm")
-    train = (*arguments, "--eval-freq", "256", "--eval-episodes", "1", "-params", "n_envs:2")
+    train = (*arguments, "--eval-freq", "256", "--eval-episodes", "1", "-params", "n_envs:2", "n_steps:32")
     output = output_of(installed.run_warm(*zoo_command("train", *train, "-n", "300")))
     assert "sb3_vpg/hyperparams/vpg_lstm.yml" in output.replace("\\", "/")
     assert "Eval num_timesteps=256" in output
@@ -182,6 +182,64 @@ def test_the_zoo_trains_shows_and_continues_recurrent_models(installed: Environm
     agent = "lstm/vpg_lstm/CartPoleNoVel-v1_1/CartPoleNoVel-v1.zip"
     output = output_of(installed.run_warm(*zoo_command("train", *train, "-n", "500", "-i", agent)))
     assert "Continuing after 320 of 500 timesteps" in output
+
+
+# Imported through --gym-packages. An action that is not allowed ends the command with an error
+MASKED = """
+import gymnasium as gym
+import numpy as np
+
+class Countdown(gym.Env):
+    observation_space, action_space = gym.spaces.Box(0, 1, (2,)), gym.spaces.Discrete(50)
+
+    def action_masks(self):
+        return np.arange(50) == self.allowed
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.allowed = 20
+        return np.zeros(2, dtype=np.float32), {}
+
+    def step(self, action):
+        assert action == self.allowed, "not allowed"
+        self.allowed -= 1
+        return np.zeros(2, dtype=np.float32), 1.0, self.allowed == 0, False, {}
+
+gym.register("Countdown-v0", Countdown)
+"""
+
+
+def test_masks_reach_every_command_of_the_zoo(installed: Environment):
+    (installed.cwd / "countdown.py").write_text(MASKED)
+    arguments = ("--algo", "vpg_mask", "--env", "Countdown-v0", "--gym-packages", "countdown", "-f", "masked")
+    train = (*arguments, "--eval-freq", "256", "--eval-episodes", "2", "-params", "normalize:True")
+    output = output_of(installed.run_warm("-m", "sb3_vpg", "train", *train, "-n", "300"))
+    assert "sb3_vpg/hyperparams/vpg_mask.yml" in output.replace("\\", "/")
+    assert "Eval num_timesteps=256, episode_reward=20.00" in output
+    for way in (zoo_command("enjoy"), ("-m", "sb3_vpg", "enjoy")):
+        environment = HOOK_OFF if "sb3_vpg" in way else {}
+        output = output_of(installed.run_warm(*way, *arguments, "--no-render", "-n", "100", env=environment))
+        assert "Mean reward: 20.00" in output
+    agent = "masked/vpg_mask/Countdown-v0_1/Countdown-v0.zip"
+    output = output_of(installed.run_warm(*zoo_command("train", *train, "-n", "800", "-i", agent)))
+    assert "Continuing after 512 of 800 timesteps" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("algo", "env_id", "arguments"),
+    [("vpg_mask", "Countdown-v0", ("--gym-packages", "countdown")), ("vpg_lstm", "CartPoleNoVel-v1", ())],
+)
+def test_optimize_searches_masked_and_recurrent_models(
+    installed: Environment, algo: str, env_id: str, arguments: tuple[str, ...]
+):
+    (installed.cwd / "countdown.py").write_text(MASKED)
+    search = ("-n", "300", "-f", "search", "-optimize", "--n-trials", "2", "--no-optim-plots", "--eval-episodes", "1")
+    study = ("--storage", f"sqlite:///{algo}.db", "--study-name", algo, *arguments)
+    output_of(installed.run_warm(*zoo_command("train", "--algo", algo, "--env", env_id, *search, *study)))
+    trials = optuna.load_study(study_name=algo, storage=f"sqlite:///{installed.cwd / algo}.db").trials
+    assert [trial.state for trial in trials] == [optuna.trial.TrialState.COMPLETE] * 2
+    assert ("lstm_hidden_size" in trials[0].params) == (algo == "vpg_lstm")
 
 
 NATIVE = "Using NativeVecEnv"

@@ -10,7 +10,7 @@ import optuna
 import pytest
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_vpg import VPG, zoo
+from sb3_vpg import VPG, RecurrentVPG, zoo
 from sb3_vpg.estimators import BASELINES, ESTIMATORS
 from sb3_vpg.zoo.runs import StopAtBudget
 from sb3_vpg.zoo.search_space import ESTIMATORS_WITH_BASELINES
@@ -97,6 +97,28 @@ def test_stored_trials_convert_to_what_was_drawn(search_space: ModuleType):
         VPG("MlpPolicy", "CartPole-v1", **drawn)
         drawn_formulations.add((drawn["estimator"], drawn["baseline"]))
     assert drawn_formulations == set(ESTIMATORS_WITH_BASELINES.values())
+
+
+def test_recurrent_models_draw_their_lstms_too(search_space: ModuleType):
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn_lstms = set()
+    for _ in range(60):
+        trial = study.ask()
+        drawn = search_space.HYPERPARAMS_SAMPLER["vpg_lstm"](trial, 2, 1, {})
+        assert search_space.HYPERPARAMS_CONVERTER["vpg_lstm"](trial.params) == drawn
+        drawn_lstms.add((drawn["policy_kwargs"]["lstm_hidden_size"], drawn["policy_kwargs"]["enable_critic_lstm"]))
+    assert drawn_lstms == {(2**power, critic) for power in range(4, 10) for critic in (False, True)}
+    model = RecurrentVPG("MlpLstmPolicy", "CartPole-v1", **drawn)
+    assert model.policy.lstm_actor.hidden_size == drawn["policy_kwargs"]["lstm_hidden_size"]
+    assert (model.policy.lstm_critic is not None) == drawn["policy_kwargs"]["enable_critic_lstm"]
+    # The others are those of VPG
+    assert {"estimator", "baseline", "n_steps", "critic_learning_rate"} <= drawn.keys()
+
+
+@pytest.mark.parametrize("algo", ["vpg", "vpg_mask"])
+def test_models_without_memory_draw_no_lstms(search_space: ModuleType, algo: str):
+    drawn = search_space.HYPERPARAMS_SAMPLER[algo](optuna.create_study().ask(), 2, 1, {})
+    assert drawn["policy_kwargs"].keys() == {"net_arch", "activation_fn"}
 
 
 def draw_n_steps(search_space: ModuleType, n_envs: int, n_timesteps: int | None) -> set[int]:
