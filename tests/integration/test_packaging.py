@@ -22,7 +22,7 @@ def names_in(wheel: Path) -> list[str]:
 
 def test_the_wheel_holds_the_package_and_the_hook_and_nothing_else(wheel: Path):
     package = {path.relative_to(CHECKOUT).as_posix() for path in (CHECKOUT / "sb3_vpg").rglob("*.py")}
-    package = package - {"sb3_vpg/zoo/start_up_hook.py"} | {"sb3_vpg/py.typed"}
+    package = package - {"sb3_vpg/zoo/start_up_hook.py"} | {"sb3_vpg/py.typed", "sb3_vpg/study/report.html"}
     hyperparams = {f"sb3_vpg/{name}.yml" for name in HYPERPARAMS}
     assert "sb3_vpg/hyperparams/vpg.yml" in hyperparams
     # At the top level, and only there
