@@ -43,7 +43,7 @@ def test_the_gradient_of_a_batch_is_that_of_the_update(critic, name):
     model.policy.zero_grad()
     model._accumulate_gradients(model._make_runner(), *model._batch_counts()[:2])
     gradient = batch_gradients(model.policy, episodes_in(model.rollout_buffer, 6), [measured(name, 6)])[0, 0]
-    expected = -th.cat([p.grad.flatten() for p in model._actor_parameters])
+    expected = -th.cat([p.grad.flatten() for p in model._parameter_groups.actor])
     assert expected.abs().max() > 1e-3
     th.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
 
