@@ -69,6 +69,7 @@ def test_the_code_in_the_readme_compiles(code: str):
     compile(code, "README.md", "exec")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [page for page in DOCS if PYTHON.search(page.read_text()) and page not in RUN_ELSEWHERE], ids=name_of
 )

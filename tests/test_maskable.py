@@ -304,6 +304,7 @@ def test_a_dimension_without_an_allowed_value_is_an_error():
 # ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_learns_where_most_actions_are_not_allowed(tmp_path):
     env, other = (Monitor(InvalidActionEnvDiscrete(dim=20, n_invalid_actions=10)) for _ in range(2))
     evaluation = MaskableEvalCallback(other, eval_freq=1000)

@@ -325,6 +325,7 @@ class Recall(gym.Env):
         return np.zeros(1, dtype=np.float32), float(done and action == self.right), done, False, {}
 
 
+@pytest.mark.slow
 def test_it_learns_what_needs_memory():
     keywords = {"n_steps": 32, "learning_rate": 0.01, "gamma": 1.0, "seed": 0}
     model = RecurrentVPG("MlpLstmPolicy", make_vec_env(Recall, 8), policy_kwargs={"lstm_hidden_size": 16}, **keywords)

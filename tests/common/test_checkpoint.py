@@ -64,6 +64,7 @@ def be_killed_while_saving(path):
     model.save(path)
 
 
+@pytest.mark.slow
 def test_a_process_killed_while_saving_leaves_the_old_file(tmp_path):
     path = tmp_path / "model.zip"
     process = mp.get_context("forkserver").Process(target=be_killed_while_saving, args=(path,))

@@ -12,6 +12,8 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_vpg import MaskableVPG, RecurrentVPG
 
+pytestmark = pytest.mark.slow
+
 
 def train_masked(**keywords: Any) -> tuple[int, np.ndarray]:
     env = make_vec_env(InvalidActionEnvDiscrete, 2, env_kwargs={"dim": 6, "n_invalid_actions": 3, "ep_length": 7})

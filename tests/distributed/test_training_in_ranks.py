@@ -29,6 +29,8 @@ from sb3_vpg.common.progress_bar import AllRanksProgressBar
 from sb3_vpg.diagnostics import GradientStatisticsCallback
 from sb3_vpg.zoo.search_space import ESTIMATORS_WITH_BASELINES
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"policy_kwargs": {"net_arch": [16]}, "device": "cpu"}
 
 

@@ -14,6 +14,13 @@ from helpers.agents import AGENTS
 from helpers.installed import CHECKOUT, Environment, build_wheel
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All tests of this folder are slow: they install packages, start processes or train whole agents."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker("slow")
+
+
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """:return: a folder of this name that the first worker has made and filled"""
     base = factory.getbasetemp()

@@ -76,7 +76,6 @@ def wait_for_none(marker: str) -> None:
     assert left_behind(marker) == []
 
 
-@pytest.mark.slow
 def test_search_then_final_runs_then_statistics(finished: Path):
     out = finished / "out"
     for name, columns in COLUMNS.items():
@@ -101,7 +100,6 @@ def test_search_then_final_runs_then_statistics(finished: Path):
     assert set(statistics.measured) == {"reward_to_go", "gae", "diverges"}
 
 
-@pytest.mark.slow
 def test_a_failing_run_is_a_row_with_its_error_and_not_the_end(finished: Path):
     runs = rows(finished / "out", "runs")
     failed = runs[runs.error != ""]
@@ -112,7 +110,6 @@ def test_a_failing_run_is_a_row_with_its_error_and_not_the_end(finished: Path):
     assert "FAILED: " in (finished / "output.txt").read_text()
 
 
-@pytest.mark.slow
 def test_cost_lines_and_report_are_printed(finished: Path):
     output = (finished / "output.txt").read_text()
     n_runs = len(pd.read_csv(finished / "out" / "runs.csv"))
@@ -124,7 +121,6 @@ def test_cost_lines_and_report_are_printed(finished: Path):
     assert not (finished / "out" / ".running").exists()
 
 
-@pytest.mark.slow
 def test_killed_at_ten_random_moments_it_has_the_same_rows(installed: Environment, finished: Path, tmp_path: Path):
     config, folder, rng = finished / "settings.yml", tmp_path / "out", random.Random(0)
     for kill in range(10):
@@ -143,7 +139,6 @@ def test_killed_at_ten_random_moments_it_has_the_same_rows(installed: Environmen
         pd.testing.assert_frame_equal(rows(folder, name), rows(finished / "out", name))
 
 
-@pytest.mark.slow
 def test_ctrl_c_keeps_what_has_ended_and_leaves_no_process(installed: Environment, tmp_path: Path):
     config, folder = written(SETTINGS, tmp_path), tmp_path / "out"
     process = installed.start(*command(config, folder), env={"SB3_VPG_STUDY": tmp_path.name})
@@ -161,7 +156,6 @@ def test_ctrl_c_keeps_what_has_ended_and_leaves_no_process(installed: Environmen
     assert "The study is not complete" in (folder / "report.md").read_text()
 
 
-@pytest.mark.slow
 def test_nothing_is_run_again_but_what_has_failed_if_asked_for(installed: Environment, finished: Path, tmp_path: Path):
     folder = shutil.copytree(finished / "out", tmp_path / "out")
     before = (folder / "runs.csv").read_text()
@@ -176,7 +170,6 @@ def test_nothing_is_run_again_but_what_has_failed_if_asked_for(installed: Enviro
     assert output.count("FAILED") == 4
 
 
-@pytest.mark.slow
 def test_arguments_are_a_study_too_and_its_folder_is_its_own(installed: Environment, tmp_path: Path):
     folder, packages = tmp_path / "out", tmp_path / "packages"
     packages.mkdir()

@@ -56,7 +56,6 @@ CHECKS: dict[str, Callable[[str], None]] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_shows_what_it_is_to_show(example: Path, tmp_path: Path):
     command = (sys.executable, "-W", "error", example)

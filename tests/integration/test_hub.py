@@ -48,7 +48,6 @@ def with_hub(installed: Environment) -> dict[str, str]:
     return {"PYTHONPATH": str(site), "HUB": str(installed.cwd / "the_hub"), "TRUST_REMOTE_CODE": "True"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("commands", "variables", "env_id"),
     [

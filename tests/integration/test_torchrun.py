@@ -15,10 +15,7 @@ import pytest
 import yaml
 from helpers.installed import Environment, output_of, script_in, wait_until
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc to find processes left behind"),
-]
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc to find processes left behind")
 
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
 TRAIN = ("-m", "sb3_vpg", "train", "--env", "CartPole-v1")

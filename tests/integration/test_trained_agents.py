@@ -104,7 +104,6 @@ def test_plot_train_shows_the_steps_of_all_environments(beside_agents: Environme
     assert swing_up_end[1] > 300
 
 
-@pytest.mark.slow
 def test_all_plots_and_plot_from_file_show_the_evaluations(beside_agents: Environment):
     env_id = "CartPoleSwingUp-v0"
     # The zoo's plot_from_file makes nothing of one run

@@ -168,7 +168,6 @@ def new_journal(tmp_path: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["new_journal", "new_study_in_postgresql"])
 def test_two_workers_share_a_study(installed: Environment, tmp_path: Path, request: pytest.FixtureRequest, kind: str):
     storage: str = request.getfixturevalue(kind)
@@ -206,7 +205,6 @@ def test_two_workers_share_a_study(installed: Environment, tmp_path: Path, reque
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signal_number", "status", "state"),
     [
@@ -246,7 +244,6 @@ def wait_for_trial(study: optuna.Study, number: int, worker: subprocess.Popen[st
 # ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_an_entry_written_from_a_trial_trains_the_same(installed: Environment, new_journal: str):
     study_of_one_trial(new_journal)
     train = (*TRAIN, "-n", "300", "--seed", "1", "-f", "found_by_search")

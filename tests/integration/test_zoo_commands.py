@@ -74,7 +74,6 @@ def test_training_goes_on_until_the_budget_of_both_runs_is_used_up(installed: En
     assert (installed.cwd / "continued/vpg/CartPole-v1_1/CartPole-v1.zip").is_file()
 
 
-@pytest.mark.slow
 def test_a_checkpoint_at_the_end_of_the_run_is_what_a_restarted_job_saves(installed: Environment, trained: str):
     agent = "trained/vpg/CartPole-v1_1/CartPole-v1.zip"
     command = zoo_command(*TRAIN_CARTPOLE, "-n", "500", "-f", "restarted", "-i", agent)
@@ -225,7 +224,6 @@ def test_masks_reach_every_command_of_the_zoo(installed: Environment):
     assert "Continuing after 512 of 800 timesteps" in output
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("algo", "env_id", "arguments"),
     [("vpg_mask", "Countdown-v0", ("--gym-packages", "countdown")), ("vpg_lstm", "CartPoleNoVel-v1", ())],
@@ -278,7 +276,6 @@ def test_training_in_one_array_writes_the_files_that_the_zoo_plots(installed: En
     assert all(file.read_text().splitlines()[1] == "r,l,t" for file in monitors)
 
 
-@pytest.mark.slow
 def test_optimize_stores_trials_to_train_with(installed: Environment):
     study = ("--storage", "sqlite:///study.db", "--study-name", "vpg")
     search = ("-n", "300", "-f", "search", "-optimize", "--n-trials", "2", "--no-optim-plots")

@@ -13,7 +13,7 @@ def read_config(folder):
     return dict(yaml.load((folder / "config.yml").read_text(), Loader=yaml.UnsafeLoader))
 
 
-@pytest.mark.parametrize("algo", ["vpg", "a2c", *(pytest.param(algo, marks=pytest.mark.slow) for algo in ("ppo", "trpo"))])
+@pytest.mark.parametrize("algo", ["vpg", "a2c", "ppo", "trpo"])
 def test_every_algorithm_trains_in_envpool(installed: Environment, algo: str):
     pytest.importorskip("envpool")
     logs = f"envpool_{algo}"
