@@ -7,17 +7,17 @@ import inspect
 import io
 import os
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch as th
 from IPython.display import HTML
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-import sb3_vpg
+from sb3_vpg.estimators import Rollout
 
 # The networks are small: more threads only wait for each other
 th.set_num_threads(1)
@@ -70,26 +70,27 @@ plt.rcParams.update(
 
 def source(function: Callable[..., Any], *excerpts: str) -> None:
     """
-    Print the source code of a function of sb3_vpg, without its docstring.
+    Print the source code of a function without its docstring.
 
-    :param function: the function
+    :param function: a function of sb3_vpg, or of this module
     :param excerpts: texts; only lines that contain one of them are printed. Each must be there.
     """
     lines, first = inspect.getsourcelines(function)
-    path = Path(inspect.getsourcefile(function)).relative_to(Path(sb3_vpg.__file__).parents[1])
-    code = inspect.getsource(function)
-    if doc := function.__doc__:
-        end = 1 + code[: code.index(doc) + len(doc)].count("\n")
-        begin = end - doc.count("\n")
-        numbered = [(first + i, line) for i, line in enumerate(lines) if not begin - 1 <= i < end]
-    else:
-        numbered = [(first + i, line) for i, line in enumerate(lines)]
+    code = "".join(lines)
     for excerpt in excerpts:
         if excerpt not in code:
             raise ValueError(f"{excerpt!r} is not in {function.__qualname__}")
-    shown = [(n, line) for n, line in numbered if not excerpts or any(excerpt in line for excerpt in excerpts)]
+    documented = range(0)
+    if function.__doc__:
+        begin = code[: code.index('"""')].count("\n")
+        documented = range(begin, begin + function.__doc__.count("\n") + 1)
+    shown = [
+        (first + i, line)
+        for i, line in enumerate(lines)
+        if i not in documented and (not excerpts or any(excerpt in line for excerpt in excerpts))
+    ]
     indent = min(len(line) - len(line.lstrip()) for _, line in shown if line.strip())
-    print(f"# {path.as_posix()}")
+    print(f"# {function.__module__.replace('.', '/')}.py")
     for n, line in shown:
         print(f"{n:4}  {line[indent:].rstrip()}".rstrip())
 
@@ -195,7 +196,8 @@ def dial(images: Sequence[np.ndarray], labels: Sequence[str], alt: str, start: i
 
 
 def _reduced(image: np.ndarray, n_colors: int) -> Image.Image:
-    return Image.fromarray(image).quantize(n_colors, dither=Image.Dither.NONE)
+    # This method keeps the color of a thin line, which covers few pixels
+    return Image.fromarray(image).quantize(n_colors, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -255,3 +257,74 @@ def true_values(pi: np.ndarray, gamma: float) -> tuple[np.ndarray, np.ndarray]:
                 q[state, action] += gamma * (p if outcome else 1 - p) * v[successor]
         v[state] = pi[state] @ q[state]
     return q, v
+
+
+TRAJECTORIES = all_trajectories()
+
+
+def probability_of_action_1(theta: np.ndarray) -> np.ndarray:
+    """:return: probability of action 1 in each state, for one weight per state, shape (5,)"""
+    return 1 / (1 + np.exp(-theta))
+
+
+def probabilities(theta: np.ndarray) -> np.ndarray:
+    """:return: probability of each trajectory, shape (32,)"""
+    p = probability_of_action_1(theta)[TRAJECTORIES.states]
+    return TRAJECTORIES.luck * np.where(TRAJECTORIES.actions == 1, p, 1 - p).prod(axis=0)
+
+
+def scores(theta: np.ndarray) -> np.ndarray:
+    """:return: grad log P(a_t | s_t) at each step of each trajectory, shape (3, 32, 5)"""
+    x = np.eye(N_STATES)[TRAJECTORIES.states]
+    return (TRAJECTORIES.actions - probability_of_action_1(theta)[TRAJECTORIES.states])[..., None] * x
+
+
+def gradients(theta: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """:return: sum over t of weights_t grad log P(a_t | s_t), for each trajectory, shape (32, 5)"""
+    return np.einsum("tn,tnd->nd", weights, scores(theta))
+
+
+def rollout(values: np.ndarray | None = None, columns: Sequence[int] = range(32)) -> Rollout:
+    """
+    :param values: V of each state, shape (5,); None for zeros
+    :param columns: indices of trajectories
+    :return: these trajectories, as the estimators of sb3_vpg read them
+    """
+    states, rewards = TRAJECTORIES.states[:, columns], TRAJECTORIES.rewards[:, columns]
+    v = (np.zeros(N_STATES) if values is None else values)[states]
+    next_v = np.vstack([v[1:], np.zeros(len(columns))])
+    steps = np.broadcast_to(np.arange(HORIZON)[:, None], v.shape)
+    return Rollout(rewards, v, next_v, last=steps == HORIZON - 1, mask=np.ones(v.shape, dtype=bool), steps=steps)
+
+
+def draw_mdp(axes: Axes) -> None:
+    """Draw states, rewards and transitions."""
+    places = {0: (0, 0.5), 1: (1, 0), 2: (1, 1), 3: (2, 0), 4: (2, 1)}
+    action_colors = (BLUE, ORANGE)
+    for state, (x, y) in places.items():
+        for action, color in enumerate(action_colors):
+            for outcome, successor in enumerate(SUCCESSORS.get(state, ())):
+                p = P_SECOND[state][action]
+                axes.annotate(
+                    "",
+                    (places[successor][0] - 0.08, places[successor][1]),
+                    (x + 0.08, y),
+                    arrowprops={
+                        "arrowstyle": "-|>",
+                        "color": color,
+                        "linewidth": 4 * (p if outcome else 1 - p),
+                        "connectionstyle": f"arc3,rad={0.12 if action else -0.12}",
+                        "shrinkA": 6,
+                        "shrinkB": 8,
+                    },
+                )
+        axes.scatter(x, y, s=700, color="white", edgecolor=INK, zorder=3)
+        axes.text(x, y, state, ha="center", va="center", fontsize=13, zorder=4)
+        for action, color in enumerate(action_colors):
+            axes.text(
+                x, y + (0.22 if action else -0.26), f"{REWARDS[state, action]:+.0f}", color=color, ha="center", va="center"
+            )
+    for action, color in enumerate(action_colors):
+        axes.text(2.55, 0.6 - 0.2 * action, f"action {action}", color=color)
+    axes.set(xlim=(-0.25, 3), ylim=(-0.4, 1.4))
+    axes.axis("off")
