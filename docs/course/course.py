@@ -39,6 +39,7 @@ COLORS = {
 }
 plt.rcParams.update(
     {
+        "axes.axisbelow": True,
         "axes.edgecolor": GRAY,
         "axes.grid": True,
         "axes.labelcolor": INK,
