@@ -1,12 +1,13 @@
 """
 Execute the notebooks of the course, once: the tests execute them, and the site shows what they printed and drew.
 
-``python docs/course/execution.py`` executes all of them.
+``python docs/course/execution.py`` executes those that have changed.
 """
 
 import hashlib
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +21,8 @@ NOTEBOOKS = sorted(COURSE.glob("*.ipynb"))
 EXECUTED = CHECKOUT / "build" / "course"
 #: Seconds until a cell is stopped
 TIMEOUT = 600
+#: Number of notebooks that are executed at a time
+N_PROCESSES = 2
 
 
 def standalone(notebook: Path) -> NotebookNode:
@@ -59,6 +62,12 @@ def executed(notebook: Path) -> NotebookNode:
     return nbformat.read(kept, as_version=4)
 
 
+def execute_all() -> None:
+    """Execute all notebooks that have changed."""
+    with ThreadPoolExecutor(N_PROCESSES) as threads:
+        list(threads.map(executed, NOTEBOOKS))
+
+
 def _state_of(notebook: Path) -> str:
     return hashlib.sha256(notebook.read_bytes() + _state_of_package()).hexdigest()[:12]
 
@@ -70,5 +79,4 @@ def _state_of_package() -> bytes:
 
 
 if __name__ == "__main__":
-    for path in NOTEBOOKS:
-        executed(path)
+    execute_all()
