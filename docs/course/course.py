@@ -280,9 +280,9 @@ def scores(theta: np.ndarray) -> np.ndarray:
     return (TRAJECTORIES.actions - probability_of_action_1(theta)[TRAJECTORIES.states])[..., None] * x
 
 
-def gradients(theta: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """:return: sum over t of weights_t grad log P(a_t | s_t), for each trajectory, shape (32, 5)"""
-    return np.einsum("tn,tnd->nd", weights, scores(theta))
+def gradients(theta: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """:return: sum over t of factors_t grad log P(a_t | s_t), for each trajectory, shape (32, 5)"""
+    return np.einsum("tn,tnd->nd", factors, scores(theta))
 
 
 def rollout(values: np.ndarray | None = None, columns: Sequence[int] = range(32)) -> Rollout:
