@@ -5,10 +5,12 @@ Execute the notebooks of the course, once: the tests execute them, and the site 
 """
 
 import hashlib
+import logging
 import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
@@ -38,8 +40,8 @@ def standalone(notebook: Path) -> NotebookNode:
 
 def executed(notebook: Path) -> NotebookNode:
     """
-    Execute what a reader downloads, in an empty folder. The result is kept in ``build/course`` until the notebook or the
-    package changes.
+    Execute what a reader downloads, in an empty folder. The result is kept in ``build/course`` until the notebook, the package,
+    or the version of what it depends on changes.
 
     :param notebook: a notebook of the course
     :return: the notebook with its outputs
@@ -50,6 +52,7 @@ def executed(notebook: Path) -> NotebookNode:
         node = standalone(notebook)
         with tempfile.TemporaryDirectory() as folder:
             client = NotebookClient(node, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": folder}})
+            client.log.setLevel(logging.WARNING)
             # Errors only: the kernel warns of connections without encryption
             client.extra_arguments = ["--IPKernelApp.log_level=ERROR"]
             client.execute(env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -59,6 +62,8 @@ def executed(notebook: Path) -> NotebookNode:
         partial = kept.with_suffix(f".{os.getpid()}")
         nbformat.write(node, partial)
         partial.replace(kept)
+        for old in set(EXECUTED.glob(f"{notebook.stem}_*.ipynb")) - {kept}:
+            old.unlink(missing_ok=True)
     return nbformat.read(kept, as_version=4)
 
 
@@ -75,7 +80,8 @@ def _state_of(notebook: Path) -> str:
 @cache
 def _state_of_package() -> bytes:
     files = [COURSE / "course.py", *sorted((CHECKOUT / "sb3_vpg").rglob("*.py"))]
-    return b"".join(file.read_bytes() for file in files)
+    versions = [version(name) for name in ("gymnasium", "matplotlib", "numpy", "stable_baselines3", "torch")]
+    return b"".join(file.read_bytes() for file in files) + " ".join(versions).encode()
 
 
 if __name__ == "__main__":
