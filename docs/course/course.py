@@ -16,7 +16,6 @@ from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
-
 from sb3_vpg.estimators import Rollout
 
 # The networks are small: more threads only wait for each other
@@ -25,7 +24,14 @@ th.set_num_threads(1)
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
 INK, GRAY, LIGHT = "#22303c", "#8a949e", "#dfe3e8"
-BLUE, ORANGE, GREEN, RED, VIOLET, GOLD = "#3b6fb6", "#dd8452", "#3f9b6c", "#c44e52", "#8a63b0", "#c9a227"
+BLUE, ORANGE, GREEN, RED, VIOLET, GOLD = (
+    "#3b6fb6",
+    "#dd8452",
+    "#3f9b6c",
+    "#c44e52",
+    "#8a63b0",
+    "#c9a227",
+)
 #: The same color for the same formulation in all notebooks
 COLORS = {
     "total_return": RED,
@@ -88,7 +94,8 @@ def source(function: Callable[..., Any], *excerpts: str) -> None:
     shown = [
         (first + i, line)
         for i, line in enumerate(lines)
-        if i not in documented and (not excerpts or any(excerpt in line for excerpt in excerpts))
+        if i not in documented
+        and (not excerpts or any(excerpt in line for excerpt in excerpts))
     ]
     indent = min(len(line) - len(line.lstrip()) for _, line in shown if line.strip())
     print(f"# {function.__module__.replace('.', '/')}.py")
@@ -101,7 +108,9 @@ def source(function: Callable[..., Any], *excerpts: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def attempt(check: Callable[[Callable[..., Any]], None], answer: Callable[..., Any]) -> None:
+def attempt(
+    check: Callable[[Callable[..., Any]], None], answer: Callable[..., Any]
+) -> None:
     """
     Test the reader's answer.
 
@@ -111,12 +120,16 @@ def attempt(check: Callable[[Callable[..., Any]], None], answer: Callable[..., A
     try:
         check(answer)
     except NotImplementedError:
-        print("Not written yet. Write your answer in the cell above, run it, then run this cell again.")
+        print(
+            "Not written yet. Write your answer in the cell above, run it, then run this cell again."
+        )
     else:
         print("Correct.")
 
 
-def rejects(check: Callable[[Callable[..., Any]], None], answer: Callable[..., Any]) -> bool:
+def rejects(
+    check: Callable[[Callable[..., Any]], None], answer: Callable[..., Any]
+) -> bool:
     """:return: whether the test finds an answer wrong"""
     try:
         check(answer)
@@ -130,7 +143,9 @@ def rejects(check: Callable[[Callable[..., Any]], None], answer: Callable[..., A
 # ---------------------------------------------------------------------------------------------------------------
 
 
-def film(images: Iterable[np.ndarray], fps: float, alt: str, n_colors: int = 64) -> HTML:
+def film(
+    images: Iterable[np.ndarray], fps: float, alt: str, n_colors: int = 64
+) -> HTML:
     """
     :param images: RGB images of one size, shape (height, width, 3)
     :param fps: images per second
@@ -140,12 +155,25 @@ def film(images: Iterable[np.ndarray], fps: float, alt: str, n_colors: int = 64)
     """
     frames = [_reduced(image, n_colors) for image in images]
     buffer = io.BytesIO()
-    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], duration=1000 / fps, loop=0, optimize=True)
-    return HTML(f'<img alt="{alt}" src="data:image/gif;base64,{base64.b64encode(buffer.getvalue()).decode()}">')
+    frames[0].save(
+        buffer,
+        "GIF",
+        save_all=True,
+        append_images=frames[1:],
+        duration=1000 / fps,
+        loop=0,
+        optimize=True,
+    )
+    return HTML(
+        f'<img alt="{alt}" src="data:image/gif;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    )
 
 
 def drawn(
-    draw: Callable[[Figure, Any], None], frames: Iterable[Any], size: tuple[float, float], dpi: int = 85
+    draw: Callable[[Figure, Any], None],
+    frames: Iterable[Any],
+    size: tuple[float, float],
+    dpi: int = 85,
 ) -> list[np.ndarray]:
     """
     :param draw: draws one frame into an empty figure
@@ -165,7 +193,13 @@ def drawn(
     return images
 
 
-def dial(images: Sequence[np.ndarray], labels: Sequence[str], alt: str, start: int = 0, n_colors: int = 64) -> HTML:
+def dial(
+    images: Sequence[np.ndarray],
+    labels: Sequence[str],
+    alt: str,
+    start: int = 0,
+    n_colors: int = 64,
+) -> HTML:
     """
     :param images: RGB images of one size
     :param labels: what the dial shows beside each image
@@ -180,7 +214,9 @@ def dial(images: Sequence[np.ndarray], labels: Sequence[str], alt: str, start: i
         _reduced(image, n_colors).save(buffer, "PNG", optimize=True)
         data = base64.b64encode(buffer.getvalue()).decode()
         hidden = "" if index == start else " hidden"
-        pictures.append(f'<img alt="{alt}: {label}" title="{label}" src="data:image/png;base64,{data}"{hidden}>')
+        pictures.append(
+            f'<img alt="{alt}: {label}" title="{label}" src="data:image/png;base64,{data}"{hidden}>'
+        )
     show = (
         "const f=this.parentNode,n=+this.value;[...f.querySelectorAll('img')].forEach((e,i)=>{e.hidden=i!=n;"
         "if(i==n)f.querySelector('output').value=e.title})"
@@ -198,7 +234,9 @@ def dial(images: Sequence[np.ndarray], labels: Sequence[str], alt: str, start: i
 
 def _reduced(image: np.ndarray, n_colors: int) -> Image.Image:
     # This method keeps the color of a thin line, which covers few pixels
-    return Image.fromarray(image).quantize(n_colors, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    return Image.fromarray(image).quantize(
+        n_colors, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -271,13 +309,17 @@ def probability_of_action_1(theta: np.ndarray) -> np.ndarray:
 def probabilities(theta: np.ndarray) -> np.ndarray:
     """:return: probability of each trajectory, shape (32,)"""
     p = probability_of_action_1(theta)[TRAJECTORIES.states]
-    return TRAJECTORIES.luck * np.where(TRAJECTORIES.actions == 1, p, 1 - p).prod(axis=0)
+    return TRAJECTORIES.luck * np.where(TRAJECTORIES.actions == 1, p, 1 - p).prod(
+        axis=0
+    )
 
 
 def scores(theta: np.ndarray) -> np.ndarray:
     """:return: grad log P(a_t | s_t) at each step of each trajectory, shape (3, 32, 5)"""
     x = np.eye(N_STATES)[TRAJECTORIES.states]
-    return (TRAJECTORIES.actions - probability_of_action_1(theta)[TRAJECTORIES.states])[..., None] * x
+    return (TRAJECTORIES.actions - probability_of_action_1(theta)[TRAJECTORIES.states])[
+        ..., None
+    ] * x
 
 
 def gradients(theta: np.ndarray, factors: np.ndarray) -> np.ndarray:
@@ -285,7 +327,9 @@ def gradients(theta: np.ndarray, factors: np.ndarray) -> np.ndarray:
     return np.einsum("tn,tnd->nd", factors, scores(theta))
 
 
-def rollout(values: np.ndarray | None = None, columns: Sequence[int] = range(32)) -> Rollout:
+def rollout(
+    values: np.ndarray | None = None, columns: Sequence[int] = range(32)
+) -> Rollout:
     """
     :param values: V of each state, shape (5,); None for zeros
     :param columns: indices of trajectories
@@ -295,7 +339,14 @@ def rollout(values: np.ndarray | None = None, columns: Sequence[int] = range(32)
     v = (np.zeros(N_STATES) if values is None else values)[states]
     next_v = np.vstack([v[1:], np.zeros(len(columns))])
     steps = np.broadcast_to(np.arange(HORIZON)[:, None], v.shape)
-    return Rollout(rewards, v, next_v, last=steps == HORIZON - 1, mask=np.ones(v.shape, dtype=bool), steps=steps)
+    return Rollout(
+        rewards,
+        v,
+        next_v,
+        last=steps == HORIZON - 1,
+        mask=np.ones(v.shape, dtype=bool),
+        steps=steps,
+    )
 
 
 def draw_mdp(axes: Axes) -> None:
@@ -323,7 +374,12 @@ def draw_mdp(axes: Axes) -> None:
         axes.text(x, y, state, ha="center", va="center", fontsize=13, zorder=4)
         for action, color in enumerate(action_colors):
             axes.text(
-                x, y + (0.22 if action else -0.26), f"{REWARDS[state, action]:+.0f}", color=color, ha="center", va="center"
+                x,
+                y + (0.22 if action else -0.26),
+                f"{REWARDS[state, action]:+.0f}",
+                color=color,
+                ha="center",
+                va="center",
             )
     for action, color in enumerate(action_colors):
         axes.text(2.55, 0.6 - 0.2 * action, f"action {action}", color=color)

@@ -34,14 +34,19 @@ def standalone(notebook: Path) -> NotebookNode:
     """
     node = nbformat.read(notebook, as_version=4)
     module = (COURSE / "course.py").read_text().rstrip()
-    node.cells.insert(0, nbformat.v4.new_code_cell(f"%%writefile course.py\n{module}", id="course-module"))
+    node.cells.insert(
+        0,
+        nbformat.v4.new_code_cell(
+            f"%%writefile course.py\n{module}", id="course-module"
+        ),
+    )
     return node
 
 
 def executed(notebook: Path) -> NotebookNode:
     """
-    Execute what a reader downloads, in an empty folder. The result is kept in ``build/course`` until the notebook, the package,
-    or the version of what it depends on changes.
+    Execute what a reader downloads, in an empty folder. The result is kept in ``build/course`` until the notebook, the package
+    or a version of what it depends on changes.
 
     :param notebook: a notebook of the course
     :return: the notebook with its outputs
@@ -51,7 +56,12 @@ def executed(notebook: Path) -> NotebookNode:
     if not kept.exists():
         node = standalone(notebook)
         with tempfile.TemporaryDirectory() as folder:
-            client = NotebookClient(node, timeout=TIMEOUT, kernel_name="python3", resources={"metadata": {"path": folder}})
+            client = NotebookClient(
+                node,
+                timeout=TIMEOUT,
+                kernel_name="python3",
+                resources={"metadata": {"path": folder}},
+            )
             client.log.setLevel(logging.WARNING)
             # Errors only: the kernel warns of connections without encryption
             client.extra_arguments = ["--IPKernelApp.log_level=ERROR"]
@@ -80,7 +90,10 @@ def _state_of(notebook: Path) -> str:
 @cache
 def _state_of_package() -> bytes:
     files = [COURSE / "course.py", *sorted((CHECKOUT / "sb3_vpg").rglob("*.py"))]
-    versions = [version(name) for name in ("gymnasium", "matplotlib", "numpy", "stable_baselines3", "torch")]
+    versions = [
+        version(name)
+        for name in ("gymnasium", "matplotlib", "numpy", "stable_baselines3", "torch")
+    ]
     return b"".join(file.read_bytes() for file in files) + " ".join(versions).encode()
 
 
