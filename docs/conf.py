@@ -10,6 +10,7 @@ from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.util import import_object, logging
 from sphinx.util.docutils import SphinxDirective
 from sphinx.writers.html5 import HTML5Translator
@@ -73,6 +74,11 @@ def execute_notebooks(app: Sphinx) -> None:
     execution.execute_all()
 
 
+def read_notebooks_again(app: Sphinx, env: BuildEnvironment, *docnames: set[str]) -> list[str]:
+    """The outputs of a notebook can change although its file does not."""
+    return [env.path2doc(notebook) or "" for notebook in execution.NOTEBOOKS]
+
+
 def insert_outputs(app: Sphinx, docname: str, source: list[str]) -> None:
     """Replace a notebook of the course by the executed one, with a link to download it."""
     notebook = Path(app.env.doc2path(docname))
@@ -92,6 +98,7 @@ def write_downloads(app: Sphinx, exception: Exception | None) -> None:
 
 def setup(app: Sphinx) -> None:
     app.connect("builder-inited", execute_notebooks)
+    app.connect("env-get-outdated", read_notebooks_again)
     app.connect("source-read", insert_outputs)
     app.connect("build-finished", write_downloads)
     app.connect("autodoc-skip-member", is_field)
