@@ -1,21 +1,29 @@
 """The documentation's site: ``python -m sphinx -W --keep-going -n docs build/docs``."""
 
 import inspect
+import sys
 from importlib.metadata import version as version_of
+from pathlib import Path
 
+import nbformat
 from docutils import nodes
 from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.util import import_object, logging
 from sphinx.util.docutils import SphinxDirective
 from sphinx.writers.html5 import HTML5Translator
+
+sys.path.insert(0, str(Path(__file__).parent / "course"))
+import execution
 
 project = "sb3_vpg"
 author = "The sb3_vpg authors"
 version = release = version_of("sb3_vpg")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
+# myst_nb includes myst_parser
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
 html_theme = "furo"
 html_title = f"sb3_vpg {version}"
 html_static_path = ["_static"]
@@ -26,6 +34,9 @@ html_math_renderer = "mathml"
 myst_enable_extensions = ["dollarmath"]
 # Links to headings as GitHub understands them, too
 myst_heading_anchors = 3
+# execution.py executes the notebooks
+nb_execution_mode = "off"
+nb_merge_streams = True
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
@@ -59,7 +70,37 @@ def is_field(app: Sphinx, what: str, name: str, obj: object, skip: bool, options
     return True if type(obj).__name__ == "_tuplegetter" else None
 
 
+def execute_notebooks(app: Sphinx) -> None:
+    execution.execute_all()
+
+
+def read_notebooks_again(app: Sphinx, env: BuildEnvironment, *docnames: set[str]) -> list[str]:
+    """The outputs of a notebook can change although its file does not."""
+    return [env.path2doc(notebook) or "" for notebook in execution.NOTEBOOKS]
+
+
+def insert_outputs(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Replace a notebook of the course by the executed one, with a link to download it."""
+    notebook = Path(app.env.doc2path(docname))
+    if notebook in execution.NOTEBOOKS:
+        node = execution.executed(notebook)
+        title, _, rest = node.cells[0].source.partition("\n")
+        link = f'<a href="{notebook.name}" download>Download this notebook</a>'
+        node.cells[0].source = f"{title}\n\n{link} or read on.\n{rest}"
+        source[0] = nbformat.writes(node)
+
+
+def write_downloads(app: Sphinx, exception: Exception | None) -> None:
+    if exception is None and app.builder.format == "html":
+        for notebook in execution.NOTEBOOKS:
+            nbformat.write(execution.standalone(notebook), Path(app.outdir) / "course" / notebook.name)
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("builder-inited", execute_notebooks)
+    app.connect("env-get-outdated", read_notebooks_again)
+    app.connect("source-read", insert_outputs)
+    app.connect("build-finished", write_downloads)
     app.connect("autodoc-skip-member", is_field)
     app.add_directive("markdown-docstring", MarkdownDocstring)
     app.add_html_math_renderer("mathml", (visit_math, None), (visit_math, None))

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 from pathlib import Path
 from unittest import mock
@@ -13,7 +14,8 @@ from helpers.installed import CHECKOUT
 from sb3_vpg.estimators import ESTIMATORS
 
 DOCS = sorted((CHECKOUT / "docs").rglob("*.md"))
-PAGES = [CHECKOUT / "README.md", CHECKOUT / "CHANGELOG.md", CHECKOUT / "CONTRIBUTING.md", *DOCS]
+NOTEBOOKS = sorted((CHECKOUT / "docs" / "course").glob("*.ipynb"))
+PAGES = [CHECKOUT / "README.md", CHECKOUT / "CHANGELOG.md", CHECKOUT / "CONTRIBUTING.md", *DOCS, *NOTEBOOKS]
 FENCE = re.compile(r"^(`{3,})([^\n`]*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 PYTHON = re.compile(r"^```python\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
 # Commands and scripts, run by test_tuning.py and test_torchrun.py
@@ -24,15 +26,23 @@ def name_of(page: Path) -> str:
     return page.relative_to(CHECKOUT).as_posix()
 
 
+def text_of(page: Path) -> str:
+    """The text of a page; of a notebook, the text of its Markdown cells."""
+    if page.suffix != ".ipynb":
+        return page.read_text()
+    cells = json.loads(page.read_text())["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
 def links_in(page: Path) -> list[str]:
     """Targets of links and images that are not elsewhere on the web."""
-    prose = re.sub(r"`[^`\n]+`", "", FENCE.sub("", page.read_text()))
+    prose = re.sub(r"`[^`\n]+`", "", FENCE.sub("", text_of(page)))
     return [link for link in re.findall(r"\]\(([^)\s]+)\)", prose) if not re.match(r"https?:", link)]
 
 
 def anchors_in(page: Path) -> set[str]:
     """As GitHub makes them, and MyST."""
-    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text_of(page)), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
 
 
@@ -56,7 +66,7 @@ def test_links_are_found():
 def test_the_tests_that_a_page_names_exist(page: Path):
     files = {path.relative_to(CHECKOUT).as_posix(): path.read_text() for path in (CHECKOUT / "tests").rglob("test_*.py")}
     # As in `test_faults.py::test_an_exception_in_a_step_...`, or with the folder, or without the file
-    for folder, name, test, more in re.findall(r"`(tests/(?:\w+/)*)?(\w+\.py)?(?:::)?(test_\w+)?(\.\.\.)?`", page.read_text()):
+    for folder, name, test, more in re.findall(r"`(tests/(?:\w+/)*)?(\w+\.py)?(?:::)?(test_\w+)?(\.\.\.)?`", text_of(page)):
         if test or name.startswith("test_"):
             where = [text for file, text in files.items() if file.endswith(f"{folder}{name}" if folder else f"/{name}")]
             assert where or not name, f"{folder}{name}"
