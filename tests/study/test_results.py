@@ -3,6 +3,7 @@
 import resource
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -109,24 +110,27 @@ def test_failed_runs_have_ended_until_they_are_forgotten(tmp_path: Path):
     assert len(results.frame("runs")) == 1
 
 
-@pytest.fixture
-def small_files() -> Iterator[int]:
-    """No file can become larger than this, as on a disk that is full."""
+@contextmanager
+def small_files() -> Iterator[None]:
+    """Context in which no file can become larger than 400 bytes, as on a disk that is full."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (400, limits[1]))
-    yield 400
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
-def test_a_full_disk_is_an_error_that_loses_nothing(tmp_path: Path, small_files: int):
+def test_a_full_disk_is_an_error_that_loses_nothing(tmp_path: Path):
     results = Results(tmp_path)
     results.add(RUNS[0], MEASURES, POINTS)
 
     def add_until_full() -> None:
-        for seed in range(10):
-            results.add(RUNS[1]._replace(seed=seed), MEASURES, POINTS)
+        with small_files():
+            for seed in range(10):
+                results.add(RUNS[1]._replace(seed=seed), MEASURES, POINTS)
 
     with pytest.raises(OSError, match=r"\w+\.csv cannot be written: .*large. The runs that have ended before are kept"):
         add_until_full()
