@@ -23,6 +23,11 @@ NOTEBOOKS = sorted(COURSE.glob("*.ipynb"))
 EXECUTED = CHECKOUT / "build" / "course"
 #: Seconds until a cell is stopped
 TIMEOUT = 600
+#: Variables of the kernels. The caller may have chosen another backend, with which there are no pictures
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+}
 #: Number of notebooks that are executed at a time
 N_PROCESSES = 2
 
@@ -65,7 +70,7 @@ def executed(notebook: Path) -> NotebookNode:
             client.log.setLevel(logging.WARNING)
             # Errors only: the kernel warns of connections without encryption
             client.extra_arguments = ["--IPKernelApp.log_level=ERROR"]
-            client.execute(env={**os.environ, "OMP_NUM_THREADS": "1"})
+            client.execute(env={**os.environ, **ENVIRONMENT})
         del node.cells[0]
         EXECUTED.mkdir(parents=True, exist_ok=True)
         # Another process may read it at the same time

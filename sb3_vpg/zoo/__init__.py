@@ -45,6 +45,9 @@ def _add_algorithm(utils: ModuleType) -> None:
     from sb3_vpg.zoo import hub
     from sb3_vpg.zoo.masks import attach_masks, register_invalid_action_envs
 
+    if "vpg" in utils.ALGOS:
+        # Another start-up hook has been here
+        return
     utils.ALGOS.update(vpg=VPG, vpg_lstm=RecurrentVPG, vpg_mask=MaskableVPG)
     register_invalid_action_envs()
     create_test_env = utils.create_test_env
