@@ -181,7 +181,7 @@ def check_cells(study: Study, selection: Selection, folder: Path) -> dict[Cell, 
 class Plan(NamedTuple):
     """
     :param steps: number of timesteps of a run of each cell
-    :param seconds_per_step: of each environment and algorithm
+    :param seconds_per_step: of each environment and algorithm; 0 if unknown
     :param runs: the runs that are missing
     :param source: where the speeds come from
     """
@@ -227,9 +227,8 @@ def plan(
     ]
     with closing(in_processes(training.measure_speed, jobs, n_processes, folder / "output.log")) as events:
         for event in tqdm(events, desc="Measuring speed", total=len(jobs), disable=not jobs, leave=False):
-            if event.error is not None:
-                raise ValueError(f"{' '.join(event.key)}: {event.error}")
-            speeds[event.key] = event.result
+            # A training that fails here fails in its run too, whose row has the error
+            speeds[event.key] = 0.0 if event.error is not None else event.result
     return Plan({cell: of["n_timesteps"] for cell, of in hyperparameters.items()}, speeds, runs, source)
 
 
@@ -240,8 +239,9 @@ def print_plan(planned: Plan, n_processes: int) -> None:
         groups.setdefault(run.cell[:2], []).append(run)
     for (environment, algorithm), runs in groups.items():
         seconds = sum(map(planned.seconds, runs))
-        speed = 1 / planned.seconds_per_step[environment, algorithm]
-        print(f"{environment:24} {algorithm:9} {len(runs):4} runs {speed:9,.0f} steps/s {tqdm.format_interval(seconds):>8}")
+        seconds_per_step = planned.seconds_per_step[environment, algorithm]
+        speed = f"{1 / seconds_per_step:9,.0f}" if seconds_per_step else "  unknown"
+        print(f"{environment:24} {algorithm:9} {len(runs):4} runs {speed} steps/s {tqdm.format_interval(seconds):>8}")
     costs = sorted(map(planned.seconds, planned.runs))
     if costs:
         duration = max(sum(costs) / n_processes, costs[-1])
