@@ -11,6 +11,7 @@ import runpy
 import sys
 
 from sb3_vpg.distributed.launcher import launched_by_torchrun, run_in_process_group
+from sb3_vpg.envs import VEC_ENVS
 
 COMMANDS = {
     "train": ("rl_zoo3.train", "train an agent; with -optimize, search for hyperparameters"),
@@ -37,8 +38,6 @@ Runs a command of RL Baselines3 Zoo. VPG is available as an algorithm, and is th
 every algorithm.
 
 `python -m sb3_vpg COMMAND --help` lists the arguments of a command."""
-# Values of `train --vec-env` in addition to those of the zoo
-VEC_ENVS = {"envpool": "sb3_vpg.envs.EnvPoolVecEnv", "native": "sb3_vpg.envs.NativeVecEnv"}
 # Commands to which `--algo vpg` is added unless --algo is given
 WITH_ALGO = ("train", "enjoy", "record_video", "record_training", "push_to_hub", "load_from_hub")
 

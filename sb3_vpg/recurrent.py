@@ -33,7 +33,6 @@ class RecurrentVPG(RecurrentRolloutCollector, VPG):
         "MultiInputLstmPolicy": policies.RecurrentMultiInputActorCriticPolicy,
     }
     policy: policies.RecurrentActorCriticPolicy
-    recorder: VPGBufferMixin
 
     def _setup_model(self) -> None:
         if not issubclass(self.policy_class, policies.RecurrentActorCriticPolicy):

@@ -19,6 +19,9 @@ ENVIRONMENTS = {
     "CartPoleSwingUp-v1": {"kwargs": {"reward_in_unit_interval": True}, "reward_threshold": 400.0},
 }
 
+#: Values of ``--vec-env``, in addition to those of the zoo, and the classes
+VEC_ENVS = {"envpool": "sb3_vpg.envs.EnvPoolVecEnv", "native": "sb3_vpg.envs.NativeVecEnv"}
+
 
 def register_environments() -> None:
     """

@@ -16,11 +16,12 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from sb3_vpg.common.checks import check_known
+from sb3_vpg.envs import VEC_ENVS
 from sb3_vpg.study.processes import in_processes
 from sb3_vpg.study.report import write_report
 from sb3_vpg.study.results import Measures, Results, keep_settings
 from sb3_vpg.study.statistics import chosen_learning_rates
-from sb3_vpg.study.study import VEC_ENVS, Cell, Run, Study, make_study, read_settings, varied
+from sb3_vpg.study.study import Cell, Run, Study, make_study, read_settings, varied
 from sb3_vpg.zoo.runs import sigterm_as_ctrl_c
 
 DESCRIPTION = """Compare algorithms, and settings of VPG, over environments and seeds. Hyperparameters are those of the zoo's

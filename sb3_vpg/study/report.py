@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import yaml
 
@@ -137,9 +138,9 @@ def curves_section(findings: Findings) -> Section:
     return Section("Learning curves", parts)
 
 
-def profiles_section(findings: Findings) -> Section:
+def profiles_section(normalized: dict[str, np.ndarray]) -> Section:
     """Section with performance profiles (Agarwal et al., 2021, section 4.2)."""
-    thresholds, profiles = performance_profiles(findings.normalized())
+    thresholds, profiles = performance_profiles(normalized)
     lines = {name: (thresholds, y) for name, y in profiles.items()}
     text = (
         "Fraction of the runs, over all environments and seeds, whose normalized score is above a threshold, with 95 % bands. "
@@ -149,12 +150,11 @@ def profiles_section(findings: Findings) -> Section:
     return Section("Performance profiles", [text, chart])
 
 
-def pairs_section(findings: Findings) -> Section:
+def pairs_section(findings: Findings, normalized: dict[str, np.ndarray]) -> Section:
     """Section that compares pairs of contestants: differences of scores, probabilities of improvement, gradients."""
     study, names = findings.study, findings.contestants
     pairs = [(pair[0], pair[1]) for pair in study.pairs] or [(names[0], name) for name in names[1:]]
     questions = {(pair[0], pair[1]): pair[2] for pair in study.pairs if len(pair) == 3}
-    normalized = findings.normalized()
     rows = []
     for before, after in pairs:
         cells = []
@@ -238,12 +238,13 @@ def write_report(study: Study, results: Results, folder: Path) -> Path:
     findings = Findings.of(study, results.frame("runs"), results.frame("points"))
     sections = []
     if findings.contestants:
-        aggregate_scores = aggregates(findings.normalized())
+        normalized = findings.normalized()
+        aggregate_scores = aggregates(normalized)
         sections += [scores_section(findings, aggregate_scores), curves_section(findings)]
         if aggregate_scores:
-            sections.append(profiles_section(findings))
+            sections.append(profiles_section(normalized))
         if len(findings.contestants) > 1:
-            sections.append(pairs_section(findings))
+            sections.append(pairs_section(findings, normalized))
         sections.append(runs_section(findings))
     if (findings.runs.phase == "search").any():
         sections.append(search_section(findings))

@@ -6,6 +6,7 @@ authors' library rliable, computed for all resamples at once.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -84,19 +85,19 @@ class Findings:
         )
         return cls(study, runs, points.merge(runs[list(runs.columns[:6])]))
 
-    @property
+    @cached_property
     def environments(self) -> list[str]:
         """Environments with final runs that have a score."""
         present = set(self.final.environment)
         return [name for name in self.study.environments if name in present]
 
-    @property
+    @cached_property
     def contestants(self) -> list[str]:
         """Contestants with final runs that have a score, the first of which is the reference."""
         present = set(self.final.contestant)
         return [name for name in self.study.contestants if name in present]
 
-    @property
+    @cached_property
     def final(self) -> pd.DataFrame:
         """Final runs that have a score."""
         return self.runs[(self.runs.phase == "final") & self.runs[self.study.score].notna()]

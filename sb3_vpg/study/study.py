@@ -10,7 +10,7 @@ import gymnasium as gym
 import yaml
 
 from sb3_vpg.common.checks import check_choice, check_known, check_number
-from sb3_vpg.envs import register_environments
+from sb3_vpg.envs import VEC_ENVS, register_environments
 from sb3_vpg.zoo.hyperparameter_files import ALGORITHMS as OWN_ALGORITHMS
 
 #: "search" for the learning rate, "final" runs with the selected learning rate, gradient "statistics"
@@ -19,8 +19,6 @@ PHASES = ("search", "final", "statistics")
 FIRST_SEARCH_SEED = 1000
 #: Returns by which a study can be judged
 SCORES = ("deterministic_return", "stochastic_return", "training_return")
-#: Values of ``vec_env``, and the classes
-VEC_ENVS = {"envpool": "sb3_vpg.envs.EnvPoolVecEnv", "native": "sb3_vpg.envs.NativeVecEnv"}
 #: Keys of an environment that are not keywords
 ENVIRONMENT_KEYS = ("n_timesteps", "score_range")
 

@@ -46,7 +46,7 @@ def _add_algorithm(utils: ModuleType) -> None:
     from sb3_vpg.zoo.masks import attach_masks, register_invalid_action_envs
 
     if "vpg" in utils.ALGOS:
-        # Another start-up hook has been here
+        # A call in addition to the start-up hook
         return
     utils.ALGOS.update(vpg=VPG, vpg_lstm=RecurrentVPG, vpg_mask=MaskableVPG)
     register_invalid_action_envs()

@@ -1,6 +1,7 @@
 """What a search draws is valid, covers every formulation, and is bounded by the budget."""
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -85,13 +86,19 @@ def test_every_valid_formulation_can_be_drawn_and_only_once():
     assert set(ESTIMATORS_WITH_BASELINES.values()) == valid - twice
 
 
-def test_stored_trials_convert_to_what_was_drawn(search_space: ModuleType):
+def drawn_trials(search_space: ModuleType, algo: str) -> Iterator[tuple[optuna.Trial, dict[str, Any]]]:
+    """:return: 60 trials and what they draw, which is what their stored values convert to"""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    drawn_formulations = set()
     for _ in range(60):
         trial = study.ask()
-        drawn = search_space.HYPERPARAMS_SAMPLER["vpg"](trial, 2, 1, {})
-        assert search_space.HYPERPARAMS_CONVERTER["vpg"](trial.params) == drawn
+        drawn = search_space.HYPERPARAMS_SAMPLER[algo](trial, 2, 1, {})
+        assert search_space.HYPERPARAMS_CONVERTER[algo](trial.params) == drawn
+        yield trial, drawn
+
+
+def test_stored_trials_convert_to_what_was_drawn(search_space: ModuleType):
+    drawn_formulations = set()
+    for trial, drawn in drawn_trials(search_space, "vpg"):
         for name in ("gamma", "gae_lambda", "n_steps"):
             assert trial.user_attrs[name] == drawn[name]
         VPG("MlpPolicy", "CartPole-v1", **drawn)
@@ -100,12 +107,8 @@ def test_stored_trials_convert_to_what_was_drawn(search_space: ModuleType):
 
 
 def test_recurrent_models_draw_their_lstms_too(search_space: ModuleType):
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     drawn_lstms = set()
-    for _ in range(60):
-        trial = study.ask()
-        drawn = search_space.HYPERPARAMS_SAMPLER["vpg_lstm"](trial, 2, 1, {})
-        assert search_space.HYPERPARAMS_CONVERTER["vpg_lstm"](trial.params) == drawn
+    for _, drawn in drawn_trials(search_space, "vpg_lstm"):
         drawn_lstms.add((drawn["policy_kwargs"]["lstm_hidden_size"], drawn["policy_kwargs"]["enable_critic_lstm"]))
     assert drawn_lstms == {(2**power, critic) for power in range(4, 10) for critic in (False, True)}
     model = RecurrentVPG("MlpLstmPolicy", "CartPole-v1", **drawn)
