@@ -43,12 +43,12 @@ def _add_algorithm(utils: ModuleType) -> None:
     from sb3_vpg.maskable import MaskableVPG
     from sb3_vpg.recurrent import RecurrentVPG
     from sb3_vpg.zoo import hub
-    from sb3_vpg.zoo.masks import attach_masks, register_invalid_action_envs
+    from sb3_vpg.zoo.masks import ZooMaskablePPO, attach_masks, register_invalid_action_envs
 
     if "vpg" in utils.ALGOS:
         # A call in addition to the start-up hook
         return
-    utils.ALGOS.update(vpg=VPG, vpg_lstm=RecurrentVPG, vpg_mask=MaskableVPG)
+    utils.ALGOS.update(vpg=VPG, vpg_lstm=RecurrentVPG, vpg_mask=MaskableVPG, ppo_mask=ZooMaskablePPO)
     register_invalid_action_envs()
     create_test_env = utils.create_test_env
 
@@ -74,6 +74,8 @@ def _add_search_space(hyperparams_opt: ModuleType) -> None:
 
         return sample_and_convert
 
+    for table in (hyperparams_opt.HYPERPARAMS_CONVERTER, hyperparams_opt.HYPERPARAMS_SAMPLER):
+        table["ppo_mask"] = table["ppo"]
     for algo in ALGORITHMS:
         sample = sample_recurrent_vpg_params if algo == "vpg_lstm" else sample_vpg_params
         hyperparams_opt.HYPERPARAMS_CONVERTER[algo] = convert

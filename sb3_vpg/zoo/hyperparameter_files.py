@@ -13,10 +13,10 @@ HYPERPARAMS = next(path for path in (_PACKAGE / "hyperparams", _PACKAGE.parent /
 
 def own_config(algo: str, env_id: str) -> str | None:
     """
-    :return: the package's hyperparameter file for one of its algorithms, or for one of its environments; None to use the zoo's
-        file
+    :return: the package's hyperparameter file for the algorithm, if it has an entry for the environment or a default; None to
+        use the zoo's file
     """
     path = HYPERPARAMS / f"{algo}.yml"
-    if algo in ALGORITHMS or (path.is_file() and env_id in yaml.safe_load(path.read_text())):
+    if path.is_file() and not {env_id, "default"}.isdisjoint(yaml.safe_load(path.read_text())):
         return str(path)
     return None

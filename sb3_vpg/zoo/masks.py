@@ -9,10 +9,12 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from sb3_contrib import MaskablePPO
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
 
 from sb3_vpg.common.policy_inputs import METHOD, action_masks_of
+from sb3_vpg.maskable import MaskableVPG
 
 #: sb3-contrib's tasks with masks, by id, and their arguments. In all of them, the observation is the right action
 INVALID_ACTION_ENVS: dict[str, dict[str, Any]] = {
@@ -20,6 +22,12 @@ INVALID_ACTION_ENVS: dict[str, dict[str, Any]] = {
     "InvalidActionEnvMultiDiscrete": {"dims": [10, 10], "n_invalid_actions": 10},
     "InvalidActionEnvMultiBinary": {"dims": 10, "n_invalid_actions": 5},
 }
+
+
+class ZooMaskablePPO(MaskablePPO):
+    """sb3-contrib's ``MaskablePPO``, for comparison. Its ``predict`` uses the masks that observations carry."""
+
+    predict = MaskableVPG.predict
 
 
 class ArrayWithMasks(np.ndarray):

@@ -12,8 +12,10 @@ from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
 
 from sb3_vpg import VPG, MaskableVPG, RecurrentVPG
+from sb3_vpg.zoo.masks import ZooMaskablePPO
 
 ALGORITHMS = {"vpg": VPG, "vpg_lstm": RecurrentVPG, "vpg_mask": MaskableVPG, "ppo": PPO, "trpo": TRPO, "a2c": A2C}
+ALGORITHMS["ppo_mask"] = ZooMaskablePPO
 # What the zoo takes out of an entry before the algorithm gets it
 ZOO_KEYS = {
     *("n_timesteps", "n_envs", "normalize", "frame_stack", "env_wrapper", "vec_env_wrapper"),
@@ -49,8 +51,9 @@ def is_number(text: str) -> bool:
     return True
 
 
-# Studies have a form of their own: tests/study/test_study.py
-ZOO_FILES = [name for name in HYPERPARAMS if not name.startswith("hyperparams/studies/")]
+# Studies have a form of their own
+STUDIES = [name for name in HYPERPARAMS if name.startswith("hyperparams/studies/")]
+ZOO_FILES = [name for name in HYPERPARAMS if name not in STUDIES]
 
 
 @pytest.fixture(scope="module", params=ZOO_FILES)
@@ -116,3 +119,24 @@ def test_entries_in_hyperparameter_files_construct_a_model(installed: Environmen
     constructed = json.loads(process.stdout.splitlines()[-1])
     assert set(constructed) >= {env_id for env_id in env_ids if env_id.startswith(ALWAYS_THERE)}
     assert set(constructed.values()) == {ALGORITHMS[algorithm].__name__}
+
+
+MAKE_STUDIES = """
+import sys
+from pathlib import Path
+from sb3_vpg.zoo import register
+
+# The environments of the zoo
+register()
+from sb3_vpg.study.study import make_study, read_settings
+
+for path in sys.argv[1:]:
+    study = make_study(read_settings(Path(path)))
+    print(len(list(study.final_runs(study.environments, study.contestants, {}))))
+"""
+
+
+def test_studies_of_the_package_are_valid(installed: Environment):
+    process = installed.run_warm("-c", MAKE_STUDIES, *(str(HYPERPARAMS[name]) for name in STUDIES))
+    output_of(process)
+    assert len([n_runs for n_runs in process.stdout.split() if int(n_runs) > 0]) == len(STUDIES) > 0

@@ -15,7 +15,13 @@ from test_vpg_is_a2c import VECTOR, RandomWalk
 
 from sb3_vpg import VPG
 from sb3_vpg.envs import NativeVecEnv
-from sb3_vpg.zoo.masks import INVALID_ACTION_ENVS, MiniGridActionMasks, attach_masks, register_invalid_action_envs
+from sb3_vpg.zoo.masks import (
+    INVALID_ACTION_ENVS,
+    MiniGridActionMasks,
+    ZooMaskablePPO,
+    attach_masks,
+    register_invalid_action_envs,
+)
 
 
 class MaskedVectorEnv(SyncVectorEnv):
@@ -47,6 +53,11 @@ def test_evaluation_takes_allowed_actions_only(make):
     evaluate_policy(model, env, n_eval_episodes=4, warn=False)
     evaluate_policy(model, env, n_eval_episodes=4, deterministic=False, warn=False)
     env.close()
+
+
+def test_maskable_ppo_takes_allowed_actions_only():
+    model = ZooMaskablePPO("MlpPolicy", masked_envs(), n_steps=8, batch_size=16, device="cpu").learn(16)
+    evaluate_policy(model, attach_masks(masked_envs()), n_eval_episodes=4, deterministic=False, warn=False)
 
 
 def test_without_masks_evaluation_takes_other_actions():
