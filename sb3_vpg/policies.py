@@ -1,9 +1,10 @@
-"""Policies for VPG: aliases of SB3's policies, and a logistic policy."""
+"""Policies for VPG: aliases of SB3's policies, a logistic policy, and a schedule for the noise of Gaussian policies."""
 
 from typing import Any
 
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import CategoricalDistribution
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
@@ -12,6 +13,8 @@ from stable_baselines3.common.policies import (
 )
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
+
+from sb3_vpg.common.checks import check_number
 
 MlpPolicy = ActorCriticPolicy
 CnnPolicy = ActorCriticCnnPolicy
@@ -71,3 +74,40 @@ class LogisticPolicy(ActorCriticPolicy):
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), "bias": self.bias}
+
+
+class LogStdSchedule(BaseCallback):
+    """
+    Decreases the standard deviation of a Gaussian policy during training, instead of learning it: before each rollout,
+
+        log std = final + p (initial - final)
+
+    for all actions, where p is the remaining progress, from 1 to 0. With one policy step per rollout, the standard deviation
+    that is learned hardly decreases. Then the actions of training and the deterministic ones of an evaluation differ much, and
+    so may their returns. Works with gSDE and with other algorithms of SB3.
+
+    :param initial: log standard deviation at the start of training. Typical: -1 to 0. Larger: more exploration.
+    :param final: log standard deviation at the end. Typical: -3 to -1. Smaller: less difference between stochastic and
+        deterministic actions.
+    :raises ValueError: if a number is not finite; when training starts, if the policy has no ``log_std``
+    """
+
+    def __init__(self, initial: float = -0.5, final: float = -2.0, verbose: int = 0):
+        super().__init__(verbose)
+        check_number("initial", initial)
+        check_number("final", final)
+        self.initial = initial
+        self.final = final
+
+    def _on_training_start(self) -> None:
+        if not hasattr(self.model.policy, "log_std"):
+            raise ValueError(f"LogStdSchedule needs a Gaussian policy; the action space is {self.model.action_space}")
+        self.log_std: Any = self.model.policy.log_std
+        self.log_std.requires_grad_(False)
+
+    def _on_rollout_start(self) -> None:
+        progress_remaining = self.model._current_progress_remaining
+        self.log_std.fill_(self.final + progress_remaining * (self.initial - self.final))
+
+    def _on_step(self) -> bool:
+        return True

@@ -1,4 +1,4 @@
-"""LogisticPolicy is the sigmoid of a linear function."""
+"""LogisticPolicy is the sigmoid of a linear function; LogStdSchedule sets the noise of Gaussian policies."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,11 @@ import torch as th
 from gymnasium import spaces
 from helpers.envs import ACTION_SPACES, BOX, SpacesEnv
 from helpers.models import changed, weights
-from stable_baselines3 import A2C
+from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_vpg import VPG, LogisticPolicy
+from sb3_vpg.policies import LogStdSchedule
 
 
 def logit_weights(model):
@@ -75,3 +77,46 @@ def test_a_logistic_policy_takes_hidden_layers_and_other_observations():
     ).learn(10)
     assert model.policy.action_net.weight.shape == (1, 8)
     assert model.policy.value_net.weight.shape == (1, 4)
+
+
+class LogStds(BaseCallback):
+    """The log standard deviation with which each rollout was collected."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = []
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_end(self):
+        self.values.append(self.model.policy.log_std.detach().numpy().copy())
+
+
+@pytest.mark.parametrize("use_sde", [False, True])
+@pytest.mark.parametrize("algorithm", [VPG, A2C, PPO])
+def test_the_log_std_is_scheduled_and_not_learned(algorithm, use_sde):
+    keywords = {"batch_size": 8} if algorithm is PPO else {}
+    model = algorithm("MlpPolicy", "Pendulum-v1", n_steps=16, use_sde=use_sde, learning_rate=0.01, device="cpu", **keywords)
+    before = weights(model)
+    log_stds = LogStds()
+    model.learn(64, callback=[LogStdSchedule(initial=0.5, final=-1.5), log_stds])
+    for value, expected in zip(log_stds.values, [0.5, 0.0, -0.5, -1.0], strict=True):
+        np.testing.assert_allclose(value, expected, atol=1e-6)
+    assert {"log_std", "action_net.weight"} <= changed(before, weights(model))
+
+
+def test_actions_have_the_scheduled_noise():
+    model = VPG("MlpPolicy", "Pendulum-v1", n_steps=2000, learning_rate=0.0, seed=0)
+    model.learn(2000, callback=LogStdSchedule(initial=-3.0, final=-3.0))
+    observations, actions = model.rollout_buffer.observations[:, 0], model.rollout_buffer.actions[:, 0]
+    means = model.policy.get_distribution(th.as_tensor(observations)).mode().numpy(force=True)
+    # The standard error is 1.6 %
+    np.testing.assert_allclose(np.std(actions - means), np.exp(-3.0), rtol=0.1)
+
+
+def test_a_log_std_schedule_needs_a_gaussian_policy():
+    with pytest.raises(ValueError, match="LogStdSchedule needs a Gaussian policy"):
+        VPG("MlpPolicy", "CartPole-v1").learn(10, callback=LogStdSchedule())
+    with pytest.raises(ValueError, match="final"):
+        LogStdSchedule(final=float("nan"))
