@@ -1,11 +1,12 @@
 """Arguments of ``python -m sb3_vpg``."""
 
 import importlib.util
+import re
 import sys
 
 import pytest
 
-from sb3_vpg.__main__ import main, translate_vec_env
+from sb3_vpg.__main__ import COMMANDS, main, translate_vec_env
 
 ENVPOOL = "vec_env_class:'sb3_vpg.envs.EnvPoolVecEnv'"
 NATIVE = "vec_env_class:'sb3_vpg.envs.NativeVecEnv'"
@@ -32,3 +33,14 @@ def test_watch_says_how_to_install_pygame(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sb3_vpg", "watch"])
     with pytest.raises(SystemExit, match=r"^This command draws pictures: pip install 'sb3_vpg\[render\]'$"):
         main()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_each_command_has_an_example(monkeypatch, capsys, command):
+    monkeypatch.setattr(sys, "argv", ["sb3_vpg", command, "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    output = capsys.readouterr().out
+    assert output.startswith("usage: ")
+    assert re.search(rf"^examples?:\n( .*\n)*  python -m sb3_vpg {command} -", output, re.MULTILINE)
