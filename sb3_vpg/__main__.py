@@ -105,6 +105,8 @@ def translate_vec_env(arguments: list[str]) -> list[str]:
     given, others = parser.parse_known_args(arguments)
     if given.vec_env not in VEC_ENVS:
         return arguments
+    if given.vec_env == "envpool" and importlib.util.find_spec("envpool") is None:
+        sys.exit("--vec-env envpool needs EnvPool: pip install 'sb3_vpg[envpool]' (Linux or macOS, Python 3.11 or newer)")
     parameter = f"vec_env_class:'{VEC_ENVS[given.vec_env]}'"
     for flag in ("-params", "--hyperparams"):
         if flag in others:
