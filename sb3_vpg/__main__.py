@@ -9,6 +9,7 @@ import argparse
 import importlib.util
 import runpy
 import sys
+import warnings
 
 from sb3_vpg.distributed.launcher import launched_by_torchrun, run_in_process_group
 from sb3_vpg.envs import VEC_ENVS
@@ -37,7 +38,24 @@ Runs a command of RL Baselines3 Zoo. VPG is available as an algorithm, and is th
 `train --vec-env envpool` trains in EnvPool's environments, `train --vec-env native` in gymnasium's vectorized forms, with
 every algorithm.
 
-`python -m sb3_vpg COMMAND --help` lists the arguments of a command."""
+`python -m sb3_vpg COMMAND --help` lists the arguments of a command, with an example.
+
+examples:
+  python -m sb3_vpg train --env CartPole-v1
+  python -m sb3_vpg watch --env CartPole-v1 -f logs
+  python -m sb3_vpg compare --env CartPole-v1 --algo vpg a2c --seeds 4"""
+# Shown below the help of the zoo's commands, which has none
+EXAMPLES = {
+    "train": "--env CartPole-v1 -f logs --progress",
+    "enjoy": "--env CartPole-v1 -f logs --no-render",
+    "record_video": "--env CartPole-v1 -f logs -n 500",
+    "record_training": "--env CartPole-v1 -f logs -n 500",
+    "plot_train": "-a vpg -e CartPole-v1 -f logs",
+    "all_plots": "-a vpg -e CartPole-v1 -f logs -o results",
+    "plot_from_file": "-i results.pkl",
+    "push_to_hub": "--env CartPole-v1 -f logs -orga YOUR_NAME",
+    "load_from_hub": "--env CartPole-v1 -f logs -orga YOUR_NAME",
+}
 # Commands to which `--algo vpg` is added unless --algo is given
 WITH_ALGO = ("train", "enjoy", "record_video", "record_training", "push_to_hub", "load_from_hub")
 
@@ -70,7 +88,11 @@ def main() -> None:
     if command == "train" and launched_by_torchrun():
         run_in_process_group(run, COMMANDS[command][0])
     else:
-        run(COMMANDS[command][0])
+        try:
+            run(COMMANDS[command][0])
+        finally:
+            if command in EXAMPLES and not {"-h", "--help"}.isdisjoint(arguments):
+                print(f"\nexample:\n  python -m sb3_vpg {command} {EXAMPLES[command]}")
 
 
 def translate_vec_env(arguments: list[str]) -> list[str]:
@@ -83,6 +105,8 @@ def translate_vec_env(arguments: list[str]) -> list[str]:
     given, others = parser.parse_known_args(arguments)
     if given.vec_env not in VEC_ENVS:
         return arguments
+    if given.vec_env == "envpool" and importlib.util.find_spec("envpool") is None:
+        sys.exit("--vec-env envpool needs EnvPool: pip install 'sb3_vpg[envpool]' (Linux or macOS, Python 3.11 or newer)")
     parameter = f"vec_env_class:'{VEC_ENVS[given.vec_env]}'"
     for flag in ("-params", "--hyperparams"):
         if flag in others:
@@ -96,6 +120,8 @@ def run(module: str) -> None:
     from sb3_vpg.zoo import register
 
     register()
+    # The zoo imports some of its own commands. Python warns of this when one of them is run
+    warnings.filterwarnings("ignore", r"'rl_zoo3\..* found in sys\.modules", RuntimeWarning)
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 

@@ -1,14 +1,20 @@
 """Arguments of ``python -m sb3_vpg``."""
 
 import importlib.util
+import re
 import sys
 
 import pytest
 
-from sb3_vpg.__main__ import main, translate_vec_env
+from sb3_vpg.__main__ import COMMANDS, main, translate_vec_env
 
 ENVPOOL = "vec_env_class:'sb3_vpg.envs.EnvPoolVecEnv'"
 NATIVE = "vec_env_class:'sb3_vpg.envs.NativeVecEnv'"
+
+
+def pretend_installed(monkeypatch, package: str, installed: bool) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None if name == package else find_spec(name))
 
 
 @pytest.mark.parametrize(
@@ -22,13 +28,32 @@ NATIVE = "vec_env_class:'sb3_vpg.envs.NativeVecEnv'"
         ("-n 9", "-n 9"),
     ],
 )
-def test_engines_become_a_hyperparameter(arguments, translated):
+def test_engines_become_a_hyperparameter(monkeypatch, arguments, translated):
+    pretend_installed(monkeypatch, "envpool", True)
     assert translate_vec_env(arguments.split()) == translated.split()
 
 
-def test_watch_says_how_to_install_pygame(monkeypatch):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pygame" else find_spec(name))
-    monkeypatch.setattr(sys, "argv", ["sb3_vpg", "watch"])
-    with pytest.raises(SystemExit, match=r"^This command draws pictures: pip install 'sb3_vpg\[render\]'$"):
+@pytest.mark.parametrize(
+    ("package", "arguments", "message"),
+    [
+        ("pygame", "watch", "This command draws pictures: pip install 'sb3_vpg[render]'"),
+        ("scipy", "compare", "This command draws plots: pip install 'sb3_vpg[plots]'"),
+        ("envpool", "train --vec-env envpool", "--vec-env envpool needs EnvPool: pip install 'sb3_vpg[envpool]'"),
+    ],
+)
+def test_a_command_says_how_to_install_what_it_lacks(monkeypatch, package, arguments, message):
+    pretend_installed(monkeypatch, package, False)
+    monkeypatch.setattr(sys, "argv", ["sb3_vpg", *arguments.split()])
+    with pytest.raises(SystemExit, match=f"^{re.escape(message)}"):
         main()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_each_command_has_an_example(monkeypatch, capsys, command):
+    monkeypatch.setattr(sys, "argv", ["sb3_vpg", command, "--help"])
+    with pytest.raises(SystemExit):
+        main()
+    output = capsys.readouterr().out
+    assert output.startswith("usage: ")
+    assert re.search(rf"^examples?:\n( .*\n)*  python -m sb3_vpg {command} -", output, re.MULTILINE)

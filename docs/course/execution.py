@@ -11,6 +11,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -30,6 +31,11 @@ ENVIRONMENT = {
 }
 #: Number of notebooks that are executed at a time
 N_PROCESSES = 2
+
+
+def can_execute(notebook: Path) -> bool:
+    """:return: whether all that the notebook imports is installed. EnvPool has no wheels for Windows and for Python 3.10"""
+    return "EnvPool" not in notebook.read_text() or find_spec("envpool") is not None
 
 
 def standalone(notebook: Path) -> NotebookNode:
@@ -54,9 +60,11 @@ def executed(notebook: Path) -> NotebookNode:
     or a version of what it depends on changes.
 
     :param notebook: a notebook of the course
-    :return: the notebook with its outputs
+    :return: the notebook with its outputs; without outputs if it cannot be executed here
     :raises nbclient.exceptions.CellExecutionError: if a cell raises an error
     """
+    if not can_execute(notebook):
+        return nbformat.read(notebook, as_version=4)
     kept = EXECUTED / f"{notebook.stem}_{_state_of(notebook)}.ipynb"
     if not kept.exists():
         node = standalone(notebook)
@@ -95,10 +103,15 @@ def _state_of(notebook: Path) -> str:
 @cache
 def _state_of_package() -> bytes:
     files = [COURSE / "course.py", *sorted((CHECKOUT / "sb3_vpg").rglob("*.py"))]
-    versions = [
-        version(name)
-        for name in ("gymnasium", "matplotlib", "numpy", "stable_baselines3", "torch")
-    ]
+    names = (
+        "envpool",
+        "gymnasium",
+        "matplotlib",
+        "numpy",
+        "stable_baselines3",
+        "torch",
+    )
+    versions = [version(name) for name in names if find_spec(name)]
     return b"".join(file.read_bytes() for file in files) + " ".join(versions).encode()
 
 

@@ -27,6 +27,10 @@ from sb3_vpg.zoo.runs import sigterm_as_ctrl_c
 DESCRIPTION = """Compare algorithms, and settings of VPG, over environments and seeds. Hyperparameters are those of the zoo's
 entries. An interrupted study resumes with the same command. The folder has the results (runs.csv, points.csv), the settings
 (study.yml) and the report (report.html, report.md and pictures)."""
+EXAMPLES = """examples:
+  python -m sb3_vpg compare --env CartPole-v1 Acrobot-v1 --algo vpg a2c ppo --seeds 10 -f mine
+  python -m sb3_vpg compare --env Acrobot-v1 --vary gae_lambda=0.9,0.95,1 --dry-run
+  python -m sb3_vpg ablation --env CartPole-v1 --dry-run    # compare --config hyperparams/studies/ladder.yml -f ablation"""
 
 
 class Selection(NamedTuple):
@@ -56,7 +60,12 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="sb3_vpg compare", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(
+        prog="python -m sb3_vpg compare",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--env", nargs="+", help="environments (default: CartPole-v1); with --config, some of the study's")
     parser.add_argument(
         "--algo", nargs="+", help="algorithms of the zoo (default: vpg a2c ppo, or vpg with --vary); see --env"
