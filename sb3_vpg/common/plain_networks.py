@@ -1,0 +1,141 @@
+"""
+Networks of linear layers with a tanh between them, forward and backward by hand.
+
+PyTorch's automatic differentiation records and calls some sixty small functions for each batch. With layers of 64 and a few
+hundred steps, calling them takes longer than computing them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch as th
+from torch import nn
+
+from sb3_vpg.common.distribution_heads import NumPyHead
+from sb3_vpg.common.layers import has_hooks, is_plain, is_plain_linear, linear_tanh
+from sb3_vpg.common.threads import add_to_grad
+
+
+class PlainNetwork:
+    """
+    h_k = tanh(h_{k-1} W_k^T + b_k), the last layer without the tanh. It uses the memory of the modules' weights.
+
+    :param linears: the linear layers
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear]):
+        #: weight and bias of each layer
+        self.parameters: list[th.Tensor] = [parameter for linear in linears for parameter in (linear.weight, linear.bias)]
+        self._layers = [(linear.weight.detach(), linear.bias.detach()) for linear in linears]
+
+    def forward(self, x: th.Tensor) -> list[th.Tensor]:
+        """
+        :param x: inputs, shape (N, features)
+        :return: the input of each layer, and the output of the last
+        """
+        inputs = [x]
+        for weight, bias in self._layers[:-1]:
+            inputs.append(linear_tanh(inputs[-1], weight, bias))
+        weight, bias = self._layers[-1]
+        return [*inputs, th.addmm(bias, inputs[-1], weight.T)]
+
+    def gradients(self, inputs: Sequence[th.Tensor], derivative: th.Tensor) -> list[th.Tensor]:
+        """
+        :param inputs: the input of each layer
+        :param derivative: derivative of a number by the output of the last layer, shape (N, outputs)
+        :return: gradients of this number, in the order of ``parameters``
+        """
+        gradients: list[th.Tensor] = []
+        for k in reversed(range(len(self._layers))):
+            h, (weight, _) = inputs[k], self._layers[k]
+            # The product with few rows is the faster one
+            of_weight = (h.T @ derivative).T if h.shape[1] < derivative.shape[1] else derivative.T @ h
+            gradients = [of_weight, derivative.sum(dim=0), *gradients]
+            if k > 0:
+                derivative = th.ops.aten.tanh_backward(derivative @ weight, h)
+        return gradients
+
+    @property
+    def trainable(self) -> bool:
+        """Whether no parameter is frozen or has a hook."""
+        return all(map(is_plain_parameter, self.parameters))
+
+
+def make_plain_network(*modules: nn.Module) -> PlainNetwork | None:
+    """
+    :param modules: layers, in order
+    :return: the network; None unless it consists of alternating Linear and Tanh, without hooks, in single precision on a CPU
+    """
+    linears, activations = modules[::2], modules[1::2]
+    if len(linears) != len(activations) + 1 or any(map(has_hooks, modules)):
+        return None
+    if not all(map(is_plain_linear, linears)) or not all(is_plain(module, nn.Tanh) for module in activations):
+        return None
+    return PlainNetwork(linears)  # type: ignore[arg-type]
+
+
+def is_plain_parameter(parameter: th.Tensor) -> bool:
+    """Whether the parameter has a gradient, and no hook that sees or changes it."""
+    hooks: Any = parameter._backward_hooks or parameter._post_accumulate_grad_hooks
+    return parameter.requires_grad and not hooks
+
+
+class PlainEvaluation:
+    """
+    The same as :class:`sb3_vpg.common.policy_runner.Evaluation`, by hand.
+
+    :param head: the distribution of actions
+    :param actor: the network before the head
+    :param critic: the network of the values; None if they are not needed
+    :param x: N observations
+    :param actions: N actions
+    :param inputs: further inputs of the policy
+    """
+
+    @th.no_grad()
+    def __init__(
+        self,
+        head: NumPyHead,
+        actor: PlainNetwork,
+        critic: PlainNetwork | None,
+        x: th.Tensor,
+        actions: th.Tensor,
+        **inputs: th.Tensor,
+    ):
+        self._head, self._actor, self._critic, self._actions = head, actor, critic, actions
+        *self._actor_inputs, outputs = actor.forward(x)
+        self._distribution = head.parameters(outputs, **inputs)
+        self.log_prob, self.entropy = head.terms(self._distribution, actions)
+        self.values: th.Tensor | None = None
+        if critic is not None:
+            *self._critic_inputs, values = critic.forward(x)
+            self.values = values.flatten()
+
+    @th.no_grad()
+    def gradient(self, by_values: th.Tensor | None, by_log_prob: th.Tensor, by_entropy: float) -> "PlainGradient":
+        """See :meth:`sb3_vpg.common.policy_runner.Evaluation.gradient`."""
+        by_outputs, of_head = self._head.gradient(self._distribution, self._actions, by_log_prob, by_entropy)
+        parts = [*of_head, *zip(self._actor.parameters, self._actor.gradients(self._actor_inputs, by_outputs))]
+        if self._critic is not None and by_values is not None:
+            of_critic = self._critic.gradients(self._critic_inputs, by_values.unsqueeze(1))
+            parts += zip(self._critic.parameters, of_critic)
+        return PlainGradient(parts)
+
+
+class PlainGradient:
+    """
+    The same as :class:`sb3_vpg.common.threads.Gradient`, computed before.
+
+    :param parts: parameters and their gradients
+    """
+
+    def __init__(self, parts: list[tuple[th.Tensor, th.Tensor]]):
+        self._parts = parts
+
+    def add_to(self, parameters: Sequence[th.Tensor]) -> None:
+        for parameter, gradient in self._parts:
+            add_to_grad(parameter, gradient)
+
+    def of(self, parameters: Sequence[th.Tensor]) -> tuple[th.Tensor | None, ...]:
+        gradients = {id(parameter): gradient for parameter, gradient in self._parts}
+        return tuple(gradients.get(id(parameter)) for parameter in parameters)
