@@ -28,7 +28,7 @@ PER_STEP = {"rewards": np.float32, "episode_starts": np.float32, "mask": bool, "
 # Approximate size of the observations of a chunk, in single precision
 CHUNK_BYTES = 2**21
 # Bounds on the number of steps in a chunk
-MIN_CHUNK, MAX_CHUNK = 16, 1024
+MIN_CHUNK, MAX_CHUNK = 16, 4096
 
 
 def map_obs(function: Callable[[In], Out], obs: In | dict[str, In]) -> Out | dict[str, Out]:

@@ -24,7 +24,7 @@ class _LinearTanh(th.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
-        y = linear_tanh(x.detach(), weight.detach(), bias.detach())
+        y = _linear_tanh(x.detach(), weight.detach(), bias.detach())
         ctx.save_for_backward(x, weight, y)
         return y
 
@@ -37,7 +37,7 @@ class _LinearTanh(th.autograd.Function):
         return grad_x, (x.T @ grad_z).T, grad_z.sum(dim=0)
 
 
-def linear_tanh(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
+def _linear_tanh(x: th.Tensor, weight: th.Tensor, bias: th.Tensor) -> th.Tensor:
     y = th.addmm(bias, x, weight.T)
     np.tanh(y.numpy(), out=y.numpy())
     return y
@@ -66,7 +66,7 @@ def _fuse_tanh(linear: nn.Linear) -> Layer:
     weight, bias = linear.weight, linear.bias
 
     def layer(x: th.Tensor) -> th.Tensor:
-        return _LinearTanh.apply(x, weight, bias) if th.is_grad_enabled() else linear_tanh(x, weight, bias)
+        return _LinearTanh.apply(x, weight, bias) if th.is_grad_enabled() else _linear_tanh(x, weight, bias)
 
     return layer
 

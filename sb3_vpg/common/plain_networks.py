@@ -5,25 +5,51 @@ PyTorch's automatic differentiation records and calls some sixty small functions
 hundred steps, calling them takes longer than computing them.
 """
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch as th
 from torch import nn
 
 from sb3_vpg.common.distribution_heads import NumPyHead
-from sb3_vpg.common.layers import has_hooks, is_plain, is_plain_linear, linear_tanh
+from sb3_vpg.common.layers import has_hooks, is_plain, is_plain_linear
 from sb3_vpg.common.threads import add_to_grad
+
+
+class _Buffers(threading.local):
+    """
+    Memory for intermediate results, one for each thread. It is kept between calls: the operating system would clear new memory
+    each time, which takes as long as a matrix product with 64 columns.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, int, int], th.Tensor] = {}
+
+    def get(self, role: str, layer: int, n: int, width: int) -> th.Tensor:
+        """:return: memory of shape (n, width), which the next call with the same role, layer and width uses again"""
+        buffer = self._buffers.get((role, layer, width))
+        if buffer is None or len(buffer) < n:
+            buffer = self._buffers[role, layer, width] = th.empty(n, width)
+        return buffer[:n]
+
+
+_buffers = _Buffers()
 
 
 class PlainNetwork:
     """
     h_k = tanh(h_{k-1} W_k^T + b_k), the last layer without the tanh. It uses the memory of the modules' weights.
 
+    Two networks with different roles can be used at the same time in a thread.
+
     :param linears: the linear layers
+    :param role: "actor" or "critic"
     """
 
-    def __init__(self, linears: Sequence[nn.Linear]):
+    def __init__(self, linears: Sequence[nn.Linear], role: str):
+        self._role = role
         #: weight and bias of each layer
         self.parameters: list[th.Tensor] = [parameter for linear in linears for parameter in (linear.weight, linear.bias)]
         self._layers = [(linear.weight.detach(), linear.bias.detach()) for linear in linears]
@@ -31,11 +57,15 @@ class PlainNetwork:
     def forward(self, x: th.Tensor) -> list[th.Tensor]:
         """
         :param x: inputs, shape (N, features)
-        :return: the input of each layer, and the output of the last
+        :return: the input of each layer, and the output of the last. The next call in this thread overwrites the inputs of
+            hidden layers
         """
         inputs = [x]
-        for weight, bias in self._layers[:-1]:
-            inputs.append(linear_tanh(inputs[-1], weight, bias))
+        for k, (weight, bias) in enumerate(self._layers[:-1]):
+            h = _buffers.get(self._role, k, len(x), len(bias))
+            th.addmm(bias, inputs[-1], weight.T, out=h)
+            np.tanh(h.numpy(), out=h.numpy())
+            inputs.append(h)
         weight, bias = self._layers[-1]
         return [*inputs, th.addmm(bias, inputs[-1], weight.T)]
 
@@ -52,7 +82,9 @@ class PlainNetwork:
             of_weight = (h.T @ derivative).T if h.shape[1] < derivative.shape[1] else derivative.T @ h
             gradients = [of_weight, derivative.sum(dim=0), *gradients]
             if k > 0:
-                derivative = th.ops.aten.tanh_backward(derivative @ weight, h)
+                buffer = _buffers.get("backward", k, *h.shape)
+                th.mm(derivative, weight, out=buffer)
+                derivative = th.ops.aten.tanh_backward(buffer, h, grad_input=buffer)
         return gradients
 
     @property
@@ -61,8 +93,9 @@ class PlainNetwork:
         return all(map(is_plain_parameter, self.parameters))
 
 
-def make_plain_network(*modules: nn.Module) -> PlainNetwork | None:
+def make_plain_network(role: str, *modules: nn.Module) -> PlainNetwork | None:
     """
+    :param role: "actor" or "critic"
     :param modules: layers, in order
     :return: the network; None unless it consists of alternating Linear and Tanh, without hooks, in single precision on a CPU
     """
@@ -71,7 +104,7 @@ def make_plain_network(*modules: nn.Module) -> PlainNetwork | None:
         return None
     if not all(map(is_plain_linear, linears)) or not all(is_plain(module, nn.Tanh) for module in activations):
         return None
-    return PlainNetwork(linears)  # type: ignore[arg-type]
+    return PlainNetwork(linears, role)  # type: ignore[arg-type]
 
 
 def is_plain_parameter(parameter: th.Tensor) -> bool:

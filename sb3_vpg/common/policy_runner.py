@@ -270,14 +270,14 @@ class FastPolicyRunner(PolicyRunner):
         """The actor, if it is a plain network before a head in NumPy."""
         if not (self._plain and self._only_flatten and isinstance(self.head, NumPyHead)):
             return None
-        return make_plain_network(*self.policy.mlp_extractor.policy_net, self.policy.action_net)
+        return make_plain_network("actor", *self.policy.mlp_extractor.policy_net, self.policy.action_net)
 
     @cached_property
     def _critic_network(self) -> PlainNetwork | None:
         """The critic, if it is a plain network."""
         if not (self._plain and self._only_flatten):
             return None
-        return make_plain_network(*self.policy.mlp_extractor.value_net, self.policy.value_net)
+        return make_plain_network("critic", *self.policy.mlp_extractor.value_net, self.policy.value_net)
 
     @cached_property
     def _numpy_actor(self) -> NumPyActor | None:
