@@ -24,11 +24,11 @@ from sb3_vpg.common.optimization import (
     fuse_adam,
     set_learning_rates,
 )
-from sb3_vpg.common.policy_inputs import Samples, inputs_of
+from sb3_vpg.common.policy_inputs import Samples, ValueSamples, inputs_of
 from sb3_vpg.common.policy_runner import PolicyRunner
 from sb3_vpg.common.progress_bar import AllRanksProgressBar
 from sb3_vpg.common.random_states import set_random_states
-from sb3_vpg.common.threads import Gradient, accumulate_gradients
+from sb3_vpg.common.threads import accumulate_gradients
 from sb3_vpg.common.value_scale import ValueScale, check_linear_value_net
 from sb3_vpg.keywords import make_plan, scheduled_values
 from sb3_vpg.policies import CnnPolicy, LogisticPolicy, MlpPolicy, MultiInputPolicy
@@ -249,8 +249,9 @@ class VPG(RolloutCollector):
             # 3. Further passes of the value regression
             if self.plan.uses_value_function and any(p.requires_grad for p in groups.critic):
                 runner.set_training_mode(True)
-                for _ in range(self.n_critic_updates - 1):
-                    self._fit_critic(runner, n_steps, n_threads)
+                with groups.critic_only(self.policy.optimizer):
+                    for _ in range(self.n_critic_updates - 1):
+                        self._fit_critic(runner, n_steps, n_threads)
                 runner.set_training_mode(False)
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -333,19 +334,19 @@ class VPG(RolloutCollector):
     def _fit_critic(self, runner: PolicyRunner, n_steps: int, n_threads: int) -> None:
         """One pass of the value regression. It changes only parameters that the actor does not use."""
         sigma = self.value_scale.sigma
-        batches: Iterable[tuple[Iterable[Samples], int]]
+        batches: Iterable[tuple[Iterable[ValueSamples], int]]
         if self.critic_batch_size is None:
-            batches = [(self.recorder.get(self._chunk_size, shuffle=False), n_steps)]
+            batches = [(self.recorder.get_value_samples(self._chunk_size, shuffle=False), n_steps)]
         else:
             # A minibatch is a single chunk
             n_threads = 1
             batches = self._critic_batches(n_steps, self.critic_batch_size)
         for chunks, n_steps in batches:
 
-            def compute_gradient(chunk: Samples, n_steps: int = n_steps) -> tuple[Any, None]:
-                values = runner.values(chunk.observations, **inputs_of(chunk))
-                loss = self.vf_coef * ((chunk.returns / sigma - values) ** 2).sum() / n_steps
-                return Gradient([loss], [None]), None
+            def compute_gradient(chunk: ValueSamples, n_steps: int = n_steps) -> tuple[Any, None]:
+                # The loss is vf_coef mean((y_t - V(s_t))^2)
+                evaluation = runner.value_evaluation(chunk.observations, **inputs_of(chunk))
+                return evaluation.gradient(2 * self.vf_coef / n_steps * (evaluation.values - chunk.returns / sigma)), None
 
             self.policy.optimizer.zero_grad()
             list(accumulate_gradients(compute_gradient, chunks, self._parameter_groups.critic, n_threads))
@@ -353,16 +354,16 @@ class VPG(RolloutCollector):
             self._clip_gradients("value gradient", self._parameter_groups.critic, policy_step_taken=True)
             self.policy.optimizer.step()
 
-    def _critic_batches(self, n_steps: int, batch_size: int) -> Iterator[tuple[list[Samples], int]]:
+    def _critic_batches(self, n_steps: int, batch_size: int) -> Iterator[tuple[list[ValueSamples], int]]:
         """
         Yield minibatches of about ``batch_size`` steps, split across the processes in proportion to their steps.
 
         :return: the part of this process (empty if it has no steps left), and the number of steps of all parts
         """
         n_batches = -(-n_steps // batch_size)
-        own = self.recorder.get(-(-batch_size * self.recorder.n_recorded // n_steps))
+        own = self.recorder.get_value_samples(-(-batch_size * self.recorder.n_recorded // n_steps))
         for _, batch in itertools.zip_longest(range(n_batches), own):
-            parts: list[Samples] = [] if batch is None else [batch]
+            parts: list[ValueSamples] = [] if batch is None else [batch]
             yield parts, int(self.processes.sum(np.array(sum(len(part.returns) for part in parts))))
 
     @property

@@ -15,7 +15,9 @@ from torch import nn
 
 from sb3_vpg.common.distribution_heads import NumPyHead
 from sb3_vpg.common.layers import has_hooks, is_plain, is_plain_linear
-from sb3_vpg.common.threads import add_to_grad
+
+#: Largest size (in numbers) of memory that is kept for a layer between calls
+LARGEST_BUFFER = 2**20
 
 
 class _Buffers(threading.local):
@@ -25,14 +27,17 @@ class _Buffers(threading.local):
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, int, int], th.Tensor] = {}
+        self._buffers: dict[tuple[str, int], th.Tensor] = {}
 
     def get(self, role: str, layer: int, n: int, width: int) -> th.Tensor:
-        """:return: memory of shape (n, width), which the next call with the same role, layer and width uses again"""
-        buffer = self._buffers.get((role, layer, width))
-        if buffer is None or len(buffer) < n:
-            buffer = self._buffers[role, layer, width] = th.empty(n, width)
-        return buffer[:n]
+        """:return: memory of shape (n, width), which the next call with the same role and layer uses again"""
+        size = n * width
+        if size > LARGEST_BUFFER:
+            return th.empty(n, width)
+        buffer = self._buffers.get((role, layer))
+        if buffer is None or len(buffer) < size:
+            buffer = self._buffers[role, layer] = th.empty(size)
+        return buffer[:size].view(n, width)
 
 
 _buffers = _Buffers()
@@ -117,38 +122,44 @@ class PlainEvaluation:
     """
     The same as :class:`sb3_vpg.common.policy_runner.Evaluation`, by hand.
 
-    :param head: the distribution of actions
-    :param actor: the network before the head
-    :param critic: the network of the values; None if they are not needed
     :param x: N observations
-    :param actions: N actions
+    :param actor: the head, the network before it, and N actions; None if only values are needed
+    :param critic: the network of the values; None if they are not needed
     :param inputs: further inputs of the policy
     """
+
+    log_prob: th.Tensor
+    entropy: th.Tensor
+    values: th.Tensor | None = None
 
     @th.no_grad()
     def __init__(
         self,
-        head: NumPyHead,
-        actor: PlainNetwork,
-        critic: PlainNetwork | None,
         x: th.Tensor,
-        actions: th.Tensor,
+        actor: tuple[NumPyHead, PlainNetwork, th.Tensor] | None,
+        critic: PlainNetwork | None,
         **inputs: th.Tensor,
     ):
-        self._head, self._actor, self._critic, self._actions = head, actor, critic, actions
-        *self._actor_inputs, outputs = actor.forward(x)
-        self._distribution = head.parameters(outputs, **inputs)
-        self.log_prob, self.entropy = head.terms(self._distribution, actions)
-        self.values: th.Tensor | None = None
+        self._actor, self._critic = actor, critic
+        if actor is not None:
+            head, network, actions = actor
+            *self._actor_inputs, outputs = network.forward(x)
+            self._distributions = head.parameters(outputs, **inputs)
+            self.log_prob, self.entropy = head.terms(self._distributions, actions)
         if critic is not None:
             *self._critic_inputs, values = critic.forward(x)
             self.values = values.flatten()
 
     @th.no_grad()
-    def gradient(self, by_values: th.Tensor | None, by_log_prob: th.Tensor, by_entropy: float) -> "PlainGradient":
+    def gradient(
+        self, by_values: th.Tensor | None, by_log_prob: th.Tensor | None = None, by_entropy: float = 0.0
+    ) -> "PlainGradient":
         """See :meth:`sb3_vpg.common.policy_runner.Evaluation.gradient`."""
-        by_outputs, of_head = self._head.gradient(self._distribution, self._actions, by_log_prob, by_entropy)
-        parts = [*of_head, *zip(self._actor.parameters, self._actor.gradients(self._actor_inputs, by_outputs))]
+        parts: list[tuple[th.Tensor, th.Tensor]] = []
+        if self._actor is not None and by_log_prob is not None:
+            head, network, actions = self._actor
+            by_outputs, parts = head.gradient(self._distributions, actions, by_log_prob, by_entropy)
+            parts += zip(network.parameters, network.gradients(self._actor_inputs, by_outputs))
         if self._critic is not None and by_values is not None:
             of_critic = self._critic.gradients(self._critic_inputs, by_values.unsqueeze(1))
             parts += zip(self._critic.parameters, of_critic)
@@ -166,8 +177,13 @@ class PlainGradient:
         self._parts = parts
 
     def add_to(self, parameters: Sequence[th.Tensor]) -> None:
+        wanted = set(map(id, parameters))
         for parameter, gradient in self._parts:
-            add_to_grad(parameter, gradient)
+            if id(parameter) in wanted and parameter.grad is not None:
+                parameter.grad += gradient
+            elif id(parameter) in wanted:
+                # Optimizers expect gradient and parameter to have the same memory layout
+                parameter.grad = gradient.contiguous()
 
     def of(self, parameters: Sequence[th.Tensor]) -> tuple[th.Tensor | None, ...]:
         gradients = {id(parameter): gradient for parameter, gradient in self._parts}

@@ -125,32 +125,29 @@ class NumPyActor:
 
 class Evaluation:
     """
-    Actions that were taken, evaluated by automatic differentiation. N is the number of actions.
+    Values and actions that were taken, evaluated by automatic differentiation.
 
     :param values: V(s), shape (N,); None if not computed
-    :param log_prob: log probabilities, shape (N,)
-    :param entropy: entropies, shape (N,); None without an analytical form
+    :param log_prob: log probabilities, shape (N,); None if not computed
+    :param entropy: entropies, shape (N,); None if not computed, or without an analytical form
     """
 
-    def __init__(self, values: th.Tensor | None, log_prob: th.Tensor, entropy: th.Tensor | None):
+    def __init__(self, values: th.Tensor | None, log_prob: th.Tensor | None = None, entropy: th.Tensor | None = None):
         self._outputs = values, log_prob, entropy
         self.values, self.log_prob, self.entropy = (None if x is None else x.detach() for x in self._outputs)
 
-    def gradient(self, by_values: th.Tensor | None, by_log_prob: th.Tensor, by_entropy: float) -> Gradient:
+    def gradient(self, by_values: th.Tensor | None, by_log_prob: th.Tensor | None = None, by_entropy: float = 0.0) -> Gradient:
         """
         :param by_values: derivatives of the loss by the values, shape (N,); None if they were not computed
-        :param by_log_prob: derivatives of the loss by the log probabilities, shape (N,)
+        :param by_log_prob: derivatives of the loss by the log probabilities, shape (N,); None if they were not computed
         :param by_entropy: derivative of the loss by each entropy
         :return: the gradient of the loss
         """
-        values, log_prob, entropy = self._outputs
-        if by_entropy != 0 and entropy is not None:
-            by_each_entropy = th.full_like(entropy, by_entropy)
-        else:
-            entropy = by_each_entropy = None
-        pairs = zip((values, log_prob, entropy), (by_values, by_log_prob, by_each_entropy))
-        # Outputs of frozen networks have no gradient
-        outputs, derivatives = zip(*((x, by_x) for x, by_x in pairs if x is not None and x.requires_grad))
+        entropy = self._outputs[2]
+        by_each_entropy = None if entropy is None or by_entropy == 0 else th.full_like(entropy, by_entropy)
+        pairs = zip(self._outputs, (by_values, by_log_prob, by_each_entropy))
+        # The outputs of frozen networks require no gradient
+        outputs, derivatives = zip(*((x, by_x) for x, by_x in pairs if by_x is not None and x.requires_grad))  # type: ignore
         return Gradient(outputs, derivatives)
 
 
@@ -201,6 +198,10 @@ class PolicyRunner:
     def evaluation(self, obs: PyTorchObs, actions: th.Tensor, with_values: bool, **inputs: th.Tensor) -> Any:
         """:return: an :class:`Evaluation` with the results of :meth:`evaluate`, or an object with its interface"""
         return Evaluation(*self.evaluate(obs, actions, with_values, **inputs))
+
+    def value_evaluation(self, obs: PyTorchObs, **inputs: th.Tensor) -> Any:
+        """:return: an :class:`Evaluation` with values only, or an object with its interface"""
+        return Evaluation(self.values(obs, **inputs))
 
     def values(self, obs: PyTorchObs, **inputs: th.Tensor) -> th.Tensor:
         """:return: V(s), shape (N,)"""
@@ -329,12 +330,19 @@ class FastPolicyRunner(PolicyRunner):
     def evaluation(self, obs: PyTorchObs, actions: th.Tensor, with_values: bool, **inputs: th.Tensor) -> Any:
         if not self._by_hand:
             return super().evaluation(obs, actions, with_values, **inputs)
+        actor: Any = (self.head, self._actor_network, self._actions(actions))
         critic = self._critic_network if with_values else None
-        x = self.features(obs, self.policy.pi_features_extractor)
-        return PlainEvaluation(self.head, self._actor_network, critic, x, self._actions(actions), **inputs)  # type: ignore[arg-type]
+        return PlainEvaluation(self.features(obs, self.policy.pi_features_extractor), actor, critic, **inputs)
+
+    def value_evaluation(self, obs: PyTorchObs, **inputs: th.Tensor) -> Any:
+        if not self._by_hand:
+            return super().value_evaluation(obs, **inputs)
+        return PlainEvaluation(self.features(obs, self.policy.vf_features_extractor), None, self._critic_network)
 
     def values(self, obs: PyTorchObs, **inputs: th.Tensor) -> th.Tensor:
         with self.threads():
+            if self._critic_network is not None and not th.is_grad_enabled():
+                return self._critic_network.forward(self.features(obs, self.policy.vf_features_extractor))[-1].flatten()
             return self._values(obs)
 
     def _values(self, obs: PyTorchObs, features: th.Tensor | None = None) -> th.Tensor:

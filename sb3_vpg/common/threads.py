@@ -60,15 +60,6 @@ class Gradient:
         return th.autograd.grad(self._outputs, parameters, self._derivatives, allow_unused=True)
 
 
-def add_to_grad(parameter: th.Tensor, gradient: th.Tensor) -> None:
-    """Add a gradient to ``grad`` of the parameter."""
-    if parameter.grad is None:
-        # Optimizers expect gradient and parameter to have the same memory layout
-        parameter.grad = gradient.clone(memory_format=th.contiguous_format)
-    else:
-        parameter.grad += gradient
-
-
 def accumulate_gradients(
     compute_gradient: Callable[[Chunk], tuple[Any, Extra]],
     chunks: Iterable[Chunk],
@@ -102,6 +93,10 @@ def accumulate_gradients(
 
     for gradients, extra in _pool(n_threads).map(compute, chunks):
         for parameter, part in zip(parameters, gradients):
-            if part is not None:
-                add_to_grad(parameter, part)
+            if part is None:
+                continue
+            if parameter.grad is None:
+                # Optimizers expect gradient and parameter to have the same memory layout
+                parameter.grad = th.zeros_like(parameter)
+            parameter.grad += part
         yield extra
