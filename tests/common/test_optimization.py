@@ -193,9 +193,8 @@ def test_with_the_critics_groups_only_the_actor_stays():
     for parameter in model.policy.parameters():
         parameter.grad = th.ones_like(parameter)
     before = weights(model)
-    with pytest.raises(KeyError), groups.critic_only(optimizer):
+    with groups.critic_only(optimizer):
         optimizer.step()
-        raise KeyError
     moved = changed(before, weights(model))
     assert moved
     assert all(name.startswith(CRITIC) for name in moved)

@@ -11,6 +11,7 @@ from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticP
 from torch import nn
 
 from sb3_vpg import LogisticPolicy
+from sb3_vpg.common import plain_networks
 from sb3_vpg.common.plain_networks import PlainEvaluation
 from sb3_vpg.common.policy_runner import Evaluation, FastPolicyRunner, make_policy_runner
 
@@ -181,3 +182,22 @@ def test_a_hook_that_changes_a_gradient_counts_in_the_update():
         model.learn(20)
         weights.append(th.equal(before, model.policy.action_net.weight))
     assert weights == [False, True]
+
+
+def test_memory_that_is_kept_is_bounded():
+    wide = plain_networks.LARGEST_BUFFER // N + 1
+    for width in (8, 16, wide):
+        runner = make_policy_runner(policy(net_arch=[width], ortho_init=False))
+        x, actions, _ = rows(ACTION_SPACES["Discrete"])
+        runner.evaluation(x, actions, with_values=True).gradient(th.ones(N), th.ones(N))
+    sizes = [len(buffer) for buffer in plain_networks._buffers._buffers.values()]
+    assert max(sizes) <= plain_networks.LARGEST_BUFFER
+
+
+def test_batches_of_the_value_regression_are_those_of_the_buffer():
+    model = small_model(n_critic_updates=1)
+    model.learn(20)
+    buffer = model.recorder
+    for ours, theirs in zip(buffer.get_value_samples(7, shuffle=False), buffer.get(7, shuffle=False), strict=True):
+        assert th.equal(ours.observations, theirs.observations)
+        assert th.equal(ours.returns, theirs.returns)
