@@ -23,6 +23,8 @@ from contestants import SCENARIOS, Setting, make_model, training
 from harness import frames_per_second, in_processes, save
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
+from sb3_vpg import VPG
+
 # The parts of training, and their methods: methods of the model, or of the attribute before the dot
 PARTS: dict[str, list[str]] = {
     "environment": ["env.step"],
@@ -67,8 +69,12 @@ class Stopwatches:
             self._running.pop()
 
     def attach(self, model: OnPolicyAlgorithm) -> None:
+        own_rollout = isinstance(model, VPG)
         for part, names in PARTS.items():
             for name in names:
+                if own_rollout and name.startswith("policy.") and "optimizer" not in name:
+                    # VPG calls a replaced method at each step, instead of computing the same without it
+                    continue
                 owner: Any = model
                 *path, method = name.split(".")
                 for attribute in path:

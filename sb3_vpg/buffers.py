@@ -15,7 +15,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples, TensorDict
 
 from sb3_vpg.common.collectives import SINGLE_PROCESS, SingleProcess
-from sb3_vpg.common.policy_inputs import Samples, SamplesWithInputs
+from sb3_vpg.common.policy_inputs import Samples, SamplesWithInputs, ValueSamples
 from sb3_vpg.estimators import NORMALIZATIONS, Formulation, Rollout
 
 NumpyObs = np.ndarray | dict[str, np.ndarray]
@@ -277,6 +277,12 @@ class VPGBufferMixin(RolloutBuffer):
         for indices in self.batch_indices(batch_size, shuffle):
             yield self._get_samples(indices)
 
+    def get_value_samples(self, batch_size: int | None = None, shuffle: bool = True) -> Iterator[ValueSamples]:
+        """Like :meth:`get`, with what the value regression needs only."""
+        for indices in self.batch_indices(batch_size, shuffle):
+            returns = self.flat(self.returns, indices)
+            yield ValueSamples(self.flat_observations(indices), returns, self.flat_inputs(indices))
+
     def get_normalized(self, batch_size: int | None, processes: SingleProcess = SINGLE_PROCESS) -> Iterator[Samples]:
         """Like :meth:`get` without shuffling, with ``advantages`` replaced by :meth:`normalized_advantages`."""
         normalized = self.normalized_advantages(processes)
@@ -464,7 +470,7 @@ class RolloutBufferAdapter:
     def chunk_size(self) -> int:
         return self.n_recorded
 
-    def get(self, batch_size: int | None = None, shuffle: bool = True) -> Iterator[Samples]:
+    def get_value_samples(self, batch_size: int | None = None, shuffle: bool = True) -> Iterator[Any]:
         return self.buffer.get(batch_size)
 
     def get_normalized(self, batch_size: int | None, processes: SingleProcess = SINGLE_PROCESS) -> Iterator[Samples]:

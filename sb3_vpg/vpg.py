@@ -24,7 +24,7 @@ from sb3_vpg.common.optimization import (
     fuse_adam,
     set_learning_rates,
 )
-from sb3_vpg.common.policy_inputs import Samples, inputs_of
+from sb3_vpg.common.policy_inputs import Samples, ValueSamples, inputs_of
 from sb3_vpg.common.policy_runner import PolicyRunner
 from sb3_vpg.common.progress_bar import AllRanksProgressBar
 from sb3_vpg.common.random_states import set_random_states
@@ -225,10 +225,9 @@ class VPG(RolloutCollector):
         groups.refresh(self.policy)
         check_trainable(groups.actor + groups.critic * self.plan.uses_value_function)
         self._update_schedules()
-        # Switch to train mode (this affects batch norm / dropout)
-        self.policy.set_training_mode(True)
-
         runner = self._make_runner()
+        # Switch to train mode (this affects batch norm / dropout)
+        runner.set_training_mode(True)
         n_threads = self._n_threads(runner)
         n_steps, n_segments, n_episodes = self._batch_counts()
         if self.scale_value_targets and self.plan.uses_value_function:
@@ -241,7 +240,7 @@ class VPG(RolloutCollector):
             value_grad_norm = self._clip_gradients("value gradient", groups.critic)
 
             # 2. One step of the policy. Its KL divergence is computed in evaluation mode, in which the policy acts
-            self.policy.set_training_mode(False)
+            runner.set_training_mode(False)
             policy_before = runner.snapshot(obs, actions, **inputs)
             self.policy.optimizer.step()
             self._n_updates += 1
@@ -249,10 +248,11 @@ class VPG(RolloutCollector):
 
             # 3. Further passes of the value regression
             if self.plan.uses_value_function and any(p.requires_grad for p in groups.critic):
-                self.policy.set_training_mode(True)
-                for _ in range(self.n_critic_updates - 1):
-                    self._fit_critic(runner, n_steps, n_threads)
-                self.policy.set_training_mode(False)
+                runner.set_training_mode(True)
+                with groups.critic_only(self.policy.optimizer):
+                    for _ in range(self.n_critic_updates - 1):
+                        self._fit_critic(runner, n_steps, n_threads)
+                runner.set_training_mode(False)
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, loss in losses.items():
@@ -297,30 +297,33 @@ class VPG(RolloutCollector):
         ent_coef = FloatSchedule(self.ent_coef)(self._current_progress_remaining)
         sigma = self.value_scale.sigma
 
-        def compute_loss(batch: Samples) -> tuple[th.Tensor, tuple[Samples, dict[str, th.Tensor]]]:
-            values, log_prob, entropy = runner.evaluate(
+        def compute_gradient(batch: Samples) -> tuple[Any, tuple[Samples, dict[str, th.Tensor]]]:
+            evaluation = runner.evaluation(
                 batch.observations, batch.actions, self.plan.uses_value_function, **inputs_of(batch)
             )
-            # -mean(A_t log pi(a_t | s_t))
-            loss = policy_loss = -(batch.advantages * log_prob).sum() * weight
-            # Approximate entropy when no analytical form
-            entropy_sum = (-log_prob if entropy is None else entropy).sum()
-            if ent_coef != 0:
-                loss = loss - ent_coef * weight * entropy_sum
-            parts = {"entropy_loss": -entropy_sum.detach() / n_steps, "policy_loss": policy_loss.detach()}
+            values, log_prob, entropy = evaluation.values, evaluation.log_prob, evaluation.entropy
+            # The loss is -mean(A_t log pi(a_t | s_t)) - ent_coef mean(entropy_t) + vf_coef mean((y_t - V(s_t))^2).
+            # Its gradient follows from its derivatives by log pi, entropy and V
+            parts = {"policy_loss": -(batch.advantages * log_prob).sum() * weight}
+            by_log_prob, by_entropy, by_values = -weight * batch.advantages, -weight * ent_coef, None
+            if entropy is None:
+                # Approximate entropy when no analytical form
+                entropy, by_log_prob = -log_prob, by_log_prob - by_entropy
+            parts["entropy_loss"] = -entropy.sum() / n_steps
             if values is not None:
-                value_loss = ((batch.returns / sigma - values) ** 2).sum() / n_steps
-                loss = loss + self.vf_coef * value_loss
-                parts["value_loss"] = value_loss.detach() * sigma**2
-            return loss, (batch, parts)
+                errors = values - batch.returns / sigma
+                parts["value_loss"] = sigma**2 * (errors**2).sum() / n_steps
+                by_values = 2 * self.vf_coef / n_steps * errors
+            return evaluation.gradient(by_values, by_log_prob, by_entropy), (batch, parts)
 
         losses: dict[str, float] = defaultdict(float)
+        parameters = [*self._parameter_groups.actor, *self._parameter_groups.critic]
         batch: Samples
         batches = self.recorder.get_normalized(self._chunk_size, self.processes)
-        for batch, parts in accumulate_gradients(compute_loss, batches, self.policy.parameters(), n_threads):  # noqa: B007
+        for batch, parts in accumulate_gradients(compute_gradient, batches, parameters, n_threads):  # noqa: B007
             for name, loss in parts.items():
                 losses[name] += float(loss)
-        losses = self.processes.sum_gradients(self.policy.parameters(), losses)
+        losses = self.processes.sum_gradients(parameters, losses)
         for name, total in losses.items():
             self._check_finite_update(name, total)
         # The first sequences, or evenly spaced steps
@@ -331,35 +334,36 @@ class VPG(RolloutCollector):
     def _fit_critic(self, runner: PolicyRunner, n_steps: int, n_threads: int) -> None:
         """One pass of the value regression. It changes only parameters that the actor does not use."""
         sigma = self.value_scale.sigma
-        batches: Iterable[tuple[Iterable[Samples], int]]
+        batches: Iterable[tuple[Iterable[ValueSamples], int]]
         if self.critic_batch_size is None:
-            batches = [(self.recorder.get(self._chunk_size, shuffle=False), n_steps)]
+            batches = [(self.recorder.get_value_samples(self._chunk_size, shuffle=False), n_steps)]
         else:
             # A minibatch is a single chunk
             n_threads = 1
             batches = self._critic_batches(n_steps, self.critic_batch_size)
         for chunks, n_steps in batches:
 
-            def compute_loss(chunk: Samples, n_steps: int = n_steps) -> tuple[th.Tensor, None]:
-                values = runner.values(chunk.observations, **inputs_of(chunk))
-                return self.vf_coef * ((chunk.returns / sigma - values) ** 2).sum() / n_steps, None
+            def compute_gradient(chunk: ValueSamples, n_steps: int = n_steps) -> tuple[Any, None]:
+                # The loss is vf_coef mean((y_t - V(s_t))^2)
+                evaluation = runner.value_evaluation(chunk.observations, **inputs_of(chunk))
+                return evaluation.gradient(2 * self.vf_coef / n_steps * (evaluation.values - chunk.returns / sigma)), None
 
             self.policy.optimizer.zero_grad()
-            list(accumulate_gradients(compute_loss, chunks, self._parameter_groups.critic, n_threads))
+            list(accumulate_gradients(compute_gradient, chunks, self._parameter_groups.critic, n_threads))
             self.processes.sum_gradients(self._parameter_groups.critic, {})
             self._clip_gradients("value gradient", self._parameter_groups.critic, policy_step_taken=True)
             self.policy.optimizer.step()
 
-    def _critic_batches(self, n_steps: int, batch_size: int) -> Iterator[tuple[list[Samples], int]]:
+    def _critic_batches(self, n_steps: int, batch_size: int) -> Iterator[tuple[list[ValueSamples], int]]:
         """
         Yield minibatches of about ``batch_size`` steps, split across the processes in proportion to their steps.
 
         :return: the part of this process (empty if it has no steps left), and the number of steps of all parts
         """
         n_batches = -(-n_steps // batch_size)
-        own = self.recorder.get(-(-batch_size * self.recorder.n_recorded // n_steps))
+        own = self.recorder.get_value_samples(-(-batch_size * self.recorder.n_recorded // n_steps))
         for _, batch in itertools.zip_longest(range(n_batches), own):
-            parts: list[Samples] = [] if batch is None else [batch]
+            parts: list[ValueSamples] = [] if batch is None else [batch]
             yield parts, int(self.processes.sum(np.array(sum(len(part.returns) for part in parts))))
 
     @property

@@ -14,6 +14,7 @@ from stable_baselines3.common.distributions import (
     kl_divergence,
 )
 from stable_baselines3.common.policies import ActorCriticPolicy
+from torch import nn
 
 from sb3_vpg.common.layers import make_layers
 from sb3_vpg.common.policy_inputs import mask_sizes
@@ -25,35 +26,38 @@ NOT_ALLOWED = -1e8
 
 class Head:
     """
-    Distribution of actions given the output of the actor's last hidden layer ("latent"). This class uses SB3's distribution
-    objects and supports all of them.
+    Distribution of actions given the outputs of the actor. For this class, these are the outputs of the last hidden layer. It
+    uses SB3's distribution objects and supports all of them.
 
     :param policy: the policy
     """
 
     def __init__(self, policy: ActorCriticPolicy):
         self.policy = policy
-        (self.action_net,) = make_layers(policy.action_net)
+        #: Modules between the last hidden layer and the outputs that the methods take
+        self.modules: list[nn.Module] = []
+        #: Parameters of the distribution that do not depend on the observation
+        self.own_parameters: list[th.Tensor] = []
 
-    def sample(self, latent: th.Tensor, **inputs: np.ndarray) -> np.ndarray:
+    def sample(self, outputs: th.Tensor, **inputs: np.ndarray) -> np.ndarray:
         """
         :param inputs: further inputs of the policy: "action_masks"
         :return: sampled actions, N in all
         """
-        return self._distribution(latent, **inputs).get_actions().cpu().numpy()
+        return self._distribution(outputs, **inputs).get_actions().cpu().numpy()
 
-    def evaluate(self, latent: th.Tensor, actions: th.Tensor, **inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor | None]:
+    def evaluate(self, outputs: th.Tensor, actions: th.Tensor, **inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor | None]:
         """:return: log probabilities and entropies (None without an analytical form), shape (N,)"""
-        distribution = self._distribution(latent, **inputs)
+        distribution = self._distribution(outputs, **inputs)
         return distribution.log_prob(actions), distribution.entropy()
 
-    def parameters(self, latent: th.Tensor, **inputs: th.Tensor) -> Any:
+    def parameters(self, outputs: th.Tensor, **inputs: th.Tensor) -> Any:
         """:return: parameters of the distributions, in the form that :meth:`kl_divergence` takes"""
         # The policy has a single distribution object, which each forward pass changes
-        return copy.copy(self._distribution(latent, **inputs))
+        return copy.copy(self._distribution(outputs, **inputs))
 
-    def _distribution(self, latent: th.Tensor, action_masks: th.Tensor | np.ndarray | None = None) -> Distribution:
-        distribution: Any = self.policy._get_action_dist_from_latent(latent)
+    def _distribution(self, outputs: th.Tensor, action_masks: th.Tensor | np.ndarray | None = None) -> Distribution:
+        distribution: Any = self.policy._get_action_dist_from_latent(outputs)
         if action_masks is not None:
             distribution.apply_masking(action_masks)
         return distribution
@@ -68,26 +72,57 @@ class Head:
 class StateDependentNoiseHead(Head):
     """gSDE. Sampling does not construct the distribution object."""
 
-    def sample(self, latent: th.Tensor, **inputs: np.ndarray) -> np.ndarray:
+    def __init__(self, policy: ActorCriticPolicy):
+        super().__init__(policy)
+        (self.action_net,) = make_layers(policy.action_net)
+
+    def sample(self, outputs: th.Tensor, **inputs: np.ndarray) -> np.ndarray:
         distribution: StateDependentNoiseDistribution = self.policy.action_dist  # type: ignore[assignment]
-        actions = self.action_net(latent) + distribution.get_noise(latent)
+        actions = self.action_net(outputs) + distribution.get_noise(outputs)
         return (actions if distribution.bijector is None else distribution.bijector.forward(actions)).cpu().numpy()
 
 
 class NumPyHead(Head):
     """
-    Distribution without SB3's objects: constructing one takes longer than evaluating a small network. Actions are sampled in
-    NumPy, with random numbers of PyTorch's generator.
+    Distribution without SB3's objects: constructing one takes longer than evaluating a small network. The methods take the
+    outputs of the action_net, shape (N, ...). Actions are sampled in NumPy, with random numbers of PyTorch's generator.
     """
 
-    def sample(self, latent: th.Tensor, **inputs: np.ndarray) -> np.ndarray:
-        return self.sample_from(self.action_net(latent).cpu().numpy(), **inputs)
+    def __init__(self, policy: ActorCriticPolicy):
+        super().__init__(policy)
+        self.modules = [policy.action_net]
+
+    def sample(self, outputs: th.Tensor, **inputs: np.ndarray) -> np.ndarray:
+        return self.sample_from(outputs.cpu().numpy(), **inputs)
 
     def sample_from(self, outputs: np.ndarray, **inputs: np.ndarray) -> np.ndarray:
         """
         :param outputs: outputs of the action_net, shape (N, ...)
         :param inputs: further inputs of the policy
         :return: sampled actions
+        """
+        raise NotImplementedError
+
+    def evaluate(self, outputs: th.Tensor, actions: th.Tensor, **inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        return self.terms(self.parameters(outputs, **inputs), actions)
+
+    def terms(self, distributions: Any, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param distributions: see :meth:`parameters`
+        :return: log probabilities and entropies, shape (N,)
+        """
+        raise NotImplementedError
+
+    def gradient(
+        self, distributions: Any, actions: th.Tensor, by_log_prob: th.Tensor, by_entropy: float
+    ) -> tuple[th.Tensor, list[tuple[th.Tensor, th.Tensor]]]:
+        """
+        The derivatives of a number, by hand. Tested against automatic differentiation of :meth:`terms`.
+
+        :param distributions: see :meth:`parameters`
+        :param by_log_prob: derivatives by the log probabilities, shape (N,)
+        :param by_entropy: derivative by each entropy
+        :return: derivatives by the outputs of the action_net, and by the head's own parameters
         """
         raise NotImplementedError
 
@@ -98,17 +133,35 @@ def _sample_categorical(logits: np.ndarray) -> np.ndarray:
     return (logits - np.log(noise)).argmax(axis=1)
 
 
+def _categorical_gradient(log_p: th.Tensor, actions: th.Tensor, by_log_prob: th.Tensor, by_entropy: float) -> th.Tensor:
+    """:return: derivatives by the logits; they and ``log_p`` have the shape (number of actions, N)"""
+    p = log_p.exp()
+    # d log p_a / d logit_i = [i = a] - p_i
+    gradient = -by_log_prob * p
+    gradient.scatter_add_(0, actions.unsqueeze(0), by_log_prob.unsqueeze(0))
+    if by_entropy != 0:
+        # d entropy / d logit_i = -p_i (log p_i + entropy)
+        entropy = -(p * log_p).sum(dim=0)
+        gradient -= by_entropy * p * (log_p + entropy)
+    return gradient
+
+
 class CategoricalHead(NumPyHead):
     def sample_from(self, outputs: np.ndarray, **inputs: np.ndarray) -> np.ndarray:
         return _sample_categorical(outputs)
 
-    def parameters(self, latent: th.Tensor, **inputs: th.Tensor) -> th.Tensor:
+    def parameters(self, outputs: th.Tensor, **inputs: th.Tensor) -> th.Tensor:
         # Transposed, since sums over a short last axis are slow
-        return self.action_net(latent).T.log_softmax(dim=0)
+        return outputs.T.log_softmax(dim=0)
 
-    def evaluate(self, latent: th.Tensor, actions: th.Tensor, **inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        log_p = self.parameters(latent)
+    def terms(self, distributions: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        log_p = distributions
         return log_p.gather(0, actions.unsqueeze(0)).squeeze(0), -(log_p.exp() * log_p).sum(dim=0)
+
+    def gradient(
+        self, distributions: th.Tensor, actions: th.Tensor, by_log_prob: th.Tensor, by_entropy: float
+    ) -> tuple[th.Tensor, list[tuple[th.Tensor, th.Tensor]]]:
+        return _categorical_gradient(distributions, actions, by_log_prob, by_entropy).T, []
 
     def kl_divergence(self, before: th.Tensor, after: th.Tensor) -> th.Tensor:
         return (before.exp() * (before - after)).sum(dim=0)
@@ -126,36 +179,61 @@ class MaskableHead(NumPyHead):
         parts = np.split(logits, np.cumsum(self.sizes)[:-1], axis=1)
         return np.stack([_sample_categorical(part) for part in parts], axis=1)
 
-    def parameters(self, latent: th.Tensor, action_masks: th.Tensor | None = None) -> tuple[th.Tensor, ...]:  # type: ignore[override]
-        logits = self.action_net(latent)
-        if action_masks is not None:
-            logits = logits.where(action_masks.bool(), NOT_ALLOWED)
+    def parameters(self, outputs: th.Tensor, action_masks: th.Tensor | None = None) -> tuple[th.Tensor, ...]:  # type: ignore[override]
+        logits = outputs if action_masks is None else outputs.where(action_masks.bool(), NOT_ALLOWED)
         return tuple(part.log_softmax(dim=1) for part in logits.split(self.sizes, dim=1))
 
-    def evaluate(self, latent: th.Tensor, actions: th.Tensor, **inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        log_ps = self.parameters(latent, **inputs)
-        columns = actions.long().reshape(-1, len(log_ps)).split(1, dim=1)
-        log_prob = th.cat([log_p.gather(1, column) for log_p, column in zip(log_ps, columns)], dim=1).sum(dim=1)
-        return log_prob, -th.stack([(log_p.exp() * log_p).sum(dim=1) for log_p in log_ps]).sum(dim=0)
+    def terms(self, distributions: tuple[th.Tensor, ...], actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        log_prob = [log_p.gather(1, column).squeeze(1) for log_p, column in zip(distributions, self._columns(actions))]
+        return th.stack(log_prob).sum(dim=0), -th.stack([(log_p.exp() * log_p).sum(dim=1) for log_p in distributions]).sum(
+            dim=0
+        )
+
+    def gradient(
+        self, distributions: tuple[th.Tensor, ...], actions: th.Tensor, by_log_prob: th.Tensor, by_entropy: float
+    ) -> tuple[th.Tensor, list[tuple[th.Tensor, th.Tensor]]]:
+        # Actions that are not allowed have p = 0, and so no gradient
+        parts = [
+            _categorical_gradient(log_p.T, column.squeeze(1), by_log_prob, by_entropy)
+            for log_p, column in zip(distributions, self._columns(actions))
+        ]
+        return th.cat(parts).T, []
+
+    def _columns(self, actions: th.Tensor) -> tuple[th.Tensor, ...]:
+        return actions.long().reshape(-1, len(self.sizes)).split(1, dim=1)
 
     def kl_divergence(self, before: tuple[th.Tensor, ...], after: tuple[th.Tensor, ...]) -> th.Tensor:
         return th.stack([(old.exp() * (old - new)).sum(dim=1) for old, new in zip(before, after)]).sum(dim=0)
 
 
 class DiagGaussianHead(NumPyHead):
+    def __init__(self, policy: ActorCriticPolicy):
+        super().__init__(policy)
+        self.own_parameters = [policy.log_std]
+
     def sample_from(self, outputs: np.ndarray, **inputs: np.ndarray) -> np.ndarray:
         noise = th.normal(th.zeros(outputs.shape), 1.0).numpy()
         return outputs + self.policy.log_std.exp().numpy(force=True) * noise
 
-    def parameters(self, latent: th.Tensor, **inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        return self.action_net(latent), self.policy.log_std.clone()
+    def parameters(self, outputs: th.Tensor, **inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        return outputs, self.policy.log_std.clone()
 
-    def evaluate(self, latent: th.Tensor, actions: th.Tensor, **inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        mean, log_std = self.parameters(latent)
+    def terms(self, distributions: tuple[th.Tensor, th.Tensor], actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        mean, log_std = distributions
         # log N(a; mu, sigma) = -((a - mu) / sigma)^2 / 2 - log sigma - log(2 pi) / 2
         # entropy = (1 + log(2 pi)) / 2 + log sigma
         log_prob = (-0.5 * ((actions - mean) / log_std.exp()) ** 2 - log_std - 0.5 * LOG_2_PI).sum(dim=1)
         return log_prob, (0.5 + 0.5 * LOG_2_PI + log_std).sum().expand(len(mean))
+
+    def gradient(
+        self, distributions: tuple[th.Tensor, th.Tensor], actions: th.Tensor, by_log_prob: th.Tensor, by_entropy: float
+    ) -> tuple[th.Tensor, list[tuple[th.Tensor, th.Tensor]]]:
+        mean, log_std = distributions
+        sigma = log_std.exp()
+        z = (actions - mean) / sigma
+        # d log p / d mu = z / sigma;  d log p / d log sigma = z^2 - 1;  d entropy / d log sigma = 1
+        of_log_std = by_log_prob @ (z**2 - 1) + by_entropy * len(mean)
+        return by_log_prob.unsqueeze(1) * z / sigma, [(self.policy.log_std, of_log_std)]
 
     def kl_divergence(self, before: tuple[th.Tensor, th.Tensor], after: tuple[th.Tensor, th.Tensor]) -> th.Tensor:
         (mean, log_std), (new_mean, new_log_std) = before, after

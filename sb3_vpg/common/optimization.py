@@ -98,6 +98,16 @@ class ParameterGroups:
                     groups.append({**group, "params": params, "role": role})
         optimizer.param_groups = groups
 
+    @contextmanager
+    def critic_only(self, optimizer: th.optim.Optimizer) -> Iterator[None]:
+        """Context in which the optimizer has only the groups of the critic."""
+        groups = optimizer.param_groups
+        optimizer.param_groups = [group for group in groups if group["role"] == "critic"]
+        try:
+            yield
+        finally:
+            optimizer.param_groups = groups
+
 
 def set_learning_rates(optimizer: th.optim.Optimizer, keywords: dict[str, float]) -> None:
     """

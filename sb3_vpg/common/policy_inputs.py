@@ -27,10 +27,18 @@ class SamplesWithInputs(NamedTuple):
     inputs: dict[str, th.Tensor]
 
 
+class ValueSamples(NamedTuple):
+    """What the value regression needs of a batch, see :class:`SamplesWithInputs`."""
+
+    observations: th.Tensor | TensorDict
+    returns: th.Tensor
+    inputs: dict[str, th.Tensor]
+
+
 Samples = RolloutBufferSamples | DictRolloutBufferSamples | SamplesWithInputs
 
 
-def inputs_of(batch: Samples) -> dict[str, th.Tensor]:
+def inputs_of(batch: Samples | ValueSamples) -> dict[str, th.Tensor]:
     """:return: further inputs of the policy in a batch, by keyword of its methods"""
     if hasattr(batch, METHOD):
         # A batch of sb3-contrib's buffers

@@ -21,8 +21,9 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_vpg.common.distribution_heads import NumPyHead, make_head
-from sb3_vpg.common.layers import Layer, has_hooks, is_plain, is_plain_linear, make_layers
-from sb3_vpg.common.threads import one_thread
+from sb3_vpg.common.layers import Layer, has_hooks, is_plain, make_layers
+from sb3_vpg.common.plain_networks import PlainEvaluation, PlainNetwork, is_plain_parameter, make_plain_network
+from sb3_vpg.common.threads import Gradient, one_thread
 
 #: Largest matrix product (number of multiplications) that OpenBLAS, the library behind NumPy, computes on a single thread.
 #: PyTorch's number of threads does not apply to it.
@@ -97,15 +98,16 @@ class NumPyActor:
     The actor network in NumPy. It shares the memory of PyTorch's weights. For few observations the overhead of function calls
     dominates, and NumPy's is smaller than PyTorch's.
 
-    :param linears: linear layers; each except the last is followed by a tanh
+    :param network: the network before the head
     :param head: samples actions from the outputs of the last layer
     """
 
-    def __init__(self, linears: list[nn.Linear], head: NumPyHead):
-        *self._hidden, self._last = [(linear.weight.detach().numpy().T, linear.bias.detach().numpy()) for linear in linears]
+    def __init__(self, network: PlainNetwork, head: NumPyHead):
+        parameters = [parameter.detach().numpy() for parameter in network.parameters]
+        *self._hidden, self._last = [(weight.T, bias) for weight, bias in zip(parameters[::2], parameters[1::2])]
         self._sample_from = head.sample_from
         #: Largest number of observations at a time
-        self.max_batch = LARGEST_NUMPY_PRODUCT // max(linear.weight.numel() for linear in linears)
+        self.max_batch = LARGEST_NUMPY_PRODUCT // max(weight.size for weight in parameters[::2])
 
     def sample(self, x: np.ndarray, **inputs: np.ndarray) -> np.ndarray:
         """
@@ -119,6 +121,34 @@ class NumPyActor:
             np.tanh(x, out=x)
         weight, bias = self._last
         return self._sample_from(np.dot(x, weight) + bias, **inputs)
+
+
+class Evaluation:
+    """
+    Values and actions that were taken, evaluated by automatic differentiation.
+
+    :param values: V(s), shape (N,); None if not computed
+    :param log_prob: log probabilities, shape (N,); None if not computed
+    :param entropy: entropies, shape (N,); None if not computed, or without an analytical form
+    """
+
+    def __init__(self, values: th.Tensor | None, log_prob: th.Tensor | None = None, entropy: th.Tensor | None = None):
+        self._outputs = values, log_prob, entropy
+        self.values, self.log_prob, self.entropy = (None if x is None else x.detach() for x in self._outputs)
+
+    def gradient(self, by_values: th.Tensor | None, by_log_prob: th.Tensor | None = None, by_entropy: float = 0.0) -> Gradient:
+        """
+        :param by_values: derivatives of the loss by the values, shape (N,); None if they were not computed
+        :param by_log_prob: derivatives of the loss by the log probabilities, shape (N,); None if they were not computed
+        :param by_entropy: derivative of the loss by each entropy
+        :return: the gradient of the loss
+        """
+        entropy = self._outputs[2]
+        by_each_entropy = None if entropy is None or by_entropy == 0 else th.full_like(entropy, by_entropy)
+        pairs = zip(self._outputs, (by_values, by_log_prob, by_each_entropy))
+        # The outputs of frozen networks require no gradient
+        outputs, derivatives = zip(*((x, by_x) for x, by_x in pairs if by_x is not None and x.requires_grad))  # type: ignore
+        return Gradient(outputs, derivatives)
 
 
 class PolicyRunner:
@@ -142,6 +172,10 @@ class PolicyRunner:
     def __init__(self, policy: ActorCriticPolicy):
         self.policy = policy
 
+    def set_training_mode(self, mode: bool) -> None:
+        """Put the networks into training mode or evaluation mode, if it makes a difference."""
+        self.policy.set_training_mode(mode)
+
     def threads(self) -> AbstractContextManager[None]:
         """:return: context in which PyTorch runs each operation on one thread, if that is faster"""
         return one_thread() if th.get_num_threads() > 1 and self.single_threaded else nullcontext()
@@ -160,6 +194,14 @@ class PolicyRunner:
         """
         values, log_prob, entropy = self.policy.evaluate_actions(obs, self._actions(actions), **inputs)
         return values.flatten() if with_values else None, log_prob, entropy
+
+    def evaluation(self, obs: PyTorchObs, actions: th.Tensor, with_values: bool, **inputs: th.Tensor) -> Any:
+        """:return: an :class:`Evaluation` with the results of :meth:`evaluate`, or an object with its interface"""
+        return Evaluation(*self.evaluate(obs, actions, with_values, **inputs))
+
+    def value_evaluation(self, obs: PyTorchObs, **inputs: th.Tensor) -> Any:
+        """:return: an :class:`Evaluation` with values only, or an object with its interface"""
+        return Evaluation(self.values(obs, **inputs))
 
     def values(self, obs: PyTorchObs, **inputs: th.Tensor) -> th.Tensor:
         """:return: V(s), shape (N,)"""
@@ -208,9 +250,12 @@ class FastPolicyRunner(PolicyRunner):
         self._plain = is_plain(mlp, MlpExtractor) and all(
             is_plain(network, nn.Sequential) and not has_hooks(network) for network in (mlp.policy_net, mlp.value_net)
         )
-        self.actor: list[Layer] = make_layers(*mlp.policy_net) if self._plain else [mlp.forward_actor]
-        critic: list[Layer] = make_layers(*mlp.value_net) if self._plain else [mlp.forward_critic]
-        self.critic = [*critic, *make_layers(policy.value_net)]
+        if self._plain:
+            self.actor: list[Layer] = make_layers(*mlp.policy_net, *self.head.modules)
+            self.critic: list[Layer] = make_layers(*mlp.value_net, policy.value_net)
+        else:
+            self.actor = [mlp.forward_actor, *make_layers(*self.head.modules)]
+            self.critic = [mlp.forward_critic, *make_layers(policy.value_net)]
 
     @cached_property
     def single_threaded(self) -> bool:  # type: ignore[override]
@@ -222,14 +267,35 @@ class FastPolicyRunner(PolicyRunner):
         return not hooks and all(p.is_cpu and p.numel() <= LARGEST_SMALL_LAYER for p in parameters)
 
     @cached_property
-    def _numpy_actor(self) -> NumPyActor | None:
-        """The actor in NumPy; None unless it consists of alternating Linear and Tanh, in single precision on a CPU."""
+    def _actor_network(self) -> PlainNetwork | None:
+        """The actor, if it is a plain network before a head in NumPy."""
         if not (self._plain and self._only_flatten and isinstance(self.head, NumPyHead)):
             return None
-        modules = [*self.policy.mlp_extractor.policy_net, self.policy.action_net]
-        linears, activations = modules[::2], modules[1::2]
-        supported = all(map(is_plain_linear, linears)) and all(is_plain(module, nn.Tanh) for module in activations)
-        return None if not supported or any(map(has_hooks, modules)) else NumPyActor(linears, self.head)
+        return make_plain_network("actor", *self.policy.mlp_extractor.policy_net, self.policy.action_net)
+
+    @cached_property
+    def _critic_network(self) -> PlainNetwork | None:
+        """The critic, if it is a plain network."""
+        if not (self._plain and self._only_flatten):
+            return None
+        return make_plain_network("critic", *self.policy.mlp_extractor.value_net, self.policy.value_net)
+
+    @cached_property
+    def _numpy_actor(self) -> NumPyActor | None:
+        return None if self._actor_network is None else NumPyActor(self._actor_network, self.head)  # type: ignore[arg-type]
+
+    @cached_property
+    def _by_hand(self) -> bool:
+        """Whether the gradients of all parameters are computed by hand."""
+        networks = (self._actor_network, self._critic_network)
+        return all(network is not None and network.trainable for network in networks) and all(
+            map(is_plain_parameter, self.head.own_parameters)
+        )
+
+    def set_training_mode(self, mode: bool) -> None:
+        # Plain networks compute the same in both modes
+        if not self._by_hand:
+            super().set_training_mode(mode)
 
     def features(self, obs: PyTorchObs, extractor: BaseFeaturesExtractor) -> th.Tensor:
         if self._only_flatten:
@@ -261,8 +327,22 @@ class FastPolicyRunner(PolicyRunner):
         log_prob, entropy = self.head.evaluate(latent, self._actions(actions), **inputs)
         return self._values(obs, features) if with_values else None, log_prob, entropy
 
+    def evaluation(self, obs: PyTorchObs, actions: th.Tensor, with_values: bool, **inputs: th.Tensor) -> Any:
+        if not self._by_hand:
+            return super().evaluation(obs, actions, with_values, **inputs)
+        actor: Any = (self.head, self._actor_network, self._actions(actions))
+        critic = self._critic_network if with_values else None
+        return PlainEvaluation(self.features(obs, self.policy.pi_features_extractor), actor, critic, **inputs)
+
+    def value_evaluation(self, obs: PyTorchObs, **inputs: th.Tensor) -> Any:
+        if not self._by_hand:
+            return super().value_evaluation(obs, **inputs)
+        return PlainEvaluation(self.features(obs, self.policy.vf_features_extractor), None, self._critic_network)
+
     def values(self, obs: PyTorchObs, **inputs: th.Tensor) -> th.Tensor:
         with self.threads():
+            if self._critic_network is not None and not th.is_grad_enabled():
+                return self._critic_network.forward(self.features(obs, self.policy.vf_features_extractor))[-1].flatten()
             return self._values(obs)
 
     def _values(self, obs: PyTorchObs, features: th.Tensor | None = None) -> th.Tensor:

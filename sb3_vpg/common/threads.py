@@ -6,11 +6,11 @@ computation. Here, each thread processes whole chunks of a batch instead.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch as th
 
@@ -40,8 +40,28 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
+class Gradient:
+    """
+    The gradient of a number that depends on some outputs of networks, by PyTorch's automatic differentiation.
+
+    :param outputs: the outputs
+    :param derivatives: derivatives of the number by the outputs; None: the output is the number
+    """
+
+    def __init__(self, outputs: Sequence[th.Tensor], derivatives: Sequence[th.Tensor | None]):
+        self._outputs, self._derivatives = outputs, derivatives
+
+    def add_to(self, parameters: Sequence[th.nn.Parameter]) -> None:
+        """Add the gradient to ``grad`` of the parameters."""
+        th.autograd.backward(self._outputs, self._derivatives, inputs=parameters)
+
+    def of(self, parameters: Sequence[th.nn.Parameter]) -> tuple[th.Tensor | None, ...]:
+        """:return: the gradients of the parameters; None if the number does not depend on a parameter"""
+        return th.autograd.grad(self._outputs, parameters, self._derivatives, allow_unused=True)
+
+
 def accumulate_gradients(
-    compute_loss: Callable[[Chunk], tuple[th.Tensor, Extra]],
+    compute_gradient: Callable[[Chunk], tuple[Any, Extra]],
     chunks: Iterable[Chunk],
     parameters: Iterable[th.nn.Parameter],
     n_threads: int = 1,
@@ -51,7 +71,8 @@ def accumulate_gradients(
     in the order of the chunks, so the number of threads does not change the result. With more than one thread, call it within
     :func:`one_thread`.
 
-    :param compute_loss: returns the loss of a chunk and any further result; called from several threads if ``n_threads`` > 1
+    :param compute_gradient: returns the :class:`Gradient` of the loss of a chunk, and any further result; called from several
+        threads if ``n_threads`` > 1
     :param chunks: parts of a batch
     :param parameters: the parameters whose gradients are computed
     :param n_threads: number of chunks that are processed in parallel, >= 1
@@ -61,17 +82,17 @@ def accumulate_gradients(
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     if n_threads == 1:
         for chunk in chunks:
-            loss, extra = compute_loss(chunk)
-            loss.backward(inputs=parameters)
+            gradient, extra = compute_gradient(chunk)
+            gradient.add_to(parameters)
             yield extra
         return
 
-    def compute_gradient(chunk: Chunk) -> tuple[tuple[th.Tensor | None, ...], Extra]:
-        loss, extra = compute_loss(chunk)
-        return th.autograd.grad(loss, parameters, allow_unused=True), extra
+    def compute(chunk: Chunk) -> tuple[tuple[th.Tensor | None, ...], Extra]:
+        gradient, extra = compute_gradient(chunk)
+        return gradient.of(parameters), extra
 
-    for gradient, extra in _pool(n_threads).map(compute_gradient, chunks):
-        for parameter, part in zip(parameters, gradient):
+    for gradients, extra in _pool(n_threads).map(compute, chunks):
+        for parameter, part in zip(parameters, gradients):
             if part is None:
                 continue
             if parameter.grad is None:

@@ -185,3 +185,17 @@ def test_other_optimizers_are_left_as_they_are():
     for optimizer in (th.optim.SGD, th.optim.RMSprop, RMSpropTFLike):
         model = small_model(policy_kwargs={**SMALL, "optimizer_class": optimizer, "optimizer_kwargs": {}})
         assert not any(group.get("fused") for group in model.policy.optimizer.param_groups)
+
+
+def test_with_the_critics_groups_only_the_actor_stays():
+    model = small_model()
+    groups, optimizer = model._parameter_groups, model.policy.optimizer
+    for parameter in model.policy.parameters():
+        parameter.grad = th.ones_like(parameter)
+    before = weights(model)
+    with groups.critic_only(optimizer):
+        optimizer.step()
+    moved = changed(before, weights(model))
+    assert moved
+    assert all(name.startswith(CRITIC) for name in moved)
+    assert {group["role"] for group in optimizer.param_groups} == {"actor", "critic"}

@@ -14,7 +14,7 @@ import sb3_vpg.buffers
 import sb3_vpg.vpg
 from sb3_vpg import VPG
 from sb3_vpg.common.policy_runner import LARGEST_SMALL_LAYER, make_policy_runner
-from sb3_vpg.common.threads import _pool, accumulate_gradients, one_thread
+from sb3_vpg.common.threads import Gradient, _pool, accumulate_gradients, one_thread
 
 
 @pytest.fixture
@@ -50,14 +50,19 @@ def test_the_sum_of_the_gradients_does_not_depend_on_the_threads(n_threads):
         return (net(chunk) ** 2).sum() + other(chunk).sum(), (len(chunk), threading.current_thread().name)
 
     expected = th.autograd.grad(sum(loss_of(chunk)[0] for chunk in chunks), list(net.parameters()))
-    told = list(accumulate_gradients(loss_of, iter(chunks), list(net.parameters()), n_threads))
+
+    def gradient_of(chunk):
+        loss, extra = loss_of(chunk)
+        return Gradient([loss], [None]), extra
+
+    told = list(accumulate_gradients(gradient_of, iter(chunks), list(net.parameters()), n_threads))
     assert [n for n, _ in told] == [10] * 7
     assert all(("sb3_vpg" in name) == (n_threads > 1) for _, name in told)
     for p, g in zip(net.parameters(), expected):
         th.testing.assert_close(p.grad, g)
     assert all(p.grad is None for p in other.parameters())
     # They are added to those that are there
-    list(accumulate_gradients(loss_of, iter(chunks), list(net.parameters()), n_threads))
+    list(accumulate_gradients(gradient_of, iter(chunks), list(net.parameters()), n_threads))
     for p, g in zip(net.parameters(), expected):
         th.testing.assert_close(p.grad, 2 * g)
         assert p.grad.stride() == p.stride()

@@ -1,0 +1,190 @@
+"""
+Networks of linear layers with a tanh between them, forward and backward by hand.
+
+PyTorch's automatic differentiation records and calls some sixty small functions for each batch. With layers of 64 and a few
+hundred steps, calling them takes longer than computing them.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch as th
+from torch import nn
+
+from sb3_vpg.common.distribution_heads import NumPyHead
+from sb3_vpg.common.layers import has_hooks, is_plain, is_plain_linear
+
+#: Largest size (in numbers) of memory that is kept for a layer between calls
+LARGEST_BUFFER = 2**20
+
+
+class _Buffers(threading.local):
+    """
+    Memory for intermediate results, one for each thread. It is kept between calls: the operating system would clear new memory
+    each time, which takes as long as a matrix product with 64 columns.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, int], th.Tensor] = {}
+
+    def get(self, role: str, layer: int, n: int, width: int) -> th.Tensor:
+        """:return: memory of shape (n, width), which the next call with the same role and layer uses again"""
+        size = n * width
+        if size > LARGEST_BUFFER:
+            return th.empty(n, width)
+        buffer = self._buffers.get((role, layer))
+        if buffer is None or len(buffer) < size:
+            buffer = self._buffers[role, layer] = th.empty(size)
+        return buffer[:size].view(n, width)
+
+
+_buffers = _Buffers()
+
+
+class PlainNetwork:
+    """
+    h_k = tanh(h_{k-1} W_k^T + b_k), the last layer without the tanh. It uses the memory of the modules' weights.
+
+    Two networks with different roles can be used at the same time in a thread.
+
+    :param linears: the linear layers
+    :param role: "actor" or "critic"
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear], role: str):
+        self._role = role
+        #: weight and bias of each layer
+        self.parameters: list[th.Tensor] = [parameter for linear in linears for parameter in (linear.weight, linear.bias)]
+        self._layers = [(linear.weight.detach(), linear.bias.detach()) for linear in linears]
+
+    def forward(self, x: th.Tensor) -> list[th.Tensor]:
+        """
+        :param x: inputs, shape (N, features)
+        :return: the input of each layer, and the output of the last. The next call in this thread overwrites the inputs of
+            hidden layers
+        """
+        inputs = [x]
+        for k, (weight, bias) in enumerate(self._layers[:-1]):
+            h = _buffers.get(self._role, k, len(x), len(bias))
+            th.addmm(bias, inputs[-1], weight.T, out=h)
+            np.tanh(h.numpy(), out=h.numpy())
+            inputs.append(h)
+        weight, bias = self._layers[-1]
+        return [*inputs, th.addmm(bias, inputs[-1], weight.T)]
+
+    def gradients(self, inputs: Sequence[th.Tensor], derivative: th.Tensor) -> list[th.Tensor]:
+        """
+        :param inputs: the input of each layer
+        :param derivative: derivative of a number by the output of the last layer, shape (N, outputs)
+        :return: gradients of this number, in the order of ``parameters``
+        """
+        gradients: list[th.Tensor] = []
+        for k in reversed(range(len(self._layers))):
+            h, (weight, _) = inputs[k], self._layers[k]
+            # The product with few rows is the faster one
+            of_weight = (h.T @ derivative).T if h.shape[1] < derivative.shape[1] else derivative.T @ h
+            gradients = [of_weight, derivative.sum(dim=0), *gradients]
+            if k > 0:
+                buffer = _buffers.get("backward", k, *h.shape)
+                th.mm(derivative, weight, out=buffer)
+                derivative = th.ops.aten.tanh_backward(buffer, h, grad_input=buffer)
+        return gradients
+
+    @property
+    def trainable(self) -> bool:
+        """Whether no parameter is frozen or has a hook."""
+        return all(map(is_plain_parameter, self.parameters))
+
+
+def make_plain_network(role: str, *modules: nn.Module) -> PlainNetwork | None:
+    """
+    :param role: "actor" or "critic"
+    :param modules: layers, in order
+    :return: the network; None unless it consists of alternating Linear and Tanh, without hooks, in single precision on a CPU
+    """
+    linears, activations = modules[::2], modules[1::2]
+    if len(linears) != len(activations) + 1 or any(map(has_hooks, modules)):
+        return None
+    if not all(map(is_plain_linear, linears)) or not all(is_plain(module, nn.Tanh) for module in activations):
+        return None
+    return PlainNetwork(linears, role)  # type: ignore[arg-type]
+
+
+def is_plain_parameter(parameter: th.Tensor) -> bool:
+    """Whether the parameter has a gradient, and no hook that sees or changes it."""
+    hooks: Any = parameter._backward_hooks or parameter._post_accumulate_grad_hooks
+    return parameter.requires_grad and not hooks
+
+
+class PlainEvaluation:
+    """
+    The same as :class:`sb3_vpg.common.policy_runner.Evaluation`, by hand.
+
+    :param x: N observations
+    :param actor: the head, the network before it, and N actions; None if only values are needed
+    :param critic: the network of the values; None if they are not needed
+    :param inputs: further inputs of the policy
+    """
+
+    log_prob: th.Tensor
+    entropy: th.Tensor
+    values: th.Tensor | None = None
+
+    @th.no_grad()
+    def __init__(
+        self,
+        x: th.Tensor,
+        actor: tuple[NumPyHead, PlainNetwork, th.Tensor] | None,
+        critic: PlainNetwork | None,
+        **inputs: th.Tensor,
+    ):
+        self._actor, self._critic = actor, critic
+        if actor is not None:
+            head, network, actions = actor
+            *self._actor_inputs, outputs = network.forward(x)
+            self._distributions = head.parameters(outputs, **inputs)
+            self.log_prob, self.entropy = head.terms(self._distributions, actions)
+        if critic is not None:
+            *self._critic_inputs, values = critic.forward(x)
+            self.values = values.flatten()
+
+    @th.no_grad()
+    def gradient(
+        self, by_values: th.Tensor | None, by_log_prob: th.Tensor | None = None, by_entropy: float = 0.0
+    ) -> "PlainGradient":
+        """See :meth:`sb3_vpg.common.policy_runner.Evaluation.gradient`."""
+        parts: list[tuple[th.Tensor, th.Tensor]] = []
+        if self._actor is not None and by_log_prob is not None:
+            head, network, actions = self._actor
+            by_outputs, parts = head.gradient(self._distributions, actions, by_log_prob, by_entropy)
+            parts += zip(network.parameters, network.gradients(self._actor_inputs, by_outputs))
+        if self._critic is not None and by_values is not None:
+            of_critic = self._critic.gradients(self._critic_inputs, by_values.unsqueeze(1))
+            parts += zip(self._critic.parameters, of_critic)
+        return PlainGradient(parts)
+
+
+class PlainGradient:
+    """
+    The same as :class:`sb3_vpg.common.threads.Gradient`, computed before.
+
+    :param parts: parameters and their gradients
+    """
+
+    def __init__(self, parts: list[tuple[th.Tensor, th.Tensor]]):
+        self._parts = parts
+
+    def add_to(self, parameters: Sequence[th.Tensor]) -> None:
+        wanted = set(map(id, parameters))
+        for parameter, gradient in self._parts:
+            if id(parameter) in wanted and parameter.grad is not None:
+                parameter.grad += gradient
+            elif id(parameter) in wanted:
+                # Optimizers expect gradient and parameter to have the same memory layout
+                parameter.grad = gradient.contiguous()
+
+    def of(self, parameters: Sequence[th.Tensor]) -> tuple[th.Tensor | None, ...]:
+        gradients = {id(parameter): gradient for parameter, gradient in self._parts}
+        return tuple(gradients.get(id(parameter)) for parameter in parameters)
