@@ -304,12 +304,12 @@ class VPG(RolloutCollector):
             values, log_prob, entropy = evaluation.values, evaluation.log_prob, evaluation.entropy
             # The loss is -mean(A_t log pi(a_t | s_t)) - ent_coef mean(entropy_t) + vf_coef mean((y_t - V(s_t))^2).
             # Its gradient follows from its derivatives by log pi, entropy and V
-            parts = {"policy_loss": -(batch.advantages * log_prob).sum() * weight}
+            policy_loss = -(batch.advantages * log_prob).sum() * weight
             by_log_prob, by_entropy, by_values = -weight * batch.advantages, -weight * ent_coef, None
             if entropy is None:
                 # Approximate entropy when no analytical form
                 entropy, by_log_prob = -log_prob, by_log_prob - by_entropy
-            parts["entropy_loss"] = -entropy.sum() / n_steps
+            parts = {"entropy_loss": -entropy.sum() / n_steps, "policy_loss": policy_loss}
             if values is not None:
                 errors = values - batch.returns / sigma
                 parts["value_loss"] = sigma**2 * (errors**2).sum() / n_steps

@@ -92,11 +92,6 @@ class PlainNetwork:
                 derivative = th.ops.aten.tanh_backward(buffer, h, grad_input=buffer)
         return gradients
 
-    @property
-    def trainable(self) -> bool:
-        """Whether no parameter is frozen or has a hook."""
-        return all(map(is_plain_parameter, self.parameters))
-
 
 def make_plain_network(role: str, *modules: nn.Module) -> PlainNetwork | None:
     """
@@ -112,10 +107,10 @@ def make_plain_network(role: str, *modules: nn.Module) -> PlainNetwork | None:
     return PlainNetwork(linears, role)  # type: ignore[arg-type]
 
 
-def is_plain_parameter(parameter: th.Tensor) -> bool:
-    """Whether the parameter has a gradient, and no hook that sees or changes it."""
+def has_gradient_hooks(parameter: th.Tensor) -> bool:
+    """Whether the parameter has a hook that sees or changes its gradient."""
     hooks: Any = parameter._backward_hooks or parameter._post_accumulate_grad_hooks
-    return parameter.requires_grad and not hooks
+    return bool(hooks)
 
 
 class PlainEvaluation:

@@ -22,7 +22,7 @@ from torch import nn
 
 from sb3_vpg.common.distribution_heads import NumPyHead, make_head
 from sb3_vpg.common.layers import Layer, has_hooks, is_plain, make_layers
-from sb3_vpg.common.plain_networks import PlainEvaluation, PlainNetwork, is_plain_parameter, make_plain_network
+from sb3_vpg.common.plain_networks import PlainEvaluation, PlainNetwork, has_gradient_hooks, make_plain_network
 from sb3_vpg.common.threads import Gradient, one_thread
 
 #: Largest matrix product (number of multiplications) that OpenBLAS, the library behind NumPy, computes on a single thread.
@@ -287,10 +287,10 @@ class FastPolicyRunner(PolicyRunner):
     @cached_property
     def _by_hand(self) -> bool:
         """Whether the gradients of all parameters are computed by hand."""
-        networks = (self._actor_network, self._critic_network)
-        return all(network is not None and network.trainable for network in networks) and all(
-            map(is_plain_parameter, self.head.own_parameters)
-        )
+        if self._actor_network is None or self._critic_network is None:
+            return False
+        parameters = [*self._actor_network.parameters, *self._critic_network.parameters, *self.head.own_parameters]
+        return not any(map(has_gradient_hooks, parameters))
 
     def set_training_mode(self, mode: bool) -> None:
         # Plain networks compute the same in both modes

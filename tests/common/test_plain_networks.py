@@ -5,7 +5,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from helpers.envs import ACTION_SPACES, BOX
-from helpers.models import SMALL, small_model, spaces_envs
+from helpers.models import SMALL, changed, small_model, spaces_envs, weights
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
 from torch import nn
@@ -110,14 +110,6 @@ def test_an_update_by_hand_is_the_update_by_automatic_differentiation(formulatio
         th.testing.assert_close(by_hand[name], parameter, rtol=1e-3, atol=2e-5, msg=name)
 
 
-def frozen(policy):
-    policy.mlp_extractor.policy_net[0].bias.requires_grad_(False)
-
-
-def frozen_noise(policy):
-    policy.log_std.requires_grad_(False)
-
-
 def hook(policy):
     policy.mlp_extractor.value_net[1].register_forward_hook(lambda *_: None)
 
@@ -146,15 +138,15 @@ def own_forward(policy):
     policy.action_net.forward = lambda x: 2 * nn.Linear.forward(policy.action_net, x)
 
 
-CHANGES = [frozen, frozen_noise, hook, gradient_hook, accumulation_hook, double, dropout, other_activation, own_forward]
+CHANGES = [hook, gradient_hook, accumulation_hook, double, dropout, other_activation, own_forward]
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_not_plain_is_left_to_automatic_differentiation(change):
-    changed = policy(ACTION_SPACES["Box"])
-    assert make_policy_runner(changed)._by_hand
-    change(changed)
-    assert not make_policy_runner(changed)._by_hand
+    plain = policy(ACTION_SPACES["Box"])
+    assert make_policy_runner(plain)._by_hand
+    change(plain)
+    assert not make_policy_runner(plain)._by_hand
 
 
 @pytest.mark.parametrize(
@@ -174,14 +166,25 @@ def test_other_policies_are_left_to_automatic_differentiation(make):
 
 
 def test_a_hook_that_changes_a_gradient_counts_in_the_update():
-    weights = []
+    unchanged = []
     for change in (lambda gradient: gradient, lambda gradient: 0 * gradient):
         model = small_model(device="cpu", policy_kwargs={**SMALL, "optimizer_class": th.optim.SGD})
         before = model.policy.action_net.weight.detach().clone()
         model.policy.action_net.weight.register_hook(change)
         model.learn(20)
-        weights.append(th.equal(before, model.policy.action_net.weight))
-    assert weights == [False, True]
+        unchanged.append(th.equal(before, model.policy.action_net.weight))
+    assert unchanged == [False, True]
+
+
+def test_frozen_parameters_do_not_change():
+    model = small_model(spaces_envs(action_space=ACTION_SPACES["Box"]), device="cpu")
+    frozen = {"log_std", "mlp_extractor.policy_net.0.bias", "value_net.weight"}
+    for name, parameter in model.policy.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    assert make_policy_runner(model.policy)._by_hand
+    before = weights(model)
+    model.learn(20)
+    assert changed(before, weights(model)) == set(before) - frozen
 
 
 def test_memory_that_is_kept_is_bounded():
