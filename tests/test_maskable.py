@@ -234,7 +234,7 @@ def test_the_logged_kl_divergence_is_that_of_the_masked_distributions():
 def test_masks_are_stored_with_the_steps_at_which_they_held(action_space, keywords):
     # The environment refuses actions that are not allowed
     model = masked_model(masked_envs(action_space), **keywords).learn(100)
-    (batch,) = model.recorder.get()
+    (batch,) = model.recorder.get_normalized(None)
     masks = getattr(batch, "inputs", {"action_masks": getattr(batch, "action_masks", None)})["action_masks"].numpy()
     places = np.cumsum([0, *sizes_of(action_space)[:-1]]) + batch.actions.numpy().astype(int).reshape(len(masks), -1)
     assert np.take_along_axis(masks, places, axis=1).all()
