@@ -52,6 +52,8 @@ def test_a_command_says_how_to_install_what_it_lacks(monkeypatch, package, argum
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_help_of_each_command_has_an_example(monkeypatch, capsys, command):
     monkeypatch.setattr(sys, "argv", ["sb3_vpg", command, "--help"])
+    # runpy warns of a module that is imported already
+    monkeypatch.delitem(sys.modules, f"{COMMANDS[command][0]}.__main__", raising=False)
     with pytest.raises(SystemExit):
         main()
     output = capsys.readouterr().out
