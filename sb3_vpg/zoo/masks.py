@@ -70,7 +70,8 @@ def attach_masks(env: VecEnv) -> VecEnv:
 def register_invalid_action_envs() -> None:
     """Register sb3-contrib's tasks with masks, such as ``InvalidActionEnvDiscrete-v0``. The best return is 100."""
     for name, kwargs in INVALID_ACTION_ENVS.items():
-        gym.register(f"{name}-v0", entry_point=f"sb3_contrib.common.envs:{name}", kwargs=kwargs)
+        if f"{name}-v0" not in gym.registry:
+            gym.register(f"{name}-v0", entry_point=f"sb3_contrib.common.envs:{name}", kwargs=kwargs)
 
 
 class MiniGridActionMasks(gym.Wrapper):
