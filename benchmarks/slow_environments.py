@@ -10,7 +10,6 @@ random actions. MlpPolicy, rollouts of 32 steps, one thread; A2C, and VPG with o
 
 import argparse
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from contestants import CONTESTANTS, training
 from gymnasium import spaces
 from harness import frames_per_second, save
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env import SubprocVecEnv
+from throughput import stepping
 
 N_ENVS, N_STEPS = 8, 32
 MILLISECONDS = (0.1, 1.0, 10.0)
@@ -49,20 +49,6 @@ class Slow(gym.Env):
         return self.observation_space.sample(), 1.0, self.n_steps == 100, False, {}
 
 
-def environments_alone(env: VecEnv) -> Callable[[int], int]:
-    """:return: a function that takes random steps"""
-    env.reset()
-    rng = np.random.default_rng(0)
-
-    def run(n_frames: int) -> int:
-        n_steps = -(-n_frames // N_ENVS)
-        for _ in range(n_steps):
-            env.step(rng.integers(2, size=N_ENVS))
-        return n_steps * N_ENVS
-
-    return run
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="rounds, in which the contestants take turns")
@@ -77,7 +63,8 @@ def main() -> None:
             make_vec_env, Slow, N_ENVS, seed=0, vec_env_cls=SubprocVecEnv, env_kwargs={"milliseconds": milliseconds}
         )
         envs = [make_env() for _ in range(len(NAMES) + 1)]
-        runs = [environments_alone(envs[0])]
+        rng = np.random.default_rng(0)
+        runs = [stepping(envs[0], lambda obs, rng=rng: rng.integers(2, size=N_ENVS))]
         for name, env in zip(NAMES, envs[1:]):
             algorithm, kwargs = CONTESTANTS[name]
             runs.append(training(algorithm("MlpPolicy", env, n_steps=N_STEPS, seed=0, device="cpu", **kwargs)))

@@ -67,6 +67,17 @@ def masks_and_memory() -> str:
     return markdown_table(header, rows)
 
 
+def slow_environments() -> str:
+    rows: dict[float, list[str]] = defaultdict(list)
+    lines = results_of("slow_environments")
+    for line in lines:
+        percent = 100 * np.array(line["shares"])
+        cell = f"{np.median(percent):.0f} % [{percent.min():.0f}, {percent.max():.0f}]"
+        rows[line["milliseconds"]].append(cell)
+    names = dict.fromkeys(line["contestant"] for line in lines)
+    return markdown_table(["a step takes", *names], [[f"{ms:g} ms", *cells] for ms, cells in rows.items()])
+
+
 def time_to_solve(env_id: str) -> str:
     groups = by_contestant(results_of("time_to_solve_" + env_id))
     of_ppo = median(groups["PPO"], "seconds")

@@ -185,9 +185,8 @@ class MaskableHead(NumPyHead):
 
     def terms(self, distributions: tuple[th.Tensor, ...], actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         log_prob = [log_p.gather(1, column).squeeze(1) for log_p, column in zip(distributions, self._columns(actions))]
-        return th.stack(log_prob).sum(dim=0), -th.stack([(log_p.exp() * log_p).sum(dim=1) for log_p in distributions]).sum(
-            dim=0
-        )
+        entropy = [-(log_p.exp() * log_p).sum(dim=1) for log_p in distributions]
+        return th.stack(log_prob).sum(dim=0), th.stack(entropy).sum(dim=0)
 
     def gradient(
         self, distributions: tuple[th.Tensor, ...], actions: th.Tensor, by_log_prob: th.Tensor, by_entropy: float
