@@ -87,7 +87,7 @@ def make_model(setting: Setting, contestant: str, env: VecEnv | None = None, **k
     :param kwargs: further keyword arguments of the algorithm
     """
     algorithm, own_kwargs = CONTESTANTS[contestant]
-    kwargs |= {"n_steps": setting.n_steps, "seed": 0, "device": "cpu", **own_kwargs}
+    kwargs = {"n_steps": setting.n_steps, "seed": 0, "device": "cpu", **own_kwargs, **kwargs}
     if algorithm is PPO:
         # PPO's default is 64, which would be very slow for large rollouts
         kwargs["batch_size"] = max(64, setting.n_frames // 4)

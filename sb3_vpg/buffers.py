@@ -4,8 +4,8 @@ VPG's rollout buffers, and an adapter for other rollout buffer classes.
 VPG's buffers store which steps were recorded and where episodes end. Advantages are computed by :mod:`sb3_vpg.estimators`.
 """
 
-from collections.abc import Callable, Generator, Iterator
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Generator, Iterator
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
@@ -15,27 +15,18 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples, TensorDict
 
 from sb3_vpg.common.collectives import SINGLE_PROCESS, SingleProcess
-from sb3_vpg.common.policy_inputs import Samples, SamplesWithInputs, ValueSamples
+from sb3_vpg.common.policy_inputs import Samples, SamplesWithInputs, ValueSamples, map_obs, pinned_empty
 from sb3_vpg.estimators import NORMALIZATIONS, Formulation, Rollout
 
 NumpyObs = np.ndarray | dict[str, np.ndarray]
-In = TypeVar("In")
-Out = TypeVar("Out")
 
 # Arrays of shape (T, N) that ``add`` fills, and their dtypes
 PER_STEP = {"rewards": np.float32, "episode_starts": np.float32, "mask": bool, "values": np.float32, "log_probs": np.float32}
 
-# Approximate size of the observations of a chunk, in single precision
-CHUNK_BYTES = 2**21
-# Bounds on the number of steps in a chunk
-MIN_CHUNK, MAX_CHUNK = 16, 4096
-
-
-def map_obs(function: Callable[[In], Out], obs: In | dict[str, In]) -> Out | dict[str, Out]:
-    """Apply ``function`` to an array observation, or to each entry of a Dict observation."""
-    if isinstance(obs, dict):
-        return {key: function(value) for key, value in obs.items()}
-    return function(obs)
+# Approximate size of the observations of a chunk, in single precision, and bounds on its number of steps. On a CPU, a chunk
+# fits the cache. On a GPU, it is large enough to use all units
+CPU_CHUNK = 2**21, 16, 2**12
+GPU_CHUNK = 2**30, 16, 2**16
 
 
 class VPGBufferMixin(RolloutBuffer):
@@ -88,7 +79,8 @@ class VPGBufferMixin(RolloutBuffer):
         """Allocate arrays of ``n_rows`` rows, and copy the first ``pos`` rows of the previous arrays."""
 
         def rows(name: str, shape: tuple[int, ...], dtype: Any, key: str | None = None) -> np.ndarray:
-            array = np.empty((n_rows, self.n_envs, *shape), dtype)
+            empty = pinned_empty if name == "observations" and self.device.type == "cuda" else np.empty
+            array = empty((n_rows, self.n_envs, *shape), dtype)
             if self.pos > 0:
                 old = getattr(self, name) if key is None else getattr(self, name)[key]
                 array[: self.pos] = old[: self.pos]
@@ -324,7 +316,8 @@ class VPGBufferMixin(RolloutBuffer):
         """Number of steps that the networks process at a time. It bounds the memory of an update."""
         sizes = self.obs_shape.values() if isinstance(self.obs_shape, dict) else [self.obs_shape]
         obs_bytes = 4 * sum(int(np.prod(shape)) for shape in sizes)
-        return int(np.clip(CHUNK_BYTES // max(obs_bytes, 1), MIN_CHUNK, MAX_CHUNK))
+        chunk_bytes, smallest, largest = CPU_CHUNK if self.device.type == "cpu" else GPU_CHUNK
+        return int(np.clip(chunk_bytes // max(obs_bytes, 1), smallest, largest))
 
     def flat_observations(self, indices: np.ndarray | slice) -> th.Tensor | TensorDict:
         """

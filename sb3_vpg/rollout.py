@@ -447,8 +447,9 @@ class RecurrentRolloutCollector(RolloutCollector):
         self.recorder.by_environment = True
         states = getattr(self, "_lstm_states", None)
         if states is None or states.pi[0].shape[1] != env.num_envs:
-            self._lstm_states = zero_states(self.policy, env.num_envs)
-        self._first_states = self._lstm_states
+            states = zero_states(self.policy, env.num_envs)
+        # A loaded model may be on another device than the saved one
+        self._lstm_states = self._first_states = states.to(self.device)
         self._states_at_time_limits: list[list[th.Tensor]] = []
 
     def _make_runner(self) -> PolicyRunner:

@@ -15,7 +15,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
 
-from sb3_vpg.buffers import buffer_class_for, map_obs
+from sb3_vpg.buffers import buffer_class_for
 from sb3_vpg.common.checks import non_finite_update_error
 from sb3_vpg.common.collectives import current_processes
 from sb3_vpg.common.optimization import (
@@ -24,7 +24,7 @@ from sb3_vpg.common.optimization import (
     fuse_adam,
     set_learning_rates,
 )
-from sb3_vpg.common.policy_inputs import Samples, ValueSamples, inputs_of
+from sb3_vpg.common.policy_inputs import Samples, ValueSamples, inputs_of, map_obs
 from sb3_vpg.common.policy_runner import PolicyRunner
 from sb3_vpg.common.progress_bar import AllRanksProgressBar
 from sb3_vpg.common.random_states import set_random_states
@@ -319,7 +319,7 @@ class VPG(RolloutCollector):
         losses: dict[str, float] = defaultdict(float)
         parameters = [*self._parameter_groups.actor, *self._parameter_groups.critic]
         batch: Samples
-        batches = self.recorder.get_normalized(self._chunk_size, self.processes)
+        batches = self.recorder.get_normalized(self._chunk_size(runner), self.processes)
         for batch, parts in accumulate_gradients(compute_gradient, batches, parameters, n_threads):  # noqa: B007
             for name, loss in parts.items():
                 losses[name] += float(loss)
@@ -336,7 +336,7 @@ class VPG(RolloutCollector):
         sigma = self.value_scale.sigma
         batches: Iterable[tuple[Iterable[ValueSamples], int]]
         if self.critic_batch_size is None:
-            batches = [(self.recorder.get_value_samples(self._chunk_size, shuffle=False), n_steps)]
+            batches = [(self.recorder.get_value_samples(self._chunk_size(runner), shuffle=False), n_steps)]
         else:
             # A minibatch is a single chunk
             n_threads = 1
@@ -366,10 +366,9 @@ class VPG(RolloutCollector):
             parts: list[ValueSamples] = [] if batch is None else [batch]
             yield parts, int(self.processes.sum(np.array(sum(len(part.returns) for part in parts))))
 
-    @property
-    def _chunk_size(self) -> int | None:
-        """Number of steps that the networks process at a time; None for all."""
-        return self.recorder.chunk_size if self._in_chunks else None
+    def _chunk_size(self, runner: PolicyRunner) -> int | None:
+        """:return: number of steps that the networks process at a time; None for all"""
+        return self.recorder.chunk_size * runner.n_threads if self._in_chunks else None
 
     def _n_threads(self, runner: PolicyRunner) -> int:
         """:return: number of chunks that the networks process in parallel"""

@@ -61,6 +61,13 @@ def one_thread():
     th.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def no_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Device "auto" is the CPU, except in the tests of GPUs."""
+    if "cuda" not in request.keywords:
+        monkeypatch.setattr(th.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def no_logs_left_behind(tmp_path_factory: pytest.TempPathFactory):
     """Every model makes a log folder, in the system's temporary folder unless SB3 is told where."""

@@ -187,8 +187,7 @@ def test_the_kl_divergence_of_a_long_rollout_comes_from_steps_all_over_it(monkey
         return model.logger.name_to_value["train/kl_divergence"]
 
     whole = learned()
-    monkeypatch.setattr(sb3_vpg.buffers, "MIN_CHUNK", 100)
-    monkeypatch.setattr(sb3_vpg.buffers, "MAX_CHUNK", 100)
+    monkeypatch.setattr(sb3_vpg.buffers, "CPU_CHUNK", (2**21, 100, 100))
     assert learned() == pytest.approx(whole, rel=0.02)
 
 

@@ -61,8 +61,7 @@ def test_gradients_added_up_over_chunks_are_those_of_the_whole_batch(keywords, m
         return model.learn(1, log_interval=None), chunks
 
     whole, whole_chunks = trained()
-    monkeypatch.setattr(sb3_vpg.buffers, "MIN_CHUNK", 7)
-    monkeypatch.setattr(sb3_vpg.buffers, "MAX_CHUNK", 7)
+    monkeypatch.setattr(sb3_vpg.buffers, "CPU_CHUNK", (2**21, 7, 7))
     in_chunks, chunks = trained()
     assert len(whole_chunks) == 1
     assert max(chunks) <= 7
@@ -84,8 +83,7 @@ class Normalised(FlattenExtractor):
 
 
 def test_a_network_with_batch_normalisation_sees_the_whole_batch_at_once(monkeypatch):
-    monkeypatch.setattr(sb3_vpg.buffers, "MIN_CHUNK", 7)
-    monkeypatch.setattr(sb3_vpg.buffers, "MAX_CHUNK", 7)
+    monkeypatch.setattr(sb3_vpg.buffers, "CPU_CHUNK", (2**21, 7, 7))
     model = small_model(policy_kwargs={**SMALL, "features_extractor_class": Normalised}, n_critic_updates=2)
     sizes = []
     norm = model.policy.features_extractor.norm

@@ -11,7 +11,7 @@ from gymnasium.vector.utils import create_empty_array
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import obs_as_tensor
 
-from sb3_vpg.common.policy_runner import temporary_distribution
+from sb3_vpg.common.policy_runner import gradients_in_evaluation_mode
 from sb3_vpg.common.recurrent_runner import is_recurrent, zero_states
 
 # Since PyTorch 2.4
@@ -26,7 +26,6 @@ def critic_only_parameters(policy: ActorCriticPolicy) -> set[int]:
     :param policy: any actor-critic policy
     :return: ids of these parameters
     """
-    policy.set_training_mode(False)
     parameters = list(policy.parameters())
     zeros = create_empty_array(policy.observation_space, n=1, fn=np.zeros)
     obs = obs_as_tensor(zeros, policy.device)  # type: ignore[arg-type]
@@ -37,7 +36,7 @@ def critic_only_parameters(policy: ActorCriticPolicy) -> set[int]:
         gradients = th.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)
         return [gradient is not None for gradient in gradients]
 
-    with temporary_distribution(policy), unfrozen(parameters), th.enable_grad():
+    with gradients_in_evaluation_mode(policy), unfrozen(parameters), th.enable_grad():
         inputs: dict[str, Any] = {}
         if is_recurrent(policy):
             inputs = {"lstm_states": zero_states(policy, 1), "episode_starts": th.ones(1, device=policy.device)}

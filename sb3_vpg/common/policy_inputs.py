@@ -1,6 +1,7 @@
-"""Inputs of policies in addition to observations: action masks, in sb3-contrib's convention."""
+"""Inputs of policies: observations, and action masks in sb3-contrib's convention."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
@@ -9,6 +10,21 @@ from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, Roll
 from stable_baselines3.common.vec_env import VecEnv
 
 METHOD = "action_masks"
+In = TypeVar("In")
+Out = TypeVar("Out")
+
+
+def map_obs(function: Callable[[In], Out], obs: In | dict[str, In]) -> Out | dict[str, Out]:
+    """Apply ``function`` to an array observation, or to each entry of a Dict observation."""
+    if isinstance(obs, dict):
+        return {key: function(value) for key, value in obs.items()}
+    return function(obs)
+
+
+def pinned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """``numpy.empty`` in page-locked memory, from which a GPU copies faster. PyTorch keeps such memory and uses it again."""
+    n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return th.empty(n_bytes, dtype=th.uint8, pin_memory=True).numpy().view(dtype).reshape(shape)
 
 
 class SamplesWithInputs(NamedTuple):

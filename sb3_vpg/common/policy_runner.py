@@ -29,7 +29,7 @@ from sb3_vpg.common.threads import Gradient, one_thread
 #: PyTorch's number of threads does not apply to it.
 LARGEST_NUMPY_PRODUCT = 2**18
 #: Largest number of weights in a layer for which one thread of PyTorch is faster than several
-LARGEST_SMALL_LAYER = 2**16
+LARGEST_SMALL_LAYER = 2**14
 
 # Policies whose forward() is the same as separate forward passes of actor and critic
 SB3_POLICIES = {
@@ -72,15 +72,21 @@ def has_sb3_forward(
 
 
 @contextmanager
-def temporary_distribution(policy: ActorCriticPolicy) -> Iterator[None]:
+def gradients_in_evaluation_mode(policy: ActorCriticPolicy) -> Iterator[None]:
     """
-    Context in which the policy uses a copy of its distribution. A policy keeps the last distribution that it has computed,
-    together with its computation graph; ``copy.deepcopy`` of such a policy fails.
+    Context for gradients outside of an update, in evaluation mode.
+
+    - The policy uses a copy of its distribution. A policy keeps the last distribution that it has computed, together with its
+      computation graph; ``copy.deepcopy`` of such a policy fails.
+    - cuDNN is not used for recurrent policies: its LSTMs have gradients in training mode only.
     """
+    policy.set_training_mode(False)
     original = policy.action_dist
     policy.action_dist = copy.copy(original)
+    recurrent = any(isinstance(module, nn.RNNBase) for module in policy.modules())
     try:
-        yield
+        with th.backends.cudnn.flags(enabled=False) if recurrent else nullcontext():
+            yield
     finally:
         policy.action_dist = original
 
@@ -175,6 +181,11 @@ class PolicyRunner:
     def set_training_mode(self, mode: bool) -> None:
         """Put the networks into training mode or evaluation mode, if it makes a difference."""
         self.policy.set_training_mode(mode)
+
+    @property
+    def n_threads(self) -> int:
+        """Number of threads of PyTorch that share each operation."""
+        return 1 if self.single_threaded or self.policy.device.type != "cpu" else th.get_num_threads()
 
     def threads(self) -> AbstractContextManager[None]:
         """:return: context in which PyTorch runs each operation on one thread, if that is faster"""

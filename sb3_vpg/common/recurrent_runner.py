@@ -27,6 +27,11 @@ class States(NamedTuple):
     pi: LSTMState
     vf: LSTMState
 
+    def to(self, device: th.device) -> "States":
+        """:return: the states on this device"""
+        pi, vf = ((hidden.to(device), cell.to(device)) for hidden, cell in self)
+        return States(pi, vf)
+
 
 def is_recurrent(policy: Any) -> bool:
     """:return: whether the policy has an LSTM in sb3-contrib's form"""

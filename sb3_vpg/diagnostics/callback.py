@@ -8,7 +8,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_vpg.buffers import VPGBufferMixin
 from sb3_vpg.common.checks import check_number
-from sb3_vpg.common.policy_runner import temporary_distribution
+from sb3_vpg.common.policy_runner import gradients_in_evaluation_mode
 from sb3_vpg.diagnostics.gradients import actor_parameters, weighted_score
 from sb3_vpg.diagnostics.statistics import GradientStatistics, statistics_of
 from sb3_vpg.estimators import Array, segment_index
@@ -73,7 +73,6 @@ def rollout_statistics(model: VPG, n_bootstrap: int = 0) -> GradientStatistics |
     buffer = model.rollout_buffer
     if not isinstance(buffer, VPGBufferMixin) or buffer.n_segments < 2:
         return None
-    model.policy.set_training_mode(False)
     groups = np.array_split(np.arange(buffer.n_segments), min(buffer.n_segments, MAX_GROUPS))
     # With this scale, the mean over groups is the gradient of the update
     scale = len(groups) / model.plan.batch_divisor(buffer.n_recorded, buffer.n_segments)
@@ -81,7 +80,7 @@ def rollout_statistics(model: VPG, n_bootstrap: int = 0) -> GradientStatistics |
     weights = scale * buffer.normalized_advantages().reshape(1, -1)
     runner, segments = model._make_runner(), steps_of_segments(buffer)
     gradients = []
-    with temporary_distribution(model.policy):
+    with gradients_in_evaluation_mode(model.policy):
         parameters = actor_parameters(runner, buffer)
         for group in groups:
             indices = np.concatenate([segments[segment] for segment in group])

@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_vpg.buffers import VPGBufferMixin, buffer_class_for
 from sb3_vpg.common.checks import check_choice, check_number
 from sb3_vpg.common.policy_inputs import inputs_of
-from sb3_vpg.common.policy_runner import PolicyRunner, temporary_distribution
+from sb3_vpg.common.policy_runner import PolicyRunner, gradients_in_evaluation_mode
 from sb3_vpg.common.recurrent_runner import RecurrentRunner, is_recurrent, zero_states
 from sb3_vpg.diagnostics.statistics import GradientStatistics, statistics_of
 from sb3_vpg.estimators import Array, Formulation, Rollout, segment_index
@@ -256,14 +256,13 @@ def batch_gradients(policy: ActorCriticPolicy, episodes: Episodes, measured: Seq
     :param measured: the updates whose gradients are computed, all with the same ``episodes_per_batch``
     :return: the policy gradient of each batch (ascent direction), shape (len(measured), batches, parameters of the actor)
     """
-    policy.set_training_mode(False)
     buffer = episodes.buffer
     # An episode begins with states of zero
     runner = RecurrentRunner(policy, zero_states(policy, buffer.n_envs)) if is_recurrent(policy) else PolicyRunner(policy)
     size = measured[0].episodes_per_batch
     n_batches = episodes.indices.shape[1] // size
     gradients = []
-    with temporary_distribution(policy):
+    with gradients_in_evaluation_mode(policy):
         parameters = actor_parameters(runner, buffer)
         for batch in range(n_batches):
             columns = slice(batch * size, (batch + 1) * size)

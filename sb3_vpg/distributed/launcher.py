@@ -27,9 +27,10 @@ def launched_by_torchrun() -> bool:
 
 @contextmanager
 def process_group() -> Iterator[ProcessGroup]:
-    """Context with a process group of all processes that torchrun has started. GPUs are used if available."""
+    """Context with a process group of all processes that torchrun has started. If each has a GPU, NCCL connects the GPUs."""
     backend = "gloo"
-    if th.cuda.is_available():
+    # NCCL refuses two processes on one GPU
+    if th.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"]):
         backend = "cpu:gloo,cuda:nccl"
         th.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     timeout = timedelta(seconds=float(os.environ.get(TIMEOUT_VARIABLE, TIMEOUT)))

@@ -27,8 +27,7 @@ def two_threads():
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(sb3_vpg.buffers, "MIN_CHUNK", 50)
-    monkeypatch.setattr(sb3_vpg.buffers, "MAX_CHUNK", 50)
+    monkeypatch.setattr(sb3_vpg.buffers, "CPU_CHUNK", (2**21, 50, 50))
 
 
 def test_one_thread_is_for_its_block_only(two_threads):

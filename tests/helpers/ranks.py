@@ -16,11 +16,16 @@ import torch.distributed as dist
 DEADLINE = 120
 
 
-def _run(rank: int, size: int, folder: Path, timeout: float, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _run(
+    rank: int, size: int, folder: Path, timeout: float, backend: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     warnings.simplefilter("error")
+    # See test_cuda.py
+    for message in ("You are trying to run", "Attempting to run cuBLAS"):
+        warnings.filterwarnings("ignore", message, UserWarning)
     th.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
+        backend, init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
     )
     try:
         outcome = function(*args)
@@ -30,17 +35,21 @@ def _run(rank: int, size: int, folder: Path, timeout: float, function: Callable[
     dist.destroy_process_group()
 
 
-def in_ranks(function: Callable[..., Any], *args: Any, folder: Path, size: int = 2, timeout: float = 60.0) -> list[Any]:
+def in_ranks(
+    function: Callable[..., Any], *args: Any, folder: Path, size: int = 2, timeout: float = 60.0, backend: str = "gloo"
+) -> list[Any]:
     """
     :param function: of a module, called in each of ``size`` new processes, which form a process group
     :param folder: a new one, for the processes to find each other and for what they return
     :param timeout: of the process group, in seconds
+    :param backend: of the process group
     :return: for each rank what the function returned or raised; its exit code, if it left without either
     """
     folder.mkdir()
     # See conftest.py: what takes seconds to import is imported once
     context = mp.get_context("forkserver")
-    processes = [context.Process(target=_run, args=(rank, size, folder, timeout, function, args)) for rank in range(size)]
+    common = (size, folder, timeout, backend, function, args)
+    processes = [context.Process(target=_run, args=(rank, *common)) for rank in range(size)]
     deadline = time.monotonic() + DEADLINE
     try:
         for process in processes:
