@@ -67,6 +67,24 @@ def masks_and_memory() -> str:
     return markdown_table(header, rows)
 
 
+def gpu(task: str) -> str:
+    lines = [line for line in results_of("gpu") if line["task"] == task]
+    of = {(line["width"], line["n_envs"], line["device"], line["algorithm"]): line for line in lines}
+    rows = []
+    for width, n_envs in dict.fromkeys((line["width"], line["n_envs"]) for line in lines):
+        a2c, vpg, ppo = (of[width, n_envs, "cuda", name] for name in ("A2C", "VPG, gae", "PPO"))
+        speed = vpg["frames_per_second"]
+        row = [f"{width} x {n_envs}" if width else f"{n_envs}", f"{a2c['frames_per_second']:,.0f}", f"{speed:,.0f}"]
+        row += [f"{speed / a2c['frames_per_second']:.2f}", f"{ppo['frames_per_second'] / a2c['frames_per_second']:.2f}"]
+        row.append(f"{vpg['share_of_update']:.0%}")
+        on_cpu = [of.get((width, n_envs, "cpu", name)) for name in ("A2C", "VPG, gae")]
+        row += ["" if line is None else f"{line['frames_per_second']:,.0f}" for line in on_cpu]
+        rows.append(row)
+    first = "width x environments" if task == "vectors" else "environments"
+    header = [first, "A2C", "VPG", "VPG / A2C", "PPO / A2C", "update", "A2C, CPU", "VPG, CPU"]
+    return markdown_table(header, rows)
+
+
 def slow_environments() -> str:
     rows: dict[float, list[str]] = defaultdict(list)
     lines = results_of("slow_environments")
