@@ -16,6 +16,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 from engines import engines_table
 from harness import interquartile_mean, markdown_table, median_and_range, read_lines
 from same_task import ENGINES, LEVEL, tests
@@ -174,6 +175,22 @@ def algorithms_on(env_id: str, *thresholds: str) -> str:
         rows.append([algo.upper(), steps, interquartile_mean(scores), *reached, lowest, length, noisy, seconds])
     at_least = [f"seeds >= {threshold}" for threshold in thresholds]
     return markdown_table(["", "steps", "return", *at_least, "lowest seed", "length", "stochastic", "seconds"], rows)
+
+
+def study(name: str, digits: str = "0") -> str:
+    """Runs of a study of ``python -m sb3_vpg compare``, in a folder of benchmarks/results."""
+    runs = pd.read_csv(RESULTS / name / "runs.csv")
+    algorithms = list(runs.algorithm.unique())
+
+    def cell(own: pd.DataFrame) -> str:
+        steps, seconds = own.timesteps.median() / 1e6, own.processor_seconds.median()
+        return f"{interquartile_mean(own.deterministic_return, int(digits))}<br>{steps:.2g} M, {seconds:.0f} s"
+
+    rows = [
+        [env_id, *(cell(of_env[of_env.algorithm == algorithm]) for algorithm in algorithms)]
+        for env_id, of_env in runs.groupby("environment", sort=False)
+    ]
+    return markdown_table(["return<br>steps, time", *algorithms], rows)
 
 
 def same_task(part: str) -> list[dict[str, Any]]:
