@@ -124,6 +124,19 @@ class OwnFeatures(FlattenExtractor):
     pass
 
 
+def test_threads_that_share_operations_get_larger_chunks(small_chunks, two_threads):
+    def chunk_size(device="cpu", **kwargs):
+        model = VPG("MlpPolicy", "CartPole-v1", device="cpu", **kwargs)
+        model.rollout_buffer.device = th.device(device)
+        return model._chunk_size(make_policy_runner(model.policy))
+
+    assert chunk_size() == 50
+    own = {"policy_kwargs": {"features_extractor_class": OwnFeatures}}
+    assert chunk_size(**own) == 2 * 50
+    # 4 numbers of 4 bytes each
+    assert chunk_size("cuda") == min(2**30 // 16, 2**16)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_has_threads_of_its_own():
