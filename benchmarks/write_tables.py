@@ -180,9 +180,11 @@ def algorithms_on(env_id: str, *thresholds: str) -> str:
 def study(name: str, digits: str = "0") -> str:
     """Runs of a study of ``python -m sb3_vpg compare``, in a folder of benchmarks/results."""
     runs = pd.read_csv(RESULTS / name / "runs.csv")
-    algorithms = list(runs.algorithm.unique())
+    algorithms = sorted(runs.algorithm.unique(), key=lambda name: not name.startswith("vpg"))
 
     def cell(own: pd.DataFrame) -> str:
+        if own.empty:
+            return ""
         steps, seconds = own.timesteps.median() / 1e6, own.processor_seconds.median()
         return f"{interquartile_mean(own.deterministic_return, int(digits))}<br>{steps:.2g} M, {seconds:.0f} s"
 
