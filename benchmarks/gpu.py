@@ -2,7 +2,7 @@
 Frames per second of training on a GPU: VPG compared with A2C and PPO, each on the GPU and on the CPU.
 
     python benchmarks/gpu.py --output gpu.json
-    python benchmarks/gpu.py --task images --envs 64 --seconds 5
+    python benchmarks/gpu.py --task images --images 64 --seconds 5
 
 - vectors: MlpPolicy, two hidden layers, on CartPole-v1 in a NativeVecEnv; each width with each number of environments
 - images: CnnPolicy on Pong in EnvPool, 84 x 84 x 4, if EnvPool is installed
@@ -79,19 +79,19 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for all results")
     args = parser.parse_args()
 
-    settings = [("vectors", Setting(n, native=True, width=width)) for width in args.width for n in args.envs]
-    settings += [("images", Setting(n, images=True)) for n in args.images]
+    settings: list[Setting] = []
+    if "vectors" in args.task:
+        settings += [Setting(n, native=True, width=width) for width in args.width for n in args.envs]
+    if "images" in args.task and importlib.util.find_spec("envpool") is not None:
+        settings += [Setting(n, images=True) for n in args.images]
     results: list[dict[str, Any]] = []
     # What the GPU does is measured first
-    for device, (task, setting) in itertools.product(args.device, settings):
-        images = task == "images"
-        if task not in args.task or (images and importlib.util.find_spec("envpool") is None):
-            continue
-        width = 0 if images else setting.width
+    for device, setting in itertools.product(args.device, settings):
+        task, width = ("images", 0) if setting.images else ("vectors", setting.width)
         if device == "cpu" and setting.n_envs * (width or WIDTH_OF_IMAGES) > LARGEST_ON_CPU:
             continue
         th.set_num_threads(1 if width == 64 else args.threads)
-        env = pong(setting.n_envs, args.threads) if images else make_env(setting)
+        env = pong(setting.n_envs, args.threads) if setting.images else make_env(setting)
         of_a2c = 0.0
         for name in ALGORITHMS:
             model = make_model(setting, name, env, device=device, learning_rate=0.0)

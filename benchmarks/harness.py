@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch as th
 from scipy.stats import bootstrap, trim_mean
 
 T = TypeVar("T")
@@ -108,6 +107,8 @@ def machine() -> dict[str, Any]:
         cpu = next((value.strip() for name, _, value in fields if name.strip() == "model name"), cpu)
     packages = ("sb3_vpg", "stable_baselines3", "rl_zoo3", "torch", "gymnasium", "numpy", "tianshou", "envpool")
     versions = {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)}
+    import torch as th
+
     gpu = {"gpu": th.cuda.get_device_name()} if th.cuda.is_available() else {}
     return {"cpu": cpu, "cores": os.cpu_count(), **gpu, "python": platform.python_version(), **versions}
 

@@ -2,7 +2,7 @@
 Create the trained agents in `rl-trained-agents`: train them with the zoo's command, and keep only the files that the zoo's
 `enjoy`, `record_video`, `push_to_hub` and plot scripts read.
 
-    python benchmarks/trained_agents.py --train     # about 20 minutes on one core
+    python benchmarks/trained_agents.py --train     # about ten minutes on one core
     python benchmarks/trained_agents.py             # only collect, from the logs of an earlier training
 
 Output for each environment: mean return of the last evaluation during training (20 deterministic episodes), and size in kB.
@@ -37,12 +37,10 @@ ENVIRONMENTS = (
     "CartPoleSwingUp-v0",
     "CartPoleSwingUp-v1",
 )
-#: Environments of continuous control, trained in EnvPool
-CONTINUOUS_CONTROL = ("HalfCheetah-v5", "Hopper-v5", "BipedalWalker-v3")
 #: Environments whose final model is clearly worse than the best evaluated one. On LunarLander: 151 compared with 250 (100
 #: episodes, other seeds than in the evaluations)
 BEST_EVALUATED = ("LunarLander-v3",)
-SETTINGS = "--seed 0 --n-eval-envs 5 --eval-episodes 20 --num-threads 1 --device cpu"
+SETTINGS = "--seed 0 --eval-freq 50000 --n-eval-envs 5 --eval-episodes 20 --num-threads 1 --device cpu"
 #: Attributes that are needed only to resume training
 RESUMING_ATTRIBUTES = (
     "_random_states",
@@ -57,13 +55,10 @@ OPERATING_SYSTEM = re.compile(rb"^- OS: .*\n", re.MULTILINE)
 
 
 def train(env_id: str, logs: Path) -> None:
-    """Run the zoo's ``train``. An earlier run number 1 of the environment is replaced."""
+    """Run ``rl_zoo3.train``. An earlier run number 1 of the environment is replaced."""
     shutil.rmtree(logs / "vpg" / f"{env_id}_1", ignore_errors=True)
-    command = ["rl_zoo3.train", "--eval-freq", "50000"]
-    if env_id in CONTINUOUS_CONTROL:
-        command = ["sb3_vpg", "train", "--vec-env", "envpool", "--eval-freq", "200000"]
-    command += ["--algo", "vpg", "--env", env_id, "-f", str(logs), *SETTINGS.split()]
-    subprocess.run([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, check=True)
+    command = [sys.executable, "-m", "rl_zoo3.train", "--algo", "vpg", "--env", env_id, "-f", str(logs), *SETTINGS.split()]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
 
 
 def collect(source: Path, target: Path, env_id: str, logs: Path) -> None:
@@ -117,7 +112,7 @@ def merge_monitor_files(source: Path, path: Path, env_id: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", nargs="+", default=(*ENVIRONMENTS, *CONTINUOUS_CONTROL))
+    parser.add_argument("--env", nargs="+", default=ENVIRONMENTS)
     parser.add_argument("--train", action="store_true", help="train first; replaces earlier runs in the log folder")
     parser.add_argument("--logs", type=Path, default=Path("build/agents"), help="log folder of the training")
     parser.add_argument("--output", type=Path, default=Path("rl-trained-agents"))

@@ -148,12 +148,13 @@ def steps_and_seconds(runs: list[dict[str, Any]]) -> tuple[str, str]:
     return f"{runs[0]['steps'] / 1e6:.2g} M", f"{np.median([run['processor_seconds'] for run in runs]):.0f}"
 
 
-def algorithms() -> str:
-    def cell(runs: list[dict[str, Any]]) -> str:
-        steps, seconds = steps_and_seconds(runs)
-        return f"{interquartile_mean([run['score'] for run in runs])}<br>{steps}, {seconds} s"
+def return_steps_and_time(runs: list[dict[str, Any]], digits: int = 1) -> str:
+    steps, seconds = steps_and_seconds(runs)
+    return f"{interquartile_mean([run['score'] for run in runs], digits)}<br>{steps}, {seconds} s"
 
-    rows = [[env_id, *(cell(of_env[algo]) for algo in ALGORITHMS)] for env_id, of_env in zoo_runs().items()]
+
+def algorithms() -> str:
+    rows = [[env_id, *(return_steps_and_time(of_env[algo]) for algo in ALGORITHMS)] for env_id, of_env in zoo_runs().items()]
     return markdown_table(["return<br>steps, time", *map(str.upper, ALGORITHMS)], rows)
 
 
@@ -179,19 +180,14 @@ def algorithms_on(env_id: str, *thresholds: str) -> str:
 
 def study(name: str, digits: str = "0") -> str:
     """Runs of a study of ``python -m sb3_vpg compare``, in a folder of benchmarks/results."""
-    runs = pd.read_csv(RESULTS / name / "runs.csv")
+    columns = {"timesteps": "steps", "deterministic_return": "score"}
+    runs = pd.read_csv(RESULTS / name / "runs.csv").rename(columns=columns)
     algorithms = sorted(runs.algorithm.unique(), key=lambda name: not name.startswith("vpg"))
 
-    def cell(own: pd.DataFrame) -> str:
-        if own.empty:
-            return ""
-        steps, seconds = own.timesteps.median() / 1e6, own.processor_seconds.median()
-        return f"{interquartile_mean(own.deterministic_return, int(digits))}<br>{steps:.2g} M, {seconds:.0f} s"
-
-    rows = [
-        [env_id, *(cell(of_env[of_env.algorithm == algorithm]) for algorithm in algorithms)]
-        for env_id, of_env in runs.groupby("environment", sort=False)
-    ]
+    rows = []
+    for env_id, of_env in runs.groupby("environment", sort=False):
+        own = [of_env[of_env.algorithm == algorithm].to_dict("records") for algorithm in algorithms]
+        rows.append([env_id, *(return_steps_and_time(seeds, int(digits)) if seeds else "" for seeds in own)])
     return markdown_table(["return<br>steps, time", *algorithms], rows)
 
 

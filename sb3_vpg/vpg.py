@@ -368,7 +368,7 @@ class VPG(RolloutCollector):
 
     def _chunk_size(self, runner: PolicyRunner) -> int | None:
         """:return: number of steps that the networks process at a time; None for all"""
-        return self.recorder.chunk_size * runner.n_threads if self._in_chunks else None
+        return self.recorder.chunk_size * runner.threads_per_operation if self._in_chunks else None
 
     def _n_threads(self, runner: PolicyRunner) -> int:
         """:return: number of chunks that the networks process in parallel"""

@@ -7,12 +7,12 @@ import pytest
 import torch as th
 import torch.distributed as dist
 from gymnasium import spaces
-from helpers.models import Spy, assert_same_weights, changed, weights
+from helpers.models import SGD, Spy, assert_same_weights, changed, small_kwargs, weights
 from helpers.ranks import in_ranks
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.vec_env import DummyVecEnv
 from test_maskable import masked_envs
+from test_recurrent import SGD as LSTM
 from test_recurrent import walks
 from test_vpg_is_a2c import FORCE, IMAGE, VECTOR
 
@@ -29,9 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning"),
 ]
 GPU = "cuda"
-SMALL = {"net_arch": [16], "optimizer_class": th.optim.SGD}
-LSTM = {"net_arch": [8], "lstm_hidden_size": 8, "optimizer_class": th.optim.SGD}
-CNN = {"features_extractor_kwargs": {"features_dim": 16}, "optimizer_class": th.optim.SGD}
+CNN = small_kwargs("CnnPolicy", optimizer_class=th.optim.SGD)
 DICT = spaces.Dict({"a": VECTOR, "b": FORCE})
 #: Class, policy, environments, further keywords
 CASES = {
@@ -57,7 +55,7 @@ def full_precision(monkeypatch):
 
 def model_of(case, device):
     cls, policy, make_env, keywords = CASES[case]
-    common = {"n_steps": 12, "seed": 0, "n_critic_updates": 3, "learning_rate": 0.01, "policy_kwargs": SMALL}
+    common = {"n_steps": 12, "seed": 0, "n_critic_updates": 3, "learning_rate": 0.01, "policy_kwargs": SGD}
     return cls(policy, make_env(), device=device, **{**common, **keywords})
 
 
@@ -148,7 +146,7 @@ def test_gradient_statistics_are_those_of_the_cpu(case):
 def trained_in_a_rank(device):
     """A training with one environment in each rank, and the weights after it."""
     env = make_vec_env("CartPole-v1", 1, seed=dist.get_rank())
-    model = VPG("MlpPolicy", env, n_steps=32, seed=0, policy_kwargs=SMALL, device=device, learning_rate=0.01)
+    model = VPG("MlpPolicy", env, n_steps=32, seed=0, policy_kwargs=SGD, device=device, learning_rate=0.01)
     model.learn(4 * 32 * dist.get_world_size())
     return {name: weight.cpu().numpy() for name, weight in model.policy.state_dict().items()}
 
@@ -164,5 +162,4 @@ def test_ranks_train_on_a_gpu(backend, size, tmp_path):
 
 
 def test_auto_is_the_gpu():
-    env = DummyVecEnv([lambda: walks().envs[0]])
-    assert VPG("MlpPolicy", env).device.type == GPU
+    assert VPG("MlpPolicy", walks()).device.type == GPU

@@ -183,7 +183,7 @@ class PolicyRunner:
         self.policy.set_training_mode(mode)
 
     @property
-    def n_threads(self) -> int:
+    def threads_per_operation(self) -> int:
         """Number of threads of PyTorch that share each operation."""
         return 1 if self.single_threaded or self.policy.device.type != "cpu" else th.get_num_threads()
 
