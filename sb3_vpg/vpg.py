@@ -19,9 +19,11 @@ from sb3_vpg.buffers import buffer_class_for
 from sb3_vpg.common.checks import non_finite_update_error
 from sb3_vpg.common.collectives import current_processes
 from sb3_vpg.common.optimization import (
+    FlatGradient,
     ParameterGroups,
     check_trainable,
     fuse_adam,
+    repeated_step,
     set_learning_rates,
 )
 from sb3_vpg.common.policy_inputs import Samples, ValueSamples, inputs_of, map_obs
@@ -250,8 +252,7 @@ class VPG(RolloutCollector):
             if self.plan.uses_value_function and any(p.requires_grad for p in groups.critic):
                 runner.set_training_mode(True)
                 with groups.critic_only(self.policy.optimizer):
-                    for _ in range(self.n_critic_updates - 1):
-                        self._fit_critic(runner, n_steps, n_threads)
+                    self._fit_critic(runner, n_steps, n_threads)
                 runner.set_training_mode(False)
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -332,39 +333,39 @@ class VPG(RolloutCollector):
         return losses, (map_obs(lambda obs: obs[sample], batch.observations), batch.actions[sample], inputs)
 
     def _fit_critic(self, runner: PolicyRunner, n_steps: int, n_threads: int) -> None:
-        """One pass of the value regression. It changes only parameters that the actor does not use."""
+        """Further passes of the value regression. They change only parameters that the actor does not use."""
         sigma = self.value_scale.sigma
-        batches: Iterable[tuple[Iterable[ValueSamples], int]]
-        if self.critic_batch_size is None:
-            batches = [(self.recorder.get_value_samples(self._chunk_size(runner), shuffle=False), n_steps)]
-        else:
-            # A minibatch is a single chunk
-            n_threads = 1
-            batches = self._critic_batches(n_steps, self.critic_batch_size)
-        for chunks, n_steps in batches:
+        parameters = [parameter for parameter in self._parameter_groups.critic if parameter.requires_grad]
+        gradient, step = FlatGradient(parameters), repeated_step(self.policy.optimizer)
+        # A minibatch is a single chunk
+        n_threads = n_threads if self.critic_batch_size is None else 1
+        for chunks, n in self._critic_batches(self._chunk_size(runner), n_steps):
 
-            def compute_gradient(chunk: ValueSamples, n_steps: int = n_steps) -> tuple[Any, None]:
+            def compute_gradient(chunk: ValueSamples, weight: float = 2 * self.vf_coef / n) -> tuple[Any, None]:
                 # The loss is vf_coef mean((y_t - V(s_t))^2)
                 evaluation = runner.value_evaluation(chunk.observations, **inputs_of(chunk))
-                return evaluation.gradient(2 * self.vf_coef / n_steps * (evaluation.values - chunk.returns / sigma)), None
+                return evaluation.gradient(weight * (evaluation.values - chunk.returns / sigma)), None
 
-            self.policy.optimizer.zero_grad()
-            list(accumulate_gradients(compute_gradient, chunks, self._parameter_groups.critic, n_threads))
-            self.processes.sum_gradients(self._parameter_groups.critic, {})
-            self._clip_gradients("value gradient", self._parameter_groups.critic, policy_step_taken=True)
-            self.policy.optimizer.step()
+            gradient.set_to_zero()
+            list(accumulate_gradients(compute_gradient, chunks, parameters, n_threads))
+            self.processes.sum_gradients(parameters, {})
+            self._check_finite_update("value gradient", gradient.clip(self.max_grad_norm), policy_step_taken=True)
+            step()
 
-    def _critic_batches(self, n_steps: int, batch_size: int) -> Iterator[tuple[list[ValueSamples], int]]:
+    def _critic_batches(self, chunk_size: int | None, n_steps: int) -> Iterator[tuple[Iterable[ValueSamples], int]]:
         """
-        Yield minibatches of about ``batch_size`` steps, split across the processes in proportion to their steps.
+        Yield the batches of the further passes. Minibatches are split across the processes in proportion to their steps.
 
-        :return: the part of this process (empty if it has no steps left), and the number of steps of all parts
+        :return: chunks of the part of this process (none if it has no steps left), and the number of steps of all parts
         """
-        n_batches = -(-n_steps // batch_size)
-        own = self.recorder.get_value_samples(-(-batch_size * self.recorder.n_recorded // n_steps))
-        for _, batch in itertools.zip_longest(range(n_batches), own):
-            parts: list[ValueSamples] = [] if batch is None else [batch]
-            yield parts, int(self.processes.sum(np.array(sum(len(part.returns) for part in parts))))
+        for _ in range(self.n_critic_updates - 1):
+            if self.critic_batch_size is None:
+                yield self.recorder.get_value_samples(chunk_size, shuffle=False), n_steps
+                continue
+            own = self.recorder.get_value_samples(-(-self.critic_batch_size * self.recorder.n_recorded // n_steps))
+            for _, batch in itertools.zip_longest(range(-(-n_steps // self.critic_batch_size)), own):
+                parts: list[ValueSamples] = [] if batch is None else [batch]
+                yield parts, int(self.processes.sum(np.array(sum(len(part.returns) for part in parts))))
 
     def _chunk_size(self, runner: PolicyRunner) -> int | None:
         """:return: number of steps that the networks process at a time; None for all"""
@@ -382,15 +383,14 @@ class VPG(RolloutCollector):
         own = (self.recorder.n_recorded, self.recorder.n_segments, self.recorder.n_episodes)
         return tuple(self.processes.sum(np.array(own)).astype(int).tolist())
 
-    def _clip_gradients(self, name: str, parameters: list[th.nn.Parameter], policy_step_taken: bool = False) -> float:
+    def _clip_gradients(self, name: str, parameters: list[th.nn.Parameter]) -> float:
         """
-        :param policy_step_taken: whether the policy's step of this update was taken before
         :return: norm of the gradient before clipping
         :raises ValueError: if the norm is not finite
         """
         max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = th.nn.utils.clip_grad_norm_(parameters, max_norm).item()
-        self._check_finite_update(name, norm, policy_step_taken)
+        self._check_finite_update(name, norm)
         return norm
 
     def _check_finite_update(self, name: str, value: float, policy_step_taken: bool = False) -> None:

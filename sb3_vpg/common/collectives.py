@@ -158,7 +158,9 @@ class ProcessGroup(SingleProcess):
         summed = self._sum(th.cat([*(gradient.flatten() for gradient in gradients), numbers]))
         *sums, counts, loss_sums = summed.split([*(g.numel() for g in gradients), len(parameters), len(losses)])
         for parameter, gradient, count in zip(parameters, sums, counts.tolist()):
-            if count:
+            if parameter.grad is not None:
+                parameter.grad.copy_(gradient.view_as(parameter))
+            elif count:
                 parameter.grad = gradient.view_as(parameter).to(parameter.dtype)
         return dict(zip(losses, loss_sums.tolist()))
 

@@ -1,7 +1,9 @@
 """Separate optimizer groups for the parameters of actor and critic."""
 
+import math
 import operator
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +12,8 @@ import torch as th
 from gymnasium.vector.utils import create_empty_array
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import obs_as_tensor
+from torch.optim.adam import adam
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from sb3_vpg.common.policy_runner import gradients_in_evaluation_mode
 from sb3_vpg.common.recurrent_runner import is_recurrent, zero_states
@@ -134,3 +138,65 @@ def fuse_adam(optimizer: th.optim.Optimizer) -> None:
         # The user has not chosen an implementation
         if group["fused"] is None and group["foreach"] is None and not group["differentiable"]:
             group["fused"] = True
+
+
+class FlatGradient:
+    """
+    ``grad`` of some parameters in one piece of memory, so that setting it to zero and clipping it are one operation each.
+
+    :param parameters: the parameters; they have a gradient from now on
+    """
+
+    def __init__(self, parameters: Sequence[th.nn.Parameter]):
+        groups = defaultdict(list)
+        for parameter in parameters:
+            groups[parameter.device, parameter.dtype].append(parameter)
+        self._pieces: list[th.Tensor] = []
+        for (device, dtype), group in groups.items():
+            sizes = [parameter.numel() for parameter in group]
+            piece = th.zeros(sum(sizes), device=device, dtype=dtype)
+            for parameter, part in zip(group, piece.split(sizes)):
+                # Optimizers expect gradient and parameter to have the same memory layout
+                parameter.grad = part.as_strided(parameter.shape, parameter.stride(), part.storage_offset())
+            self._pieces.append(piece)
+
+    def set_to_zero(self) -> None:
+        for piece in self._pieces:
+            piece.zero_()
+
+    def clip(self, max_norm: float | None) -> float:
+        """:return: the norm of the gradient before it was clipped to ``max_norm`` (None: not clipped)"""
+        norm = math.hypot(*(float(th.linalg.vector_norm(piece)) for piece in self._pieces))
+        if max_norm is not None and norm > max_norm:
+            for piece in self._pieces:
+                piece *= max_norm / (norm + 1e-6)
+        return norm
+
+
+def repeated_step(optimizer: th.optim.Optimizer) -> Callable[[], Any]:
+    """
+    :param optimizer: an optimizer that has made a step
+    :return: its ``step()``, to be called several times with the same tensors as gradients. For the fused Adam, it is the
+        update alone: what ``step()`` does around it takes several times as long for a small network
+    """
+    own_hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
+    hooks = own_hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
+    if hooks or type(optimizer) is not th.optim.Adam or "step" in vars(optimizer):
+        return optimizer.step
+    if not all(group["fused"] and not group["amsgrad"] for group in optimizer.param_groups):
+        return optimizer.step
+    groups: list[tuple[dict[str, Any], Any]] = []
+    for group in optimizer.param_groups:
+        parameters = [p for p in group["params"] if p.grad is not None]
+        states = [optimizer.state[p] for p in parameters]
+        averages = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
+        groups.append((group, (parameters, [p.grad for p in parameters], *averages, [], [state["step"] for state in states])))
+
+    @th.no_grad()
+    def step() -> None:
+        for group, tensors in groups:
+            beta1, beta2 = group["betas"]
+            keywords: Any = {name: group[name] for name in ("lr", "weight_decay", "eps", "maximize", "amsgrad", "fused")}
+            adam(*tensors, beta1=beta1, beta2=beta2, **keywords)
+
+    return step

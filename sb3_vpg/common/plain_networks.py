@@ -18,6 +18,8 @@ from sb3_vpg.common.layers import has_hooks, is_plain, is_plain_linear
 
 #: Largest size (in numbers) of memory that is kept for a layer between calls
 LARGEST_BUFFER = 2**20
+#: Number of shapes for which views of this memory are kept
+MOST_VIEWS = 64
 
 
 class _Buffers(threading.local):
@@ -28,16 +30,26 @@ class _Buffers(threading.local):
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, int], th.Tensor] = {}
+        self._views: dict[tuple[str, int, int, int], tuple[th.Tensor, np.ndarray]] = {}
 
-    def get(self, role: str, layer: int, n: int, width: int) -> th.Tensor:
-        """:return: memory of shape (n, width), which the next call with the same role and layer uses again"""
+    def get(self, role: str, layer: int, n: int, width: int) -> tuple[th.Tensor, np.ndarray]:
+        """:return: memory of shape (n, width) for PyTorch and NumPy, which the next call with this role and layer uses"""
+        key = (role, layer, n, width)
+        if key in self._views:
+            return self._views[key]
         size = n * width
         if size > LARGEST_BUFFER:
-            return th.empty(n, width)
+            view = th.empty(n, width)
+            return view, view.numpy()
         buffer = self._buffers.get((role, layer))
+        if buffer is None or len(buffer) < size or len(self._views) == MOST_VIEWS:
+            # Views of the old memory would keep it
+            self._views.clear()
         if buffer is None or len(buffer) < size:
             buffer = self._buffers[role, layer] = th.empty(size)
-        return buffer[:size].view(n, width)
+        view = buffer[:size].view(n, width)
+        self._views[key] = view, view.numpy()
+        return self._views[key]
 
 
 _buffers = _Buffers()
@@ -67,9 +79,9 @@ class PlainNetwork:
         """
         inputs = [x]
         for k, (weight, bias) in enumerate(self._layers[:-1]):
-            h = _buffers.get(self._role, k, len(x), len(bias))
+            h, array = _buffers.get(self._role, k, len(x), len(bias))
             th.addmm(bias, inputs[-1], weight.T, out=h)
-            np.tanh(h.numpy(), out=h.numpy())
+            np.tanh(array, out=array)
             inputs.append(h)
         weight, bias = self._layers[-1]
         return [*inputs, th.addmm(bias, inputs[-1], weight.T)]
@@ -78,16 +90,20 @@ class PlainNetwork:
         """
         :param inputs: the input of each layer
         :param derivative: derivative of a number by the output of the last layer, shape (N, outputs)
-        :return: gradients of this number, in the order of ``parameters``
+        :return: gradients of this number, in the order of ``parameters`` and in their memory layout
         """
-        gradients: list[th.Tensor] = []
+        gradients = [th.empty_like(parameter) for parameter in self.parameters]
         for k in reversed(range(len(self._layers))):
             h, (weight, _) = inputs[k], self._layers[k]
-            # The product with few rows is the faster one
-            of_weight = (h.T @ derivative).T if h.shape[1] < derivative.shape[1] else derivative.T @ h
-            gradients = [of_weight, derivative.sum(dim=0), *gradients]
+            of_weight, of_bias = gradients[2 * k : 2 * k + 2]
+            if h.shape[1] < derivative.shape[1]:
+                # The product with few rows is the faster one
+                of_weight.copy_((h.T @ derivative).T)
+            else:
+                th.mm(derivative.T, h, out=of_weight)
+            th.sum(derivative, dim=0, out=of_bias)
             if k > 0:
-                buffer = _buffers.get("backward", k, *h.shape)
+                buffer, _ = _buffers.get("backward", k, *h.shape)
                 th.mm(derivative, weight, out=buffer)
                 derivative = th.ops.aten.tanh_backward(buffer, h, grad_input=buffer)
         return gradients
@@ -177,8 +193,7 @@ class PlainGradient:
             if id(parameter) in wanted and parameter.grad is not None:
                 parameter.grad += gradient
             elif id(parameter) in wanted:
-                # Optimizers expect gradient and parameter to have the same memory layout
-                parameter.grad = gradient.contiguous()
+                parameter.grad = gradient
 
     def of(self, parameters: Sequence[th.Tensor]) -> tuple[th.Tensor | None, ...]:
         gradients = {id(parameter): gradient for parameter, gradient in self._parts}

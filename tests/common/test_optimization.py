@@ -1,6 +1,8 @@
 """Parameters of actor and critic: two groups of one optimizer, frozen layers, fused steps."""
 
 import io
+import math
+from functools import partial
 
 import pytest
 import torch as th
@@ -20,8 +22,10 @@ from helpers.models import (
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sb3_vpg import VPG
+from sb3_vpg.common.optimization import FlatGradient, repeated_step
 
 # ---------------------------------------------------------------------------------------------------------------
 # Spaces and networks
@@ -199,3 +203,102 @@ def test_with_the_critics_groups_only_the_actor_stays():
     assert moved
     assert all(name.startswith(CRITIC) for name in moved)
     assert {group["role"] for group in optimizer.param_groups} == {"actor", "critic"}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Further critic passes
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def network():
+    th.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    layers[0].float()
+    # Another memory layout
+    layers[1].weight.data = layers[1].weight.data.T.contiguous().T
+    return list(layers.parameters())
+
+
+def set_gradients(parameters, scale=1.0):
+    th.manual_seed(1)
+    for parameter in parameters:
+        gradient = scale * th.randn(parameter.shape)
+        if parameter.grad is None:
+            parameter.grad = th.empty_like(parameter)
+        parameter.grad.copy_(gradient)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.5, 100.0])
+def test_a_flat_gradient_is_clipped_like_separate_gradients(max_norm):
+    ours, theirs = network(), network()
+    flat = FlatGradient(ours)
+    assert all(p.grad.stride() == p.stride() and p.grad.dtype == p.dtype and not p.grad.any() for p in ours)
+    for parameters in (ours, theirs):
+        set_gradients(parameters)
+    norm = nn.utils.clip_grad_norm_(theirs, math.inf if max_norm is None else max_norm)
+    assert flat.clip(max_norm) == pytest.approx(norm.item())
+    for p, q in zip(ours, theirs):
+        th.testing.assert_close(p.grad, q.grad)
+    flat.set_to_zero()
+    assert not any(p.grad.any() for p in ours)
+
+
+def optimizers():
+    def adam(parameters, **kwargs):
+        groups = [{"params": parameters[:1], "lr": 0.1}, {"params": parameters[1:], "weight_decay": 0.1}]
+        return th.optim.Adam(groups, betas=(0.5, 0.9), fused=True, **kwargs)
+
+    def with_hook(parameters):
+        optimizer = adam(parameters)
+        optimizer.register_step_post_hook(lambda *_: parameters[0].data.zero_())
+        return optimizer
+
+    def with_schedule(parameters):
+        optimizer = adam(parameters)
+        # It replaces the method by one that counts
+        th.optim.lr_scheduler.ConstantLR(optimizer)
+        return optimizer
+
+    return {
+        "Adam": (adam, True),
+        "maximize": (partial(adam, maximize=True), True),
+        "AMSGrad": (partial(adam, amsgrad=True), False),
+        "hook": (with_hook, False),
+        "schedule": (with_schedule, False),
+        "not fused": (partial(th.optim.Adam, fused=False), False),
+        "AdamW": (partial(th.optim.AdamW, fused=True), False),
+        "SGD": (partial(th.optim.SGD, lr=0.1), False),
+    }
+
+
+@pytest.mark.parametrize(("make", "short"), optimizers().values(), ids=optimizers())
+def test_a_repeated_step_is_the_optimizers_step(make, short):
+    ours, theirs = network(), network()
+    optimizer, other = make(ours), make(theirs)
+    for parameters, one in ((ours, optimizer), (theirs, other)):
+        # A frozen parameter
+        parameters[-1].requires_grad_(False)
+        set_gradients(parameters[:-1])
+        one.step()
+    step = repeated_step(optimizer)
+    assert (step != optimizer.step) == short
+    for scale in (1.0, -2.0, 0.5):
+        for parameters, take_step in ((ours, step), (theirs, other.step)):
+            set_gradients(parameters[:-1], scale)
+            take_step()
+    for p, q in zip(ours, theirs):
+        assert th.equal(p, q)
+    for state, other_state in zip(optimizer.state.values(), other.state.values()):
+        for name, value in state.items():
+            assert th.equal(th.as_tensor(value), th.as_tensor(other_state[name]))
+
+
+def test_a_repeated_step_calls_global_hooks():
+    parameters = network()
+    optimizer = optimizers()["Adam"][0](parameters)
+    handle = register_optimizer_step_post_hook(lambda *_: None)
+    try:
+        assert repeated_step(optimizer) == optimizer.step
+    finally:
+        handle.remove()
+    assert repeated_step(optimizer) != optimizer.step
