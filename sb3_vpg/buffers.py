@@ -269,9 +269,11 @@ class VPGBufferMixin(RolloutBuffer):
         for indices in self.batch_indices(batch_size, shuffle):
             yield self._get_samples(indices)
 
-    def get_value_samples(self, batch_size: int | None = None, shuffle: bool = True) -> Iterator[ValueSamples]:
-        """Like :meth:`get`, with what the value regression needs only."""
-        for indices in self.batch_indices(batch_size, shuffle):
+    def get_value_samples(
+        self, batch_size: int | None = None, shuffle: bool = True, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[ValueSamples]:
+        """Like :meth:`get`, with what the value regression needs only. For ``part``, see :meth:`batch_indices`."""
+        for indices in self.batch_indices(batch_size, shuffle, part):
             returns = self.flat(self.returns, indices)
             yield ValueSamples(self.flat_observations(indices), returns, self.flat_inputs(indices))
 
@@ -281,10 +283,14 @@ class VPGBufferMixin(RolloutBuffer):
         for indices in self.batch_indices(batch_size):
             yield self._get_samples(indices)._replace(advantages=self.flat(normalized, indices))
 
-    def batch_indices(self, batch_size: int | None = None, shuffle: bool = False) -> Iterator[np.ndarray | slice]:
+    def batch_indices(
+        self, batch_size: int | None = None, shuffle: bool = False, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[np.ndarray | slice]:
         """
         Yield the indices of the steps in each batch of :meth:`get`. Step t of environment i has the index t N + i.
 
+        :param part: (k, n): of n evenly spaced parts of the rollout, only the one that begins with the recorded step k < n.
+            Not used if ``shuffle`` is True, or if a batch has all steps of some environments
         :return: arrays of indices; slices, which avoid copies, if all steps were recorded and ``shuffle`` is False
         """
         n = self.n_recorded
@@ -300,9 +306,10 @@ class VPGBufferMixin(RolloutBuffer):
             for start in range(0, n, batch_size):
                 yield indices[start : start + batch_size]
         else:
-            n_batches = -(-n // batch_size)
+            start, n_parts = part
+            n_batches = -(-len(range(start, n, n_parts)) // batch_size)
             for first in range(n_batches):
-                batch = slice(first, n, n_batches)
+                batch = slice(start + first * n_parts, n, n_parts * n_batches)
                 yield batch if recorded is None else recorded[batch]
 
     def _indices_of_environments(self, n_batches: int, shuffle: bool) -> Iterator[np.ndarray]:
@@ -463,7 +470,9 @@ class RolloutBufferAdapter:
     def chunk_size(self) -> int:
         return self.n_recorded
 
-    def get_value_samples(self, batch_size: int | None = None, shuffle: bool = True) -> Iterator[Any]:
+    def get_value_samples(
+        self, batch_size: int | None = None, shuffle: bool = True, part: tuple[int, int] = (0, 1)
+    ) -> Iterator[Any]:
         return self.buffer.get(batch_size)
 
     def get_normalized(self, batch_size: int | None, processes: SingleProcess = SINGLE_PROCESS) -> Iterator[Samples]:

@@ -18,14 +18,7 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from sb3_vpg.buffers import buffer_class_for
 from sb3_vpg.common.checks import non_finite_update_error
 from sb3_vpg.common.collectives import current_processes
-from sb3_vpg.common.optimization import (
-    FlatGradient,
-    ParameterGroups,
-    check_trainable,
-    fuse_adam,
-    repeated_step,
-    set_learning_rates,
-)
+from sb3_vpg.common.optimization import ParameterGroups, RepeatedSteps, check_trainable, fuse_adam, set_learning_rates
 from sb3_vpg.common.policy_inputs import Samples, ValueSamples, inputs_of, map_obs
 from sb3_vpg.common.policy_runner import PolicyRunner
 from sb3_vpg.common.progress_bar import AllRanksProgressBar
@@ -40,6 +33,8 @@ SelfVPG = TypeVar("SelfVPG", bound="VPG")
 
 # Maximum number of steps on which the KL divergence of an update is computed
 KL_STEPS = 1024
+# Number of steps on which a further pass of the value regression is computed, without minibatches
+LARGEST_CRITIC_BATCH = 4096
 
 
 class VPG(RolloutCollector):
@@ -95,7 +90,8 @@ class VPG(RolloutCollector):
         episodes, whole or in part). The value loss is always a mean over steps.
     :param n_critic_updates: Passes of the value regression per rollout, >= 1. The first is part of the joint loss; the others
         change only parameters that the actor does not use. Typical: 1 to 20. Larger: a more accurate critic, slower updates.
-    :param critic_batch_size: Minibatch size of the further passes; None for the full batch. Smaller: more critic steps.
+    :param critic_batch_size: Minibatch size of the further passes. Smaller: more critic steps. None for one step in each pass,
+        on the full batch or, if it has more than 4096 steps, on an evenly spaced part of it.
     :param critic_learning_rate: Learning rate of the parameters that only the critic uses, a float or a function of the
         progress remaining; None for ``learning_rate``. Typical: 1e-3 to 1e-2.
     :param scale_value_targets: Whether to divide the targets of the value regression by their running standard deviation.
@@ -252,7 +248,7 @@ class VPG(RolloutCollector):
             if self.plan.uses_value_function and any(p.requires_grad for p in groups.critic):
                 runner.set_training_mode(True)
                 with groups.critic_only(self.policy.optimizer):
-                    self._fit_critic(runner, n_steps, n_threads)
+                    self._fit_critic(runner, n_steps)
                 runner.set_training_mode(False)
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -332,13 +328,11 @@ class VPG(RolloutCollector):
         inputs = {key: array[sample] for key, array in inputs_of(batch).items()}
         return losses, (map_obs(lambda obs: obs[sample], batch.observations), batch.actions[sample], inputs)
 
-    def _fit_critic(self, runner: PolicyRunner, n_steps: int, n_threads: int) -> None:
+    def _fit_critic(self, runner: PolicyRunner, n_steps: int) -> None:
         """Further passes of the value regression. They change only parameters that the actor does not use."""
         sigma = self.value_scale.sigma
         parameters = [parameter for parameter in self._parameter_groups.critic if parameter.requires_grad]
-        gradient, step = FlatGradient(parameters), repeated_step(self.policy.optimizer)
-        # A minibatch is a single chunk
-        n_threads = n_threads if self.critic_batch_size is None else 1
+        steps = RepeatedSteps(self.policy.optimizer, parameters)
         for chunks, n in self._critic_batches(self._chunk_size(runner), n_steps):
 
             def compute_gradient(chunk: ValueSamples, weight: float = 2 * self.vf_coef / n) -> tuple[Any, None]:
@@ -346,26 +340,33 @@ class VPG(RolloutCollector):
                 evaluation = runner.value_evaluation(chunk.observations, **inputs_of(chunk))
                 return evaluation.gradient(weight * (evaluation.values - chunk.returns / sigma)), None
 
-            gradient.set_to_zero()
-            list(accumulate_gradients(compute_gradient, chunks, parameters, n_threads))
+            steps.zero_grad()
+            list(accumulate_gradients(compute_gradient, chunks, parameters))
             self.processes.sum_gradients(parameters, {})
-            self._check_finite_update("value gradient", gradient.clip(self.max_grad_norm), policy_step_taken=True)
-            step()
+            self._check_finite_update("value gradient", steps.clip_gradient(self.max_grad_norm), policy_step_taken=True)
+            steps.step()
 
-    def _critic_batches(self, chunk_size: int | None, n_steps: int) -> Iterator[tuple[Iterable[ValueSamples], int]]:
+    def _critic_batches(self, chunk_size: int | None, n_steps: int) -> Iterator[tuple[list[ValueSamples], int]]:
         """
-        Yield the batches of the further passes. Minibatches are split across the processes in proportion to their steps.
+        Yield the batches of the further passes. They are split across the processes in proportion to their steps.
 
         :return: chunks of the part of this process (none if it has no steps left), and the number of steps of all parts
         """
-        for _ in range(self.n_critic_updates - 1):
+        n_parts = -(-n_steps // LARGEST_CRITIC_BATCH)
+        own: Iterable[list[ValueSamples]]
+        for n_pass in range(self.n_critic_updates - 1):
             if self.critic_batch_size is None:
-                yield self.recorder.get_value_samples(chunk_size, shuffle=False), n_steps
-                continue
-            own = self.recorder.get_value_samples(-(-self.critic_batch_size * self.recorder.n_recorded // n_steps))
-            for _, batch in itertools.zip_longest(range(-(-n_steps // self.critic_batch_size)), own):
-                parts: list[ValueSamples] = [] if batch is None else [batch]
-                yield parts, int(self.processes.sum(np.array(sum(len(part.returns) for part in parts))))
+                part = (n_pass % n_parts, n_parts)
+                own = [list(self.recorder.get_value_samples(chunk_size, shuffle=False, part=part))]
+                n_batches = 1
+            else:
+                size = -(-self.critic_batch_size * self.recorder.n_recorded // n_steps)
+                own = ([batch] for batch in self.recorder.get_value_samples(size))
+                n_batches = -(-n_steps // self.critic_batch_size)
+            for _, chunks in itertools.zip_longest(range(n_batches), own):
+                n = int(self.processes.sum(np.array(sum(len(chunk.returns) for chunk in chunks or ()))))
+                if n > 0:
+                    yield chunks or [], n
 
     def _chunk_size(self, runner: PolicyRunner) -> int | None:
         """:return: number of steps that the networks process at a time; None for all"""

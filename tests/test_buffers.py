@@ -1,5 +1,6 @@
 """Rollout buffers: a user's own RolloutBuffer gives the same update as VPG's, which can be derived from."""
 
+import numpy as np
 import pytest
 import torch as th
 from helpers.envs import OBSERVATION_SPACES, policy_for
@@ -57,3 +58,16 @@ def test_the_buffer_class_goes_with_the_observations_and_can_be_derived_from():
     mine, ours = (small_model(rollout_buffer_class=c, estimator="reward_to_go").learn(20) for c in (Mine, None))
     assert type(mine.rollout_buffer) is Mine
     assert_same_weights(mine, ours)
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+@pytest.mark.parametrize("n_recorded", [40, 31])
+def test_parts_of_a_rollout_have_each_recorded_step_once(n_recorded, batch_size):
+    buffer = small_model(n_steps=20).learn(40).recorder
+    recorded = np.sort(np.random.default_rng(0).permutation(40)[:n_recorded])
+    buffer.mask = np.isin(np.arange(40), recorded).reshape(buffer.mask.shape)
+    indices = np.arange(40)
+    parts = [[indices[batch] for batch in buffer.batch_indices(batch_size, part=(k, 3))] for k in range(3)]
+    assert max(len(batch) for part in parts for batch in part) <= (batch_size or 14)
+    for k, part in enumerate(parts):
+        assert np.array_equal(np.sort(np.concatenate(part)), recorded[k::3])

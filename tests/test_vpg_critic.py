@@ -63,6 +63,27 @@ def test_the_critic_takes_as_many_steps_and_batches_as_asked():
     assert batches == [40, 16, 16, 8, 16, 16, 8]
 
 
+def test_further_passes_over_a_large_rollout_use_its_parts_in_turns(monkeypatch):
+    keywords = {"n_steps": 20, "policy_kwargs": SGD, "max_grad_norm": None, "critic_learning_rate": 1e-3}
+    once, whole = (small_model(n_critic_updates=n, **keywords).learn(40) for n in (1, 4))
+    monkeypatch.setattr("sb3_vpg.vpg.LARGEST_CRITIC_BATCH", 16)
+    in_parts = small_model(n_critic_updates=4, **keywords).learn(40)
+    # The steps are so small that the gradient stays the same. Three means over thirds add up to three means over all
+    expected = steps_of_critic(whole, since=once)
+    assert (steps_of_critic(in_parts, since=once) - expected).norm() < 0.05 * expected.norm()
+
+    model = small_model(n_critic_updates=5, **keywords)
+    inputs = []
+    model.policy.value_net.register_forward_hook(
+        lambda module, args, output: inputs.append(args[0].detach()) if model.policy.training else None
+    )
+    model.learn(40)
+    whole, *parts = inputs
+    assert list(map(len, parts)) == [14, 13, 13, 14]
+    for k, part in enumerate(parts):
+        th.testing.assert_close(part, whole[k % 3 :: 3], rtol=0, atol=0.01)
+
+
 def test_further_critic_passes_lower_the_value_loss():
     def value_loss(n_critic_updates):
         model = small_model(n_critic_updates=n_critic_updates, learning_rate=0.01).learn(20)

@@ -3,7 +3,7 @@
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -140,51 +140,53 @@ def fuse_adam(optimizer: th.optim.Optimizer) -> None:
             group["fused"] = True
 
 
-class FlatGradient:
+class RepeatedSteps:
     """
-    ``grad`` of some parameters in one piece of memory, so that setting it to zero and clipping it are one operation each.
+    Several steps of an optimizer in a row, in less time for small networks: ``grad`` of all parameters is one piece of memory,
+    and the fused Adam is called without what its ``step()`` does around it.
 
-    :param parameters: the parameters; they have a gradient from now on
+    :param optimizer: an optimizer that has made a step
+    :param parameters: the parameters that have a gradient
     """
 
-    def __init__(self, parameters: Sequence[th.nn.Parameter]):
+    def __init__(self, optimizer: th.optim.Optimizer, parameters: Iterable[th.nn.Parameter]):
         groups = defaultdict(list)
         for parameter in parameters:
             groups[parameter.device, parameter.dtype].append(parameter)
-        self._pieces: list[th.Tensor] = []
+        self._gradients: list[th.Tensor] = []
         for (device, dtype), group in groups.items():
             sizes = [parameter.numel() for parameter in group]
-            piece = th.zeros(sum(sizes), device=device, dtype=dtype)
-            for parameter, part in zip(group, piece.split(sizes)):
+            gradient = th.zeros(sum(sizes), device=device, dtype=dtype)
+            for parameter, part in zip(group, gradient.split(sizes)):
                 # Optimizers expect gradient and parameter to have the same memory layout
                 parameter.grad = part.as_strided(parameter.shape, parameter.stride(), part.storage_offset())
-            self._pieces.append(piece)
+            self._gradients.append(gradient)
+        #: Make a step
+        self.step: Callable[[], Any] = _fused_adam_step(optimizer) if _is_plain_fused_adam(optimizer) else optimizer.step
 
-    def set_to_zero(self) -> None:
-        for piece in self._pieces:
-            piece.zero_()
+    def zero_grad(self) -> None:
+        """Set all gradients to zero."""
+        for gradient in self._gradients:
+            gradient.zero_()
 
-    def clip(self, max_norm: float | None) -> float:
+    def clip_gradient(self, max_norm: float | None) -> float:
         """:return: the norm of the gradient before it was clipped to ``max_norm`` (None: not clipped)"""
-        norm = math.hypot(*(float(th.linalg.vector_norm(piece)) for piece in self._pieces))
+        norm = math.hypot(*(float(th.linalg.vector_norm(gradient)) for gradient in self._gradients))
         if max_norm is not None and norm > max_norm:
-            for piece in self._pieces:
-                piece *= max_norm / (norm + 1e-6)
+            for gradient in self._gradients:
+                gradient *= max_norm / (norm + 1e-6)
         return norm
 
 
-def repeated_step(optimizer: th.optim.Optimizer) -> Callable[[], Any]:
-    """
-    :param optimizer: an optimizer that has made a step
-    :return: its ``step()``, to be called several times with the same tensors as gradients. For the fused Adam, it is the
-        update alone: what ``step()`` does around it takes several times as long for a small network
-    """
+def _is_plain_fused_adam(optimizer: th.optim.Optimizer) -> bool:
     own_hooks = optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks
     hooks = own_hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
     if hooks or type(optimizer) is not th.optim.Adam or "step" in vars(optimizer):
-        return optimizer.step
-    if not all(group["fused"] and not group["amsgrad"] for group in optimizer.param_groups):
-        return optimizer.step
+        return False
+    return all(group["fused"] and not group["amsgrad"] for group in optimizer.param_groups)
+
+
+def _fused_adam_step(optimizer: th.optim.Optimizer) -> Callable[[], None]:
     groups: list[tuple[dict[str, Any], Any]] = []
     for group in optimizer.param_groups:
         parameters = [p for p in group["params"] if p.grad is not None]

@@ -25,7 +25,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sb3_vpg import VPG
-from sb3_vpg.common.optimization import FlatGradient, repeated_step
+from sb3_vpg.common.optimization import RepeatedSteps
 
 # ---------------------------------------------------------------------------------------------------------------
 # Spaces and networks
@@ -231,15 +231,15 @@ def set_gradients(parameters, scale=1.0):
 @pytest.mark.parametrize("max_norm", [None, 0.5, 100.0])
 def test_a_flat_gradient_is_clipped_like_separate_gradients(max_norm):
     ours, theirs = network(), network()
-    flat = FlatGradient(ours)
+    steps = RepeatedSteps(th.optim.SGD(ours), ours)
     assert all(p.grad.stride() == p.stride() and p.grad.dtype == p.dtype and not p.grad.any() for p in ours)
     for parameters in (ours, theirs):
         set_gradients(parameters)
     norm = nn.utils.clip_grad_norm_(theirs, math.inf if max_norm is None else max_norm)
-    assert flat.clip(max_norm) == pytest.approx(norm.item())
+    assert steps.clip_gradient(max_norm) == pytest.approx(norm.item())
     for p, q in zip(ours, theirs):
         th.testing.assert_close(p.grad, q.grad)
-    flat.set_to_zero()
+    steps.zero_grad()
     assert not any(p.grad.any() for p in ours)
 
 
@@ -280,7 +280,7 @@ def test_a_repeated_step_is_the_optimizers_step(make, short):
         parameters[-1].requires_grad_(False)
         set_gradients(parameters[:-1])
         one.step()
-    step = repeated_step(optimizer)
+    step = RepeatedSteps(optimizer, ours[:-1]).step
     assert (step != optimizer.step) == short
     for scale in (1.0, -2.0, 0.5):
         for parameters, take_step in ((ours, step), (theirs, other.step)):
@@ -298,7 +298,9 @@ def test_a_repeated_step_calls_global_hooks():
     optimizer = optimizers()["Adam"][0](parameters)
     handle = register_optimizer_step_post_hook(lambda *_: None)
     try:
-        assert repeated_step(optimizer) == optimizer.step
+        assert RepeatedSteps(optimizer, parameters).step == optimizer.step
     finally:
         handle.remove()
-    assert repeated_step(optimizer) != optimizer.step
+    set_gradients(parameters)
+    optimizer.step()
+    assert RepeatedSteps(optimizer, parameters).step != optimizer.step
