@@ -330,7 +330,6 @@ class VPG(RolloutCollector):
 
     def _fit_critic(self, runner: PolicyRunner, n_steps: int) -> None:
         """Further passes of the value regression. They change only parameters that the actor does not use."""
-        sigma = self.value_scale.sigma
         parameters = [parameter for parameter in self._parameter_groups.critic if parameter.requires_grad]
         steps = RepeatedSteps(self.policy.optimizer, parameters)
         for chunks, n in self._critic_batches(self._chunk_size(runner), n_steps):
@@ -338,7 +337,7 @@ class VPG(RolloutCollector):
             def compute_gradient(chunk: ValueSamples, weight: float = 2 * self.vf_coef / n) -> tuple[Any, None]:
                 # The loss is vf_coef mean((y_t - V(s_t))^2)
                 evaluation = runner.value_evaluation(chunk.observations, **inputs_of(chunk))
-                return evaluation.gradient(weight * (evaluation.values - chunk.returns / sigma)), None
+                return evaluation.gradient(weight * (evaluation.values - chunk.returns / self.value_scale.sigma)), None
 
             steps.zero_grad()
             list(accumulate_gradients(compute_gradient, chunks, parameters))
@@ -364,7 +363,8 @@ class VPG(RolloutCollector):
                 own = ([batch] for batch in self.recorder.get_value_samples(size))
                 n_batches = -(-n_steps // self.critic_batch_size)
             for _, chunks in itertools.zip_longest(range(n_batches), own):
-                n = int(self.processes.sum(np.array(sum(len(chunk.returns) for chunk in chunks or ()))))
+                own_n = np.array(sum(len(chunk.returns) for chunk in chunks or ()))
+                n = n_steps if n_batches == n_parts == 1 else int(self.processes.sum(own_n))
                 if n > 0:
                     yield chunks or [], n
 
