@@ -18,7 +18,14 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from sb3_vpg.buffers import buffer_class_for
 from sb3_vpg.common.checks import non_finite_update_error
 from sb3_vpg.common.collectives import current_processes
-from sb3_vpg.common.optimization import ParameterGroups, RepeatedSteps, check_trainable, fuse_adam, set_learning_rates
+from sb3_vpg.common.optimization import (
+    ParameterGroups,
+    RepeatedSteps,
+    check_trainable,
+    fuse_adam,
+    number_of_parts,
+    set_learning_rates,
+)
 from sb3_vpg.common.policy_inputs import Samples, ValueSamples, inputs_of, map_obs
 from sb3_vpg.common.policy_runner import PolicyRunner
 from sb3_vpg.common.progress_bar import AllRanksProgressBar
@@ -33,8 +40,6 @@ SelfVPG = TypeVar("SelfVPG", bound="VPG")
 
 # Maximum number of steps on which the KL divergence of an update is computed
 KL_STEPS = 1024
-# Number of steps on which a further pass of the value regression is computed, without minibatches
-LARGEST_CRITIC_BATCH = 4096
 
 
 class VPG(RolloutCollector):
@@ -226,7 +231,8 @@ class VPG(RolloutCollector):
         runner = self._make_runner()
         # Switch to train mode (this affects batch norm / dropout)
         runner.set_training_mode(True)
-        n_threads = self._n_threads(runner)
+        n_chunks = -(-self.recorder.n_recorded // self.recorder.chunk_size)
+        n_threads = min(th.get_num_threads(), n_chunks) if runner.single_threaded else 1
         n_steps, n_segments, n_episodes = self._batch_counts()
         if self.scale_value_targets and self.plan.uses_value_function:
             self.value_scale.update(self.recorder.recorded_returns, self.processes)
@@ -351,7 +357,7 @@ class VPG(RolloutCollector):
 
         :return: chunks of the part of this process (none if it has no steps left), and the number of steps of all parts
         """
-        n_parts = -(-n_steps // LARGEST_CRITIC_BATCH)
+        n_parts = number_of_parts(n_steps, self.n_envs)
         own: Iterable[list[ValueSamples]]
         for n_pass in range(self.n_critic_updates - 1):
             if self.critic_batch_size is None:
@@ -371,13 +377,6 @@ class VPG(RolloutCollector):
     def _chunk_size(self, runner: PolicyRunner) -> int | None:
         """:return: number of steps that the networks process at a time; None for all"""
         return self.recorder.chunk_size * runner.threads_per_operation if self._in_chunks else None
-
-    def _n_threads(self, runner: PolicyRunner) -> int:
-        """:return: number of chunks that the networks process in parallel"""
-        n_threads = th.get_num_threads()
-        if n_threads == 1 or not runner.single_threaded:
-            return 1
-        return min(n_threads, -(-self.recorder.n_recorded // self.recorder.chunk_size))
 
     def _batch_counts(self) -> tuple[int, int, int]:
         """:return: number of steps, of segments and of episodes that ended, in the batch of all processes"""

@@ -66,7 +66,7 @@ def test_the_critic_takes_as_many_steps_and_batches_as_asked():
 def test_further_passes_over_a_large_rollout_use_its_parts_in_turns(monkeypatch):
     keywords = {"n_steps": 20, "policy_kwargs": SGD, "max_grad_norm": None, "critic_learning_rate": 1e-3}
     once, whole = (small_model(n_critic_updates=n, **keywords).learn(40) for n in (1, 4))
-    monkeypatch.setattr("sb3_vpg.vpg.LARGEST_CRITIC_BATCH", 16)
+    monkeypatch.setattr("sb3_vpg.common.optimization.LARGEST_CRITIC_BATCH", 16)
     in_parts = small_model(n_critic_updates=4, **keywords).learn(40)
     # The steps are so small that the gradient stays the same. Three means over thirds add up to three means over all
     expected = steps_of_critic(whole, since=once)

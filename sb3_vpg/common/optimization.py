@@ -1,5 +1,6 @@
 """Separate optimizer groups for the parameters of actor and critic."""
 
+import itertools
 import math
 import operator
 from collections import defaultdict
@@ -20,6 +21,9 @@ from sb3_vpg.common.recurrent_runner import is_recurrent, zero_states
 
 # Since PyTorch 2.4
 FUSED_ADAM_ON_CPU = tuple(map(int, th.__version__.split(".")[:2])) >= (2, 4)
+
+#: Largest number of steps on which a pass of the value regression is computed, without minibatches
+LARGEST_CRITIC_BATCH = 4096
 
 
 def critic_only_parameters(policy: ActorCriticPolicy) -> set[int]:
@@ -138,6 +142,17 @@ def fuse_adam(optimizer: th.optim.Optimizer) -> None:
         # The user has not chosen an implementation
         if group["fused"] is None and group["foreach"] is None and not group["differentiable"]:
             group["fused"] = True
+
+
+def number_of_parts(n_steps: int, n_envs: int) -> int:
+    """
+    :param n_steps: number of steps of a rollout
+    :param n_envs: number N of environments
+    :return: number of evenly spaced parts of at most :data:`LARGEST_CRITIC_BATCH` steps. It has no common divisor with N, so
+        that each part has steps of all environments: step t of environment i has the index t N + i
+    """
+    at_least = -(-n_steps // LARGEST_CRITIC_BATCH)
+    return next(n for n in itertools.count(at_least) if math.gcd(n, n_envs) == 1)
 
 
 class RepeatedSteps:
