@@ -1,5 +1,6 @@
 """Vanilla policy gradient for Stable-Baselines3."""
 
+import functools
 import itertools
 import math
 from collections import defaultdict
@@ -18,14 +19,7 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from sb3_vpg.buffers import buffer_class_for
 from sb3_vpg.common.checks import non_finite_update_error
 from sb3_vpg.common.collectives import current_processes
-from sb3_vpg.common.optimization import (
-    ParameterGroups,
-    RepeatedSteps,
-    check_trainable,
-    fuse_adam,
-    number_of_parts,
-    set_learning_rates,
-)
+from sb3_vpg.common.optimization import ParameterGroups, RepeatedSteps, check_trainable, fuse_adam, n_parts, set_learning_rates
 from sb3_vpg.common.policy_inputs import Samples, ValueSamples, inputs_of, map_obs
 from sb3_vpg.common.policy_runner import PolicyRunner
 from sb3_vpg.common.progress_bar import AllRanksProgressBar
@@ -357,20 +351,23 @@ class VPG(RolloutCollector):
 
         :return: chunks of the part of this process (none if it has no steps left), and the number of steps of all parts
         """
-        n_parts = number_of_parts(n_steps, self.n_envs)
+        count = n_parts(n_steps, self.n_envs)
+
+        @functools.lru_cache(maxsize=1)
+        def part(k: int) -> list[ValueSamples]:
+            return list(self.recorder.get_value_samples(chunk_size, shuffle=False, part=(k, count)))
+
         own: Iterable[list[ValueSamples]]
         for n_pass in range(self.n_critic_updates - 1):
             if self.critic_batch_size is None:
-                part = (n_pass % n_parts, n_parts)
-                own = [list(self.recorder.get_value_samples(chunk_size, shuffle=False, part=part))]
-                n_batches = 1
+                own, n_batches = [part(n_pass % count)], 1
             else:
                 size = -(-self.critic_batch_size * self.recorder.n_recorded // n_steps)
                 own = ([batch] for batch in self.recorder.get_value_samples(size))
                 n_batches = -(-n_steps // self.critic_batch_size)
             for _, chunks in itertools.zip_longest(range(n_batches), own):
                 own_n = np.array(sum(len(chunk.returns) for chunk in chunks or ()))
-                n = n_steps if n_batches == n_parts == 1 else int(self.processes.sum(own_n))
+                n = n_steps if n_batches == count == 1 else int(self.processes.sum(own_n))
                 if n > 0:
                     yield chunks or [], n
 

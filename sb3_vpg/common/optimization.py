@@ -144,7 +144,7 @@ def fuse_adam(optimizer: th.optim.Optimizer) -> None:
             group["fused"] = True
 
 
-def number_of_parts(n_steps: int, n_envs: int) -> int:
+def n_parts(n_steps: int, n_envs: int) -> int:
     """
     :param n_steps: number of steps of a rollout
     :param n_envs: number N of environments

@@ -25,7 +25,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sb3_vpg import VPG
-from sb3_vpg.common.optimization import RepeatedSteps, number_of_parts
+from sb3_vpg.common.optimization import RepeatedSteps, n_parts
 
 # ---------------------------------------------------------------------------------------------------------------
 # Spaces and networks
@@ -215,7 +215,7 @@ def test_with_the_critics_groups_only_the_actor_stays():
     [(1, 8, 1), (4096, 8, 1), (4097, 1, 2), (4097, 8, 3), (8192, 256, 3), (16384, 256, 5), (16384, 105, 4), (16385, 30, 7)],
 )
 def test_each_part_of_a_large_rollout_has_all_environments(n_steps, n_envs, expected):
-    assert number_of_parts(n_steps, n_envs) == expected
+    assert n_parts(n_steps, n_envs) == expected
     # The environments of the first N steps of the first part
     assert len({index % n_envs for index in range(0, n_envs * expected, expected)}) == n_envs
 
