@@ -160,7 +160,7 @@ class RepeatedSteps:
     Several steps of an optimizer in a row, in less time for small networks: ``grad`` of all parameters is one piece of memory,
     and the fused Adam is called without what its ``step()`` does around it.
 
-    :param optimizer: an optimizer that has made a step
+    :param optimizer: the optimizer
     :param parameters: the parameters that have a gradient
     """
 
@@ -198,7 +198,9 @@ def _is_plain_fused_adam(optimizer: th.optim.Optimizer) -> bool:
     hooks = own_hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
     if hooks or type(optimizer) is not th.optim.Adam or "step" in vars(optimizer):
         return False
-    return all(group["fused"] and not group["amsgrad"] for group in optimizer.param_groups)
+    # Before its first step with a gradient, a parameter has no averages
+    begun = all(optimizer.state.get(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+    return begun and all(group["fused"] and not group["amsgrad"] for group in optimizer.param_groups)
 
 
 def _fused_adam_step(optimizer: th.optim.Optimizer) -> Callable[[], None]:

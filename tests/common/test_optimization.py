@@ -303,6 +303,14 @@ def test_a_repeated_step_is_the_optimizers_step(make, short):
             assert th.equal(th.as_tensor(value), th.as_tensor(other_state[name]))
 
 
+def test_the_first_step_is_the_optimizers_own():
+    parameters = network()
+    optimizer = optimizers()["Adam"][0](parameters)
+    for first in (True, False):
+        assert (RepeatedSteps(optimizer, parameters).step == optimizer.step) == first
+        optimizer.step()
+
+
 def test_a_repeated_step_calls_global_hooks():
     parameters = network()
     optimizer = optimizers()["Adam"][0](parameters)
