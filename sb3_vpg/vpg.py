@@ -225,8 +225,9 @@ class VPG(RolloutCollector):
         runner = self._make_runner()
         # Switch to train mode (this affects batch norm / dropout)
         runner.set_training_mode(True)
-        n_chunks = -(-self.recorder.n_recorded // self.recorder.chunk_size)
-        n_threads = min(th.get_num_threads(), n_chunks) if runner.single_threaded else 1
+        n_threads = 1
+        if th.get_num_threads() > 1 and runner.single_threaded:
+            n_threads = min(th.get_num_threads(), -(-self.recorder.n_recorded // self.recorder.chunk_size))
         n_steps, n_segments, n_episodes = self._batch_counts()
         if self.scale_value_targets and self.plan.uses_value_function:
             self.value_scale.update(self.recorder.recorded_returns, self.processes)
@@ -366,8 +367,9 @@ class VPG(RolloutCollector):
                 own = ([batch] for batch in self.recorder.get_value_samples(size))
                 n_batches = -(-n_steps // self.critic_batch_size)
             for _, chunks in itertools.zip_longest(range(n_batches), own):
-                own_n = np.array(sum(len(chunk.returns) for chunk in chunks or ()))
-                n = n_steps if n_batches == count == 1 else int(self.processes.sum(own_n))
+                n = n_steps
+                if n_batches > 1 or count > 1:
+                    n = int(self.processes.sum(np.array(sum(len(chunk.returns) for chunk in chunks or ()))))
                 if n > 0:
                     yield chunks or [], n
 
