@@ -20,7 +20,7 @@ FIRST_SEARCH_SEED = 1000
 #: Returns by which a study can be judged
 SCORES = ("deterministic_return", "stochastic_return", "training_return")
 #: Keys of an environment that are not keywords
-ENVIRONMENT_KEYS = ("n_timesteps", "score_range")
+ENVIRONMENT_KEYS = ("n_timesteps", "score_range", "vec_env")
 
 Cell = tuple[str, str, str]
 
@@ -96,8 +96,9 @@ class Study:
     replaced by the keywords of ``common``, then of the environment, then of the setting. The other algorithms have no
     settings: they are references.
 
-    :param environments: for each id its keywords of VPG, and ``n_timesteps`` (of all algorithms) and ``score_range`` (returns
-        with the normalized scores 0 and 1; by default the lowest and highest score of the runs). A list of ids is allowed.
+    :param environments: for each id its keywords of VPG, and for all algorithms ``n_timesteps``, ``vec_env`` and
+        ``score_range`` (returns with the normalized scores 0 and 1; by default the lowest and highest score of the runs). A
+        list of ids is allowed.
     :param algorithms: names of algorithms in the zoo
     :param settings: keywords of VPG by name of the setting; empty for VPG as it is
     :param common: keywords of VPG for all runs
@@ -136,13 +137,14 @@ class Study:
         check_number("seeds", self.seeds, low=1, integer=True)
         check_number("first_seed", self.first_seed, low=0, integer=True)
         check_number("evaluation_episodes", self.evaluation_episodes, low=1, integer=True)
-        check_choice("vec_env", self.vec_env, (None, *VEC_ENVS))
         check_choice("score", self.score, SCORES)
         check_choice("entries", self.entries, (True, False))
+        check_choice("vec_env", self.vec_env, (None, *VEC_ENVS))
         register_environments()
         for name, environment in self.environments.items():
             check_known("environment", name, gym.registry)
             check_number(f"{name}: n_timesteps", environment.get("n_timesteps"), low=1, integer=True, none=True)
+            check_choice(f"{name}: vec_env", environment.get("vec_env"), (None, *VEC_ENVS))
             low, high = environment.get("score_range", (0, 1))
             check_number(f"{name}: score_range", high, low=low, low_included=False)
             if not self.entries and self.steps is None and "n_timesteps" not in environment:
@@ -175,10 +177,11 @@ class Study:
         of_environment = self.environments[environment]
         n_timesteps = self.steps or of_environment.get("n_timesteps")
         keywords = {} if n_timesteps is None else {"n_timesteps": n_timesteps}
-        if self.vec_env is not None:
-            keywords["vec_env_class"] = VEC_ENVS[self.vec_env]
+        vec_env = of_environment.get("vec_env", self.vec_env)
+        if vec_env is not None:
+            keywords["vec_env_class"] = VEC_ENVS[vec_env]
             # The runs of a study are what is parallel
-            keywords["vec_env_kwargs"] = {"num_threads": 1} if self.vec_env == "envpool" else {}
+            keywords["vec_env_kwargs"] = {"num_threads": 1} if vec_env == "envpool" else {}
         if algorithm in OWN_ALGORITHMS:
             own = {key: value for key, value in of_environment.items() if key not in ENVIRONMENT_KEYS}
             keywords = {**self.common, **own, **self.settings.get(setting, {}), **keywords}

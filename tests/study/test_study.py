@@ -77,13 +77,16 @@ def test_keywords_of_the_setting_precede_those_of_the_environment_and_of_all():
 
 
 def test_steps_replace_all_budgets_and_the_class_of_environments_is_that_of_all():
-    study = make_study({"environments": {"CartPole-v1": {"n_timesteps": 100}}, "steps": 7, "vec_env": "envpool"})
+    environments = {"CartPole-v1": {"n_timesteps": 100}, "CartPoleSwingUp-v1": {"vec_env": "native"}}
+    study = make_study({"environments": environments, "steps": 7, "vec_env": "envpool"})
     for algorithm in study.algorithms:
         assert study.keywords("CartPole-v1", algorithm, "") == {
             "n_timesteps": 7,
             "vec_env_class": "sb3_vpg.envs.EnvPoolVecEnv",
             "vec_env_kwargs": {"num_threads": 1},
         }
+        own = study.keywords("CartPoleSwingUp-v1", algorithm, "")
+        assert own["vec_env_class"] == "sb3_vpg.envs.NativeVecEnv"
 
 
 def test_searched_are_settings_and_policies_once_and_the_final_runs_have_what_was_chosen():
@@ -147,6 +150,7 @@ def test_vary_names_what_it_cannot_read(text: str):
         ({"steps": 0.5}, "steps=0.5 is not allowed"),
         ({"score": "return"}, "score='return' is not allowed; choose one of 'deterministic_return'"),
         ({"vec_env": "subproc"}, "vec_env='subproc' is not allowed; choose one of None, 'envpool', 'native'"),
+        ({"environments": {"CartPole-v1": {"n_timesteps": 1, "vec_env": "a"}}}, "CartPole-v1: vec_env='a' is not allowed"),
         ({"search": {"learning_rates": [0.0]}}, "search: learning_rates=0.0 is not allowed"),
         ({"search": {"rates": [0.1]}}, "search: key='rates' is not known; did you mean 'learning_rates'"),
         ({"search": 3}, "search: key: expected keys and values, got 3"),
