@@ -246,7 +246,7 @@ class VPG(RolloutCollector):
             kl = runner.kl_divergence(policy_before, runner.snapshot(obs, actions, **inputs))
 
             # 3. Further passes of the value regression
-            if self.plan.uses_value_function and any(p.requires_grad for p in groups.critic):
+            if self.n_critic_updates > 1 and self.plan.uses_value_function and any(p.requires_grad for p in groups.critic):
                 runner.set_training_mode(True)
                 with groups.critic_only(self.policy.optimizer):
                     self._fit_critic(runner, n_steps)
@@ -335,13 +335,12 @@ class VPG(RolloutCollector):
         steps = RepeatedSteps(self.policy.optimizer, parameters)
         for chunks, n in self._critic_batches(self._chunk_size(runner), n_steps):
 
-            def compute_gradient(chunk: ValueSamples, weight: float = 2 * self.vf_coef / n) -> tuple[Any, None]:
+            def gradient(chunk: ValueSamples, weight: float = 2 * self.vf_coef / n) -> Any:
                 # The loss is vf_coef mean((y_t - V(s_t))^2)
                 evaluation = runner.value_evaluation(chunk.observations, **inputs_of(chunk))
-                return evaluation.gradient(weight * (evaluation.values - chunk.returns / self.value_scale.sigma)), None
+                return evaluation.gradient(weight * (evaluation.values - chunk.returns / self.value_scale.sigma))
 
-            steps.zero_grad()
-            list(accumulate_gradients(compute_gradient, chunks, parameters))
+            steps.set_gradient(map(gradient, chunks))
             self.processes.sum_gradients(parameters, {})
             self._check_finite_update("value gradient", steps.clip_gradient(self.max_grad_norm), policy_step_taken=True)
             steps.step()

@@ -4,7 +4,7 @@ import itertools
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,11 +13,11 @@ import torch as th
 from gymnasium.vector.utils import create_empty_array
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import obs_as_tensor
-from torch.optim.adam import adam
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from sb3_vpg.common.policy_runner import gradients_in_evaluation_mode
 from sb3_vpg.common.recurrent_runner import is_recurrent, zero_states
+from sb3_vpg.common.threads import Gradient
 
 # Since PyTorch 2.4
 FUSED_ADAM_ON_CPU = tuple(map(int, th.__version__.split(".")[:2])) >= (2, 4)
@@ -158,13 +158,14 @@ def n_parts(n_steps: int, n_envs: int) -> int:
 class RepeatedSteps:
     """
     Several steps of an optimizer in a row, in less time for small networks: ``grad`` of all parameters is one piece of memory,
-    and the fused Adam is called without what its ``step()`` does around it.
+    and Adam's fused function is called without what ``step()`` does around it.
 
     :param optimizer: the optimizer
     :param parameters: the parameters that have a gradient
     """
 
-    def __init__(self, optimizer: th.optim.Optimizer, parameters: Iterable[th.nn.Parameter]):
+    def __init__(self, optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.Parameter]):
+        self._parameters = parameters
         groups = defaultdict(list)
         for parameter in parameters:
             groups[parameter.device, parameter.dtype].append(parameter)
@@ -179,10 +180,17 @@ class RepeatedSteps:
         #: Make a step
         self.step: Callable[[], Any] = _fused_adam_step(optimizer) if _is_plain_fused_adam(optimizer) else optimizer.step
 
-    def zero_grad(self) -> None:
-        """Set all gradients to zero."""
-        for gradient in self._gradients:
-            gradient.zero_()
+    def set_gradient(self, parts: Iterable[Gradient]) -> None:
+        """Set ``grad`` of the parameters to the sum of these parts."""
+        parts = iter(parts)
+        first = next(parts, None)
+        if first is None:
+            for gradient in self._gradients:
+                gradient.zero_()
+            return
+        first.write_to(self._parameters)
+        for part in parts:
+            part.add_to(self._parameters)
 
     def clip_gradient(self, max_norm: float | None) -> float:
         """:return: the norm of the gradient before it was clipped to ``max_norm`` (None: not clipped)"""
@@ -204,18 +212,26 @@ def _is_plain_fused_adam(optimizer: th.optim.Optimizer) -> bool:
 
 
 def _fused_adam_step(optimizer: th.optim.Optimizer) -> Callable[[], None]:
-    groups: list[tuple[dict[str, Any], Any]] = []
+    groups: list[tuple[dict[str, Any], th.Tensor, Any]] = []
     for group in optimizer.param_groups:
         parameters = [p for p in group["params"] if p.grad is not None]
+        if not parameters:
+            continue
         states = [optimizer.state[p] for p in parameters]
+        # The numbers of steps are one piece of memory, too
+        counts = th.stack([state["step"] for state in states])
+        for state, count in zip(states, counts):
+            state["step"] = count
         averages = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
-        groups.append((group, (parameters, [p.grad for p in parameters], *averages, [], [state["step"] for state in states])))
+        tensors = (parameters, [p.grad for p in parameters], *averages, [], [state["step"] for state in states])
+        groups.append((group, counts, tensors))
 
     @th.no_grad()
     def step() -> None:
-        for group, tensors in groups:
+        for group, counts, tensors in groups:
+            counts += 1
             beta1, beta2 = group["betas"]
-            keywords: Any = {name: group[name] for name in ("lr", "weight_decay", "eps", "maximize", "amsgrad", "fused")}
-            adam(*tensors, beta1=beta1, beta2=beta2, **keywords)
+            keywords = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
+            th._fused_adam_(*tensors, beta1=beta1, beta2=beta2, **keywords)
 
     return step

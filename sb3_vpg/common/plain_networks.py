@@ -15,11 +15,14 @@ from torch import nn
 
 from sb3_vpg.common.distribution_heads import NumPyHead
 from sb3_vpg.common.layers import has_hooks, is_plain, is_plain_linear
+from sb3_vpg.common.threads import Gradient
 
 #: Largest size (in numbers) of memory that is kept for a layer between calls
 LARGEST_BUFFER = 2**20
 #: Number of shapes for which views of this memory are kept
 MOST_VIEWS = 64
+
+_tanh_backward = th.ops.aten.tanh_backward.grad_input
 
 
 class _Buffers(threading.local):
@@ -79,23 +82,22 @@ class PlainNetwork:
         """
         inputs = [x]
         for k, (weight, bias) in enumerate(self._layers[:-1]):
-            h, array = _buffers.get(self._role, k, len(x), len(bias))
+            h, array = _buffers.get(self._role, k, x.shape[0], bias.shape[0])
             th.addmm(bias, inputs[-1], weight.T, out=h)
             np.tanh(array, out=array)
             inputs.append(h)
         weight, bias = self._layers[-1]
         return [*inputs, th.addmm(bias, inputs[-1], weight.T)]
 
-    def gradients(self, inputs: Sequence[th.Tensor], derivative: th.Tensor) -> list[th.Tensor]:
+    def gradients(self, inputs: Sequence[th.Tensor], derivative: th.Tensor, out: Sequence[th.Tensor]) -> None:
         """
         :param inputs: the input of each layer
         :param derivative: derivative of a number by the output of the last layer, shape (N, outputs)
-        :return: gradients of this number, in the order of ``parameters`` and in their memory layout
+        :param out: memory for the gradients of this number, in the order and the memory layout of ``parameters``
         """
-        gradients = [th.empty_like(parameter) for parameter in self.parameters]
         for k in reversed(range(len(self._layers))):
             h, (weight, _) = inputs[k], self._layers[k]
-            of_weight, of_bias = gradients[2 * k : 2 * k + 2]
+            of_weight, of_bias = out[2 * k : 2 * k + 2]
             if h.shape[1] < derivative.shape[1]:
                 # The product with few rows is the faster one
                 of_weight.copy_((h.T @ derivative).T)
@@ -105,8 +107,7 @@ class PlainNetwork:
             if k > 0:
                 buffer, _ = _buffers.get("backward", k, *h.shape)
                 th.mm(derivative, weight, out=buffer)
-                derivative = th.ops.aten.tanh_backward(buffer, h, grad_input=buffer)
-        return gradients
+                derivative = _tanh_backward(buffer, h, grad_input=buffer)
 
 
 def make_plain_network(role: str, *modules: nn.Module) -> PlainNetwork | None:
@@ -129,6 +130,10 @@ def has_gradient_hooks(parameter: th.Tensor) -> bool:
     return bool(hooks)
 
 
+#: A network, the inputs of its layers, and the derivative of a number by its outputs
+BackwardPass = tuple[PlainNetwork, Sequence[th.Tensor], th.Tensor]
+
+
 class PlainEvaluation:
     """
     The same as :class:`sb3_vpg.common.policy_runner.Evaluation`, by hand.
@@ -143,7 +148,6 @@ class PlainEvaluation:
     entropy: th.Tensor
     values: th.Tensor | None = None
 
-    @th.no_grad()
     def __init__(
         self,
         x: th.Tensor,
@@ -155,46 +159,64 @@ class PlainEvaluation:
         if actor is not None:
             head, network, actions = actor
             *self._actor_inputs, outputs = network.forward(x)
-            self._distributions = head.parameters(outputs, **inputs)
-            self.log_prob, self.entropy = head.terms(self._distributions, actions)
+            with th.no_grad():
+                self._distributions = head.parameters(outputs, **inputs)
+                self.log_prob, self.entropy = head.terms(self._distributions, actions)
         if critic is not None:
             *self._critic_inputs, values = critic.forward(x)
             self.values = values.flatten()
 
-    @th.no_grad()
     def gradient(
         self, by_values: th.Tensor | None, by_log_prob: th.Tensor | None = None, by_entropy: float = 0.0
     ) -> "PlainGradient":
         """See :meth:`sb3_vpg.common.policy_runner.Evaluation.gradient`."""
         parts: list[tuple[th.Tensor, th.Tensor]] = []
+        passes: list[BackwardPass] = []
         if self._actor is not None and by_log_prob is not None:
             head, network, actions = self._actor
-            by_outputs, parts = head.gradient(self._distributions, actions, by_log_prob, by_entropy)
-            parts += zip(network.parameters, network.gradients(self._actor_inputs, by_outputs))
+            with th.no_grad():
+                by_outputs, parts = head.gradient(self._distributions, actions, by_log_prob, by_entropy)
+            passes.append((network, self._actor_inputs, by_outputs))
         if self._critic is not None and by_values is not None:
-            of_critic = self._critic.gradients(self._critic_inputs, by_values.unsqueeze(1))
-            parts += zip(self._critic.parameters, of_critic)
-        return PlainGradient(parts)
+            passes.append((self._critic, self._critic_inputs, by_values.unsqueeze(1)))
+        return PlainGradient(parts, passes)
 
 
-class PlainGradient:
+class PlainGradient(Gradient):
     """
-    The same as :class:`sb3_vpg.common.threads.Gradient`, computed before.
+    The same by hand. It is computed by the methods, which must be called before the networks are used again.
 
     :param parts: parameters and their gradients
+    :param passes: networks, inputs of their layers, and derivatives by their outputs
     """
 
-    def __init__(self, parts: list[tuple[th.Tensor, th.Tensor]]):
-        self._parts = parts
+    def __init__(self, parts: list[tuple[th.Tensor, th.Tensor]], passes: list[BackwardPass]):
+        self._parts, self._passes = parts, passes
+
+    def _computed(self) -> list[tuple[th.Tensor, th.Tensor]]:
+        parts = [*self._parts]
+        for network, inputs, derivative in self._passes:
+            gradients = [th.empty_like(parameter) for parameter in network.parameters]
+            network.gradients(inputs, derivative, gradients)
+            parts += zip(network.parameters, gradients)
+        return parts
 
     def add_to(self, parameters: Sequence[th.Tensor]) -> None:
         wanted = set(map(id, parameters))
-        for parameter, gradient in self._parts:
+        for parameter, gradient in self._computed():
             if id(parameter) in wanted and parameter.grad is not None:
                 parameter.grad += gradient
             elif id(parameter) in wanted:
                 parameter.grad = gradient
 
+    def write_to(self, parameters: Sequence[nn.Parameter]) -> None:
+        of_networks = [parameter for network, _, _ in self._passes for parameter in network.parameters]
+        if self._parts or set(map(id, of_networks)) != set(map(id, parameters)):
+            super().write_to(parameters)
+            return
+        for network, inputs, derivative in self._passes:
+            network.gradients(inputs, derivative, [parameter.grad for parameter in network.parameters])  # type: ignore[misc]
+
     def of(self, parameters: Sequence[th.Tensor]) -> tuple[th.Tensor | None, ...]:
-        gradients = {id(parameter): gradient for parameter, gradient in self._parts}
+        gradients = {id(parameter): gradient for parameter, gradient in self._computed()}
         return tuple(gradients.get(id(parameter)) for parameter in parameters)

@@ -55,6 +55,12 @@ class Gradient:
         """Add the gradient to ``grad`` of the parameters."""
         th.autograd.backward(self._outputs, self._derivatives, inputs=parameters)
 
+    def write_to(self, parameters: Sequence[th.nn.Parameter]) -> None:
+        """Replace ``grad`` of the parameters, which have one, by the gradient."""
+        for parameter in parameters:
+            parameter.grad.zero_()  # type: ignore[union-attr]
+        self.add_to(parameters)
+
     def of(self, parameters: Sequence[th.nn.Parameter]) -> tuple[th.Tensor | None, ...]:
         """:return: the gradients of the parameters; None if the number does not depend on a parameter"""
         return th.autograd.grad(self._outputs, parameters, self._derivatives, allow_unused=True)

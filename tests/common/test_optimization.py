@@ -26,6 +26,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sb3_vpg import VPG
 from sb3_vpg.common.optimization import RepeatedSteps, n_parts
+from sb3_vpg.common.threads import Gradient
 
 # ---------------------------------------------------------------------------------------------------------------
 # Spaces and networks
@@ -249,8 +250,16 @@ def test_a_flat_gradient_is_clipped_like_separate_gradients(max_norm):
     assert steps.clip_gradient(max_norm) == pytest.approx(norm.item())
     for p, q in zip(ours, theirs):
         th.testing.assert_close(p.grad, q.grad)
-    steps.zero_grad()
-    assert not any(p.grad.any() for p in ours)
+
+
+def test_the_gradient_of_repeated_steps_is_the_sum_of_its_parts_alone():
+    parameters = network()
+    steps = RepeatedSteps(th.optim.SGD(parameters), parameters)
+    # The second set replaces the first
+    for parts in ([2.0], [1.0, -3.0, 5.0], []):
+        steps.set_gradient(Gradient([factor * sum((p**2).sum() for p in parameters)], [None]) for factor in parts)
+        for p in parameters:
+            th.testing.assert_close(p.grad, 2 * sum(parts) * p)
 
 
 def optimizers():
