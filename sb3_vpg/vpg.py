@@ -19,7 +19,7 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance
 from sb3_vpg.buffers import buffer_class_for
 from sb3_vpg.common.checks import non_finite_update_error
 from sb3_vpg.common.collectives import current_processes
-from sb3_vpg.common.optimization import ParameterGroups, RepeatedSteps, check_trainable, fuse_adam, n_parts, set_learning_rates
+from sb3_vpg.common.optimization import ParameterGroups, check_trainable, fuse_adam, n_parts, set_learning_rates
 from sb3_vpg.common.policy_inputs import Samples, ValueSamples, inputs_of, map_obs
 from sb3_vpg.common.policy_runner import PolicyRunner
 from sb3_vpg.common.progress_bar import AllRanksProgressBar
@@ -233,23 +233,22 @@ class VPG(RolloutCollector):
             self.value_scale.update(self.recorder.recorded_returns, self.processes)
         with runner.threads(), self.value_scale.applied(self.policy):
             # 1. Gradient of policy loss, entropy bonus and value loss over the whole batch
-            self.policy.optimizer.zero_grad()
+            groups.zero_grad("actor", "critic")
             losses, (obs, actions, inputs) = self._accumulate_gradients(runner, n_steps, n_segments, n_threads)
-            policy_grad_norm = self._clip_gradients("policy gradient", groups.actor)
-            value_grad_norm = self._clip_gradients("value gradient", groups.critic)
+            policy_grad_norm = self._clip_gradient("actor")
+            value_grad_norm = self._clip_gradient("critic")
 
             # 2. One step of the policy. Its KL divergence is computed in evaluation mode, in which the policy acts
             runner.set_training_mode(False)
             policy_before = runner.snapshot(obs, actions, **inputs)
-            self.policy.optimizer.step()
+            groups.step("actor", "critic")
             self._n_updates += 1
             kl = runner.kl_divergence(policy_before, runner.snapshot(obs, actions, **inputs))
 
             # 3. Further passes of the value regression
             if self.n_critic_updates > 1 and self.plan.uses_value_function and any(p.requires_grad for p in groups.critic):
                 runner.set_training_mode(True)
-                with groups.critic_only(self.policy.optimizer):
-                    self._fit_critic(runner, n_steps)
+                self._fit_critic(runner, n_steps)
                 runner.set_training_mode(False)
 
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -331,19 +330,19 @@ class VPG(RolloutCollector):
 
     def _fit_critic(self, runner: PolicyRunner, n_steps: int) -> None:
         """Further passes of the value regression. They change only parameters that the actor does not use."""
-        parameters = [parameter for parameter in self._parameter_groups.critic if parameter.requires_grad]
-        steps = RepeatedSteps(self.policy.optimizer, parameters)
+        groups = self._parameter_groups
         for chunks, n in self._critic_batches(self._chunk_size(runner), n_steps):
 
-            def gradient(chunk: ValueSamples, weight: float = 2 * self.vf_coef / n) -> Any:
+            def compute_gradient(chunk: ValueSamples, weight: float = 2 * self.vf_coef / n) -> tuple[Any, None]:
                 # The loss is vf_coef mean((y_t - V(s_t))^2)
                 evaluation = runner.value_evaluation(chunk.observations, **inputs_of(chunk))
-                return evaluation.gradient(weight * (evaluation.values - chunk.returns / self.value_scale.sigma))
+                return evaluation.gradient(weight * (evaluation.values - chunk.returns / self.value_scale.sigma)), None
 
-            steps.set_gradient(map(gradient, chunks))
-            self.processes.sum_gradients(parameters, {})
-            self._check_finite_update("value gradient", steps.clip_gradient(self.max_grad_norm), policy_step_taken=True)
-            steps.step()
+            groups.zero_grad("critic")
+            list(accumulate_gradients(compute_gradient, chunks, groups.critic))
+            self.processes.sum_gradients(groups.critic, {})
+            self._clip_gradient("critic", policy_step_taken=True)
+            groups.step("critic")
 
     def _critic_batches(self, chunk_size: int | None, n_steps: int) -> Iterator[tuple[list[ValueSamples], int]]:
         """
@@ -381,14 +380,13 @@ class VPG(RolloutCollector):
         own = (self.recorder.n_recorded, self.recorder.n_segments, self.recorder.n_episodes)
         return tuple(self.processes.sum(np.array(own)).astype(int).tolist())
 
-    def _clip_gradients(self, name: str, parameters: list[th.nn.Parameter]) -> float:
+    def _clip_gradient(self, role: str, policy_step_taken: bool = False) -> float:
         """
         :return: norm of the gradient before clipping
         :raises ValueError: if the norm is not finite
         """
-        max_norm = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        norm = th.nn.utils.clip_grad_norm_(parameters, max_norm).item()
-        self._check_finite_update(name, norm)
+        norm = self._parameter_groups.gradient(role).clip(self.max_grad_norm)
+        self._check_finite_update({"actor": "policy gradient", "critic": "value gradient"}[role], norm, policy_step_taken)
         return norm
 
     def _check_finite_update(self, name: str, value: float, policy_step_taken: bool = False) -> None:

@@ -4,7 +4,7 @@ import itertools
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,10 +17,13 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from sb3_vpg.common.policy_runner import gradients_in_evaluation_mode
 from sb3_vpg.common.recurrent_runner import is_recurrent, zero_states
-from sb3_vpg.common.threads import Gradient
 
 # Since PyTorch 2.4
 FUSED_ADAM_ON_CPU = tuple(map(int, th.__version__.split(".")[:2])) >= (2, 4)
+
+#: The gradient of each parameter begins at a multiple of this number of elements, as memory of its own would: with another
+#: alignment, matrix products are rounded differently
+ALIGNMENT = 16
 
 #: Largest number of steps on which a pass of the value regression is computed, without minibatches
 LARGEST_CRITIC_BATCH = 4096
@@ -95,6 +98,9 @@ class ParameterGroups:
             return
         critic = critic_only_parameters(policy)
         self._known = present
+        self._optimizer = optimizer
+        self._gradients = {role: FlatGradient([]) for role in ("actor", "critic")}
+        self._steps: dict[str, FusedAdamStep | None] = {role: None for role in ("actor", "critic")}
         self.actor = [p for p in parameters if id(p) not in critic]
         self.critic = [p for p in parameters if id(p) in critic]
         groups = []
@@ -105,15 +111,42 @@ class ParameterGroups:
                     groups.append({**group, "params": params, "role": role})
         optimizer.param_groups = groups
 
-    @contextmanager
-    def critic_only(self, optimizer: th.optim.Optimizer) -> Iterator[None]:
-        """Context in which the optimizer has only the groups of the critic."""
-        groups = optimizer.param_groups
-        optimizer.param_groups = [group for group in groups if group["role"] == "critic"]
-        try:
-            yield
-        finally:
-            optimizer.param_groups = groups
+    def gradient(self, role: str) -> "FlatGradient":
+        """:return: the gradient of the actor's or the critic's parameters; those without ``grad`` are not part of it"""
+        present = [p for p in getattr(self, role) if p.grad is not None]
+        if not self._gradients[role].is_that_of(present):
+            self._gradients[role] = FlatGradient(present)
+        return self._gradients[role]
+
+    def zero_grad(self, *roles: str) -> None:
+        """Set gradients to zero. Frozen parameters have none."""
+        for role in roles:
+            for parameter in getattr(self, role):
+                if not parameter.requires_grad:
+                    parameter.grad = None
+            self.gradient(role).zero()
+
+    def step(self, *roles: str) -> None:
+        """Make a step of the optimizer with the parameters of some roles."""
+        optimizer = self._optimizer
+        steps = [self._fused_adam_step(role) for role in roles] if _is_plain_fused_adam(optimizer) else [None]
+        if None in steps:
+            groups = optimizer.param_groups
+            optimizer.param_groups = [group for group in groups if group["role"] in roles]
+            try:
+                optimizer.step()
+            finally:
+                optimizer.param_groups = groups
+        for step in filter(None, steps):
+            step()
+
+    def _fused_adam_step(self, role: str) -> "FusedAdamStep | None":
+        step, gradient = self._steps[role], self.gradient(role)
+        if step is None or not step.is_current(gradient):
+            # Before its first step with a gradient, a parameter has no averages
+            begun = all(self._optimizer.state.get(parameter) for parameter in gradient.parameters)
+            step = self._steps[role] = FusedAdamStep(self._optimizer, role, gradient) if begun else None
+        return step
 
 
 def set_learning_rates(optimizer: th.optim.Optimizer, keywords: dict[str, float]) -> None:
@@ -155,49 +188,47 @@ def n_parts(n_steps: int, n_envs: int) -> int:
     return next(n for n in itertools.count(at_least) if math.gcd(n, n_envs) == 1)
 
 
-class RepeatedSteps:
+class FlatGradient:
     """
-    Several steps of an optimizer in a row, in less time for small networks: ``grad`` of all parameters is one piece of memory,
-    and Adam's fused function is called without what ``step()`` does around it.
+    ``grad`` of some parameters as one piece of memory (for each device and type): an operation on the gradient of a small
+    network takes as long as one on the gradient of a layer.
 
-    :param optimizer: the optimizer
-    :param parameters: the parameters that have a gradient
+    :param parameters: the parameters, each with ``grad``, which is copied
     """
 
-    def __init__(self, optimizer: th.optim.Optimizer, parameters: Sequence[th.nn.Parameter]):
-        self._parameters = parameters
+    def __init__(self, parameters: Sequence[th.nn.Parameter]):
+        self.parameters = parameters
         groups = defaultdict(list)
         for parameter in parameters:
             groups[parameter.device, parameter.dtype].append(parameter)
-        self._gradients: list[th.Tensor] = []
+        self._pieces: list[th.Tensor] = []
         for (device, dtype), group in groups.items():
-            sizes = [parameter.numel() for parameter in group]
-            gradient = th.zeros(sum(sizes), device=device, dtype=dtype)
-            for parameter, part in zip(group, gradient.split(sizes)):
+            sizes = [-(-parameter.numel() // ALIGNMENT) * ALIGNMENT for parameter in group]
+            piece = th.zeros(sum(sizes), device=device, dtype=dtype)
+            for parameter, part in zip(group, piece.split(sizes)):
                 # Optimizers expect gradient and parameter to have the same memory layout
-                parameter.grad = part.as_strided(parameter.shape, parameter.stride(), part.storage_offset())
-            self._gradients.append(gradient)
-        #: Make a step
-        self.step: Callable[[], Any] = _fused_adam_step(optimizer) if _is_plain_fused_adam(optimizer) else optimizer.step
+                view = part.as_strided(parameter.shape, parameter.stride(), part.storage_offset())
+                parameter.grad = view.copy_(parameter.grad)
+            self._pieces.append(piece)
+        self._views = [parameter.grad for parameter in parameters]
 
-    def set_gradient(self, parts: Iterable[Gradient]) -> None:
-        """Set ``grad`` of the parameters to the sum of these parts."""
-        parts = iter(parts)
-        first = next(parts, None)
-        if first is None:
-            for gradient in self._gradients:
-                gradient.zero_()
-            return
-        first.write_to(self._parameters)
-        for part in parts:
-            part.add_to(self._parameters)
+    def is_that_of(self, parameters: Sequence[th.nn.Parameter]) -> bool:
+        """Whether it is ``grad`` of exactly these parameters."""
+        if len(parameters) != len(self.parameters):
+            return False
+        return all(p is q and p.grad is view for p, q, view in zip(parameters, self.parameters, self._views))
 
-    def clip_gradient(self, max_norm: float | None) -> float:
-        """:return: the norm of the gradient before it was clipped to ``max_norm`` (None: not clipped)"""
-        norm = math.hypot(*(float(th.linalg.vector_norm(gradient)) for gradient in self._gradients))
+    def zero(self) -> None:
+        """Set it to zero."""
+        for piece in self._pieces:
+            piece.zero_()
+
+    def clip(self, max_norm: float | None) -> float:
+        """:return: its norm before it was clipped to ``max_norm`` (None: not clipped)"""
+        norm = math.hypot(*(float(th.linalg.vector_norm(piece)) for piece in self._pieces))
         if max_norm is not None and norm > max_norm:
-            for gradient in self._gradients:
-                gradient *= max_norm / (norm + 1e-6)
+            for piece in self._pieces:
+                piece *= max_norm / (norm + 1e-6)
         return norm
 
 
@@ -206,32 +237,44 @@ def _is_plain_fused_adam(optimizer: th.optim.Optimizer) -> bool:
     hooks = own_hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
     if hooks or type(optimizer) is not th.optim.Adam or "step" in vars(optimizer):
         return False
-    # Before its first step with a gradient, a parameter has no averages
-    begun = all(optimizer.state.get(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
-    return begun and all(group["fused"] and not group["amsgrad"] for group in optimizer.param_groups)
+    return all(group["fused"] and not group["amsgrad"] for group in optimizer.param_groups)
 
 
-def _fused_adam_step(optimizer: th.optim.Optimizer) -> Callable[[], None]:
-    groups: list[tuple[dict[str, Any], th.Tensor, Any]] = []
-    for group in optimizer.param_groups:
-        parameters = [p for p in group["params"] if p.grad is not None]
-        if not parameters:
-            continue
-        states = [optimizer.state[p] for p in parameters]
-        # The numbers of steps are one piece of memory, too
-        counts = th.stack([state["step"] for state in states])
-        for state, count in zip(states, counts):
-            state["step"] = count
-        averages = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
-        tensors = (parameters, [p.grad for p in parameters], *averages, [], [state["step"] for state in states])
-        groups.append((group, counts, tensors))
+class FusedAdamStep:
+    """
+    A step of :class:`torch.optim.Adam`: its fused function without what ``step()`` does around it.
+
+    :param optimizer: the optimizer, which has made a step with these parameters before
+    :param role: role of the parameters
+    :param gradient: their gradient
+    """
+
+    def __init__(self, optimizer: th.optim.Optimizer, role: str, gradient: FlatGradient):
+        self._gradient, self._state = gradient, optimizer.state
+        self._counts: list[tuple[th.nn.Parameter, th.Tensor]] = []
+        self._groups: list[tuple[dict[str, Any], th.Tensor, Any]] = []
+        for group in optimizer.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None and group["role"] == role]
+            if not parameters:
+                continue
+            states = [optimizer.state[p] for p in parameters]
+            # The numbers of steps are one piece of memory, too
+            counts = th.stack([state["step"] for state in states])
+            for parameter, state, count in zip(parameters, states, counts):
+                state["step"] = count
+                self._counts.append((parameter, count))
+            averages = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
+            tensors = (parameters, [p.grad for p in parameters], *averages, [], [state["step"] for state in states])
+            self._groups.append((group, counts, tensors))
+
+    def is_current(self, gradient: FlatGradient) -> bool:
+        """Whether the parameters have this gradient, and the optimizer's state is still the same."""
+        return gradient is self._gradient and all(self._state[p].get("step") is count for p, count in self._counts)
 
     @th.no_grad()
-    def step() -> None:
-        for group, counts, tensors in groups:
+    def __call__(self) -> None:
+        for group, counts, tensors in self._groups:
             counts += 1
             beta1, beta2 = group["betas"]
             keywords = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
             th._fused_adam_(*tensors, beta1=beta1, beta2=beta2, **keywords)
-
-    return step

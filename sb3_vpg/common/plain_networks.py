@@ -193,30 +193,26 @@ class PlainGradient(Gradient):
     def __init__(self, parts: list[tuple[th.Tensor, th.Tensor]], passes: list[BackwardPass]):
         self._parts, self._passes = parts, passes
 
-    def _computed(self) -> list[tuple[th.Tensor, th.Tensor]]:
+    def add_to(self, parameters: Sequence[nn.Parameter], to_zero: bool = False) -> None:
+        wanted = set(map(id, parameters))
         parts = [*self._parts]
         for network, inputs, derivative in self._passes:
-            gradients = [th.empty_like(parameter) for parameter in network.parameters]
+            in_place = to_zero and all(id(p) in wanted and p.grad is not None for p in network.parameters)
+            gradients: Any = [p.grad if in_place else th.empty_like(p) for p in network.parameters]
             network.gradients(inputs, derivative, gradients)
-            parts += zip(network.parameters, gradients)
-        return parts
-
-    def add_to(self, parameters: Sequence[th.Tensor]) -> None:
-        wanted = set(map(id, parameters))
-        for parameter, gradient in self._computed():
+            if not in_place:
+                parts += zip(network.parameters, gradients)
+        for parameter, gradient in parts:
             if id(parameter) in wanted and parameter.grad is not None:
                 parameter.grad += gradient
             elif id(parameter) in wanted:
                 parameter.grad = gradient
 
-    def write_to(self, parameters: Sequence[nn.Parameter]) -> None:
-        of_networks = [parameter for network, _, _ in self._passes for parameter in network.parameters]
-        if self._parts or set(map(id, of_networks)) != set(map(id, parameters)):
-            super().write_to(parameters)
-            return
+    def of(self, parameters: Sequence[nn.Parameter]) -> tuple[th.Tensor | None, ...]:
+        parts = [*self._parts]
         for network, inputs, derivative in self._passes:
-            network.gradients(inputs, derivative, [parameter.grad for parameter in network.parameters])  # type: ignore[misc]
-
-    def of(self, parameters: Sequence[th.Tensor]) -> tuple[th.Tensor | None, ...]:
-        gradients = {id(parameter): gradient for parameter, gradient in self._computed()}
-        return tuple(gradients.get(id(parameter)) for parameter in parameters)
+            gradients = [th.empty_like(parameter) for parameter in network.parameters]
+            network.gradients(inputs, derivative, gradients)
+            parts += zip(network.parameters, gradients)
+        found = {id(parameter): gradient for parameter, gradient in parts}
+        return tuple(found.get(id(parameter)) for parameter in parameters)

@@ -51,15 +51,9 @@ class Gradient:
     def __init__(self, outputs: Sequence[th.Tensor], derivatives: Sequence[th.Tensor | None]):
         self._outputs, self._derivatives = outputs, derivatives
 
-    def add_to(self, parameters: Sequence[th.nn.Parameter]) -> None:
-        """Add the gradient to ``grad`` of the parameters."""
+    def add_to(self, parameters: Sequence[th.nn.Parameter], to_zero: bool = False) -> None:
+        """Add the gradient to ``grad`` of the parameters. With ``to_zero``, it is zero or None before."""
         th.autograd.backward(self._outputs, self._derivatives, inputs=parameters)
-
-    def write_to(self, parameters: Sequence[th.nn.Parameter]) -> None:
-        """Replace ``grad`` of the parameters, which have one, by the gradient."""
-        for parameter in parameters:
-            parameter.grad.zero_()  # type: ignore[union-attr]
-        self.add_to(parameters)
 
     def of(self, parameters: Sequence[th.nn.Parameter]) -> tuple[th.Tensor | None, ...]:
         """:return: the gradients of the parameters; None if the number does not depend on a parameter"""
@@ -73,9 +67,9 @@ def accumulate_gradients(
     n_threads: int = 1,
 ) -> Iterator[Extra]:
     """
-    Compute the gradient of the sum of the losses of all chunks, and add it to ``grad`` of the parameters. Gradients are added
-    in the order of the chunks, so the number of threads does not change the result. With more than one thread, call it within
-    :func:`one_thread`.
+    Compute the gradient of the sum of the losses of all chunks, and add it to ``grad`` of the parameters: zero or None
+    before. Gradients are added in the order of the chunks, so the number of threads does not change the result. With more than
+    one thread, call it within :func:`one_thread`.
 
     :param compute_gradient: returns the :class:`Gradient` of the loss of a chunk, and any further result; called from several
         threads if ``n_threads`` > 1
@@ -87,9 +81,9 @@ def accumulate_gradients(
     # Parameters may have been frozen since the groups were made
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     if n_threads == 1:
-        for chunk in chunks:
+        for k, chunk in enumerate(chunks):
             gradient, extra = compute_gradient(chunk)
-            gradient.add_to(parameters)
+            gradient.add_to(parameters, to_zero=k == 0)
             yield extra
         return
 

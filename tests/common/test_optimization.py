@@ -25,8 +25,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sb3_vpg import VPG
-from sb3_vpg.common.optimization import RepeatedSteps, n_parts
-from sb3_vpg.common.threads import Gradient
+from sb3_vpg.common.optimization import FlatGradient, FusedAdamStep, n_parts
 
 # ---------------------------------------------------------------------------------------------------------------
 # Spaces and networks
@@ -192,33 +191,9 @@ def test_other_optimizers_are_left_as_they_are():
         assert not any(group.get("fused") for group in model.policy.optimizer.param_groups)
 
 
-def test_with_the_critics_groups_only_the_actor_stays():
-    model = small_model()
-    groups, optimizer = model._parameter_groups, model.policy.optimizer
-    for parameter in model.policy.parameters():
-        parameter.grad = th.ones_like(parameter)
-    before = weights(model)
-    with groups.critic_only(optimizer):
-        optimizer.step()
-    moved = changed(before, weights(model))
-    assert moved
-    assert all(name.startswith(CRITIC) for name in moved)
-    assert {group["role"] for group in optimizer.param_groups} == {"actor", "critic"}
-
-
 # ---------------------------------------------------------------------------------------------------------------
-# Further critic passes
+# Gradients in one piece of memory, and steps with them
 # ---------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("n_steps", "n_envs", "expected"),
-    [(1, 8, 1), (4096, 8, 1), (4097, 1, 2), (4097, 8, 3), (8192, 256, 3), (16384, 256, 5), (16384, 105, 4), (16385, 30, 7)],
-)
-def test_each_part_of_a_large_rollout_has_all_environments(n_steps, n_envs, expected):
-    assert n_parts(n_steps, n_envs) == expected
-    # The environments of the first N steps of the first part
-    assert len({index % n_envs for index in range(0, n_envs * expected, expected)}) == n_envs
 
 
 def network():
@@ -242,92 +217,128 @@ def set_gradients(parameters, scale=1.0):
 @pytest.mark.parametrize("max_norm", [None, 0.5, 100.0])
 def test_a_flat_gradient_is_clipped_like_separate_gradients(max_norm):
     ours, theirs = network(), network()
-    steps = RepeatedSteps(th.optim.SGD(ours), ours)
-    assert all(p.grad.stride() == p.stride() and p.grad.dtype == p.dtype and not p.grad.any() for p in ours)
     for parameters in (ours, theirs):
         set_gradients(parameters)
+    gradient = FlatGradient(ours)
+    for p, q in zip(ours, theirs):
+        assert p.grad.stride() == p.stride()
+        assert th.equal(p.grad, q.grad)
     norm = nn.utils.clip_grad_norm_(theirs, math.inf if max_norm is None else max_norm)
-    assert steps.clip_gradient(max_norm) == pytest.approx(norm.item())
+    assert gradient.clip(max_norm) == pytest.approx(norm.item())
     for p, q in zip(ours, theirs):
         th.testing.assert_close(p.grad, q.grad)
+    gradient.zero()
+    assert not any(p.grad.any() for p in ours)
 
 
-def test_the_gradient_of_repeated_steps_is_the_sum_of_its_parts_alone():
-    parameters = network()
-    steps = RepeatedSteps(th.optim.SGD(parameters), parameters)
-    # The second set replaces the first
-    for parts in ([2.0], [1.0, -3.0, 5.0], []):
-        steps.set_gradient(Gradient([factor * sum((p**2).sum() for p in parameters)], [None]) for factor in parts)
-        for p in parameters:
-            th.testing.assert_close(p.grad, 2 * sum(parts) * p)
-
-
-def optimizers():
-    def adam(parameters, **kwargs):
-        groups = [{"params": parameters[:1], "lr": 0.1}, {"params": parameters[1:], "weight_decay": 0.1}]
-        return th.optim.Adam(groups, betas=(0.5, 0.9), fused=True, **kwargs)
-
-    def with_hook(parameters):
-        optimizer = adam(parameters)
+def make_optimizer(name, parameters):
+    """An optimizer, and whether its steps are made without its method."""
+    groups = [{"params": parameters[:1], "lr": 0.1}, {"params": parameters[1:], "weight_decay": 0.1}]
+    fused_adam = partial(th.optim.Adam, groups, betas=(0.5, 0.9), fused=True)
+    if name == "hook":
+        optimizer = fused_adam()
         optimizer.register_step_post_hook(lambda *_: parameters[0].data.zero_())
-        return optimizer
-
-    def with_schedule(parameters):
-        optimizer = adam(parameters)
+        return optimizer, False
+    if name == "schedule":
+        optimizer = fused_adam()
         # It replaces the method by one that counts
         th.optim.lr_scheduler.ConstantLR(optimizer)
-        return optimizer
-
+        return optimizer, False
     return {
-        "Adam": (adam, True),
-        "maximize": (partial(adam, maximize=True), True),
-        "AMSGrad": (partial(adam, amsgrad=True), False),
-        "hook": (with_hook, False),
-        "schedule": (with_schedule, False),
-        "not fused": (partial(th.optim.Adam, fused=False), False),
-        "AdamW": (partial(th.optim.AdamW, fused=True), False),
-        "SGD": (partial(th.optim.SGD, lr=0.1), False),
-    }
+        "Adam": lambda: (fused_adam(), True),
+        "maximize": lambda: (fused_adam(maximize=True), True),
+        "AMSGrad": lambda: (fused_adam(amsgrad=True), False),
+        "not fused": lambda: (th.optim.Adam(groups, fused=False), False),
+        "AdamW": lambda: (th.optim.AdamW(groups, fused=True), False),
+        "SGD": lambda: (th.optim.SGD(groups, lr=0.1), False),
+    }[name]()
 
 
-@pytest.mark.parametrize(("make", "short"), optimizers().values(), ids=optimizers())
-def test_a_repeated_step_is_the_optimizers_step(make, short):
-    ours, theirs = network(), network()
-    optimizer, other = make(ours), make(theirs)
-    for parameters, one in ((ours, optimizer), (theirs, other)):
-        # A frozen parameter
-        parameters[-1].requires_grad_(False)
-        set_gradients(parameters[:-1])
-        one.step()
-    step = RepeatedSteps(optimizer, ours[:-1]).step
-    assert (step != optimizer.step) == short
-    for scale in (1.0, -2.0, 0.5):
-        for parameters, take_step in ((ours, step), (theirs, other.step)):
-            set_gradients(parameters[:-1], scale)
-            take_step()
+def with_optimizer(name):
+    """A model with an optimizer, its parameters, and whether the optimizer's steps are made without its method."""
+    model = small_model(device="cpu")
+    parameters = list(model.policy.parameters())
+    model.policy.optimizer, short = make_optimizer(name, parameters)
+    model._parameter_groups.refresh(model.policy)
+    return model, parameters, short
+
+
+@pytest.fixture
+def short_steps(monkeypatch):
+    """Counts the steps that are made without the optimizer's method."""
+    made = []
+    call = FusedAdamStep.__call__
+    monkeypatch.setattr(FusedAdamStep, "__call__", lambda step: made.append(step) or call(step))
+    return made
+
+
+@pytest.mark.parametrize("name", ["Adam", "maximize", "AMSGrad", "hook", "schedule", "not fused", "AdamW", "SGD"])
+def test_a_step_is_the_optimizers_step(name, short_steps):
+    (model, ours, short), (other, theirs, _) = with_optimizer(name), with_optimizer(name)
+    groups = model._parameter_groups
+    for n, roles in enumerate([("actor", "critic"), ("actor", "critic"), ("critic",), ("critic",), ("actor", "critic")]):
+        for parameters in (ours, theirs):
+            # One layer has no gradient, and so no step
+            set_gradients(parameters[:-1], scale=(-2.0) ** n)
+        short_steps.clear()
+        groups.step(*roles)
+        # The first step is the optimizer's own
+        assert len(short_steps) == len(roles) * (short and n > 0)
+        all_groups = other.policy.optimizer.param_groups
+        other.policy.optimizer.param_groups = [group for group in all_groups if group["role"] in roles]
+        other.policy.optimizer.step()
+        other.policy.optimizer.param_groups = all_groups
+        assert {group["role"] for group in model.policy.optimizer.param_groups} == {"actor", "critic"}
+        if n == 3:
+            # As when a model is loaded
+            model.policy.optimizer.load_state_dict(model.policy.optimizer.state_dict())
+            groups.refresh(model.policy)
     for p, q in zip(ours, theirs):
         assert th.equal(p, q)
-    for state, other_state in zip(optimizer.state.values(), other.state.values()):
-        for name, value in state.items():
-            assert th.equal(th.as_tensor(value), th.as_tensor(other_state[name]))
+        state, other_state = model.policy.optimizer.state.get(p, {}), other.policy.optimizer.state.get(q, {})
+        assert state.keys() == other_state.keys()
+        for key, value in state.items():
+            assert th.equal(th.as_tensor(value), th.as_tensor(other_state[key]))
 
 
-def test_the_first_step_is_the_optimizers_own():
-    parameters = network()
-    optimizer = optimizers()["Adam"][0](parameters)
-    for first in (True, False):
-        assert (RepeatedSteps(optimizer, parameters).step == optimizer.step) == first
-        optimizer.step()
+def test_a_step_calls_global_hooks(short_steps):
+    model, parameters, _ = with_optimizer("Adam")
+    groups = model._parameter_groups
+    for n_called in (0, 1):
+        set_gradients(parameters)
+        handle = register_optimizer_step_post_hook(lambda *_: None) if n_called else None
+        groups.step("actor", "critic")
+        assert not short_steps
+    handle.remove()
+    groups.step("actor", "critic")
+    assert len(short_steps) == 2
 
 
-def test_a_repeated_step_calls_global_hooks():
-    parameters = network()
-    optimizer = optimizers()["Adam"][0](parameters)
-    handle = register_optimizer_step_post_hook(lambda *_: None)
-    try:
-        assert RepeatedSteps(optimizer, parameters).step == optimizer.step
-    finally:
-        handle.remove()
+def test_gradients_are_set_to_zero_and_those_of_frozen_parameters_removed():
+    model, parameters, _ = with_optimizer("Adam")
+    groups = model._parameter_groups
     set_gradients(parameters)
-    optimizer.step()
-    assert RepeatedSteps(optimizer, parameters).step != optimizer.step
+    groups.critic[0].requires_grad_(False)
+    groups.zero_grad("critic")
+    assert groups.critic[0].grad is None
+    assert not any(p.grad.any() for p in groups.critic[1:])
+    assert all(p.grad.any() for p in groups.actor)
+    # A gradient that someone else has set counts
+    groups.critic[1].grad = th.full_like(groups.critic[1], 3.0)
+    expected = 3.0 * math.sqrt(groups.critic[1].numel())
+    assert groups.gradient("critic").clip(None) == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Further critic passes
+# ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n_steps", "n_envs", "expected"),
+    [(1, 8, 1), (4096, 8, 1), (4097, 1, 2), (4097, 8, 3), (8192, 256, 3), (16384, 256, 5), (16384, 105, 4), (16385, 30, 7)],
+)
+def test_each_part_of_a_large_rollout_has_all_environments(n_steps, n_envs, expected):
+    assert n_parts(n_steps, n_envs) == expected
+    # The environments of the first N steps of the first part
+    assert len({index % n_envs for index in range(0, n_envs * expected, expected)}) == n_envs

@@ -81,16 +81,18 @@ def test_gradients_are_those_of_automatic_differentiation(policy, masks, by_entr
         if gradient is not None:
             assert parameter.grad.stride() == parameter.stride()
             th.testing.assert_close(parameter.grad, 2 * gradient)
-    # Or they replace them, also those of some parameters only
+    # Added to zero, they are written to its memory, also those of some parameters only
     present = [parameter for parameter in parameters if parameter.grad is not None]
-    for written in (present, present[1:]):
-        for parameter in present:
-            parameter.grad.fill_(7)
-        by_hand.gradient(*derivatives).write_to(written)
+    memory = [parameter.grad for parameter in present]
+    for wanted in (present, present[1:]):
+        for gradient in memory:
+            gradient.zero_()
+        by_hand.gradient(*derivatives).add_to(wanted, to_zero=True)
         for parameter, gradient in zip(parameters, gradients):
             if gradient is not None and parameter is not present[0]:
                 th.testing.assert_close(parameter.grad, gradient)
-    assert bool((present[0].grad == 7).all())
+        assert all(parameter.grad is gradient for parameter, gradient in zip(present, memory))
+    assert not present[0].grad.any()
     policy.zero_grad()
 
 

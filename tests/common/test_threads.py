@@ -102,7 +102,8 @@ def test_a_training_on_two_threads_gives_the_weights_of_one(kwargs, small_chunks
         sb3_vpg.vpg, "accumulate_gradients", lambda *args: used.append(args[3:]) or accumulate_gradients(*args)
     )
     on_two = trained(2, **kwargs)
-    assert set(used) == {(2,)}
+    # Further passes of the critic use one thread
+    assert set(used) == ({(2,), ()} if kwargs.get("n_critic_updates", 1) > 1 else {(2,)})
     for name, w in trained(1, **kwargs).items():
         assert th.equal(on_two[name], w), name
 
