@@ -185,7 +185,8 @@ class PolicyRunner:
     @property
     def threads_per_operation(self) -> int:
         """Number of threads of PyTorch that share each operation."""
-        return 1 if self.single_threaded or self.policy.device.type != "cpu" else th.get_num_threads()
+        n_threads = th.get_num_threads()
+        return 1 if n_threads == 1 or self.single_threaded or self.policy.device.type != "cpu" else n_threads
 
     def threads(self) -> AbstractContextManager[None]:
         """:return: context in which PyTorch runs each operation on one thread, if that is faster"""
