@@ -137,10 +137,10 @@ def scaling(part: str) -> str:
 
 
 def zoo_runs() -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """:return: results of ``benchmarks/zoo_entries.py``, by environment and algorithm"""
+    """:return: runs of the study ``hyperparams/studies/zoo.yml``, by environment and algorithm"""
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {env_id: defaultdict(list) for env_id in ENVIRONMENTS}
-    for run in map(json.loads, (RESULTS / "zoo.jsonl").read_text().splitlines()):
-        runs[run["env"]][run["algo"]].append(run)
+    for run in study_runs("zoo").to_dict("records"):
+        runs[run["environment"]][run["algorithm"]].append(run)
     return runs
 
 
@@ -169,7 +169,8 @@ def scores() -> str:
 def algorithms_on(env_id: str, *thresholds: str) -> str:
     rows = []
     for algo, runs in zoo_runs()[env_id].items():
-        scores, noisy_scores, lengths = ([run[key] for run in runs] for key in ("score", "score_with_noise", "length"))
+        keys = ("score", "stochastic_return", "episode_length")
+        scores, noisy_scores, lengths = ([run[key] for run in runs] for key in keys)
         reached = [str(sum(score >= float(threshold) for score in scores)) for threshold in thresholds]
         lowest, length, noisy = f"{min(scores):.0f}", f"{np.mean(lengths):.0f}", interquartile_mean(noisy_scores)
         steps, seconds = steps_and_seconds(runs)
@@ -178,10 +179,14 @@ def algorithms_on(env_id: str, *thresholds: str) -> str:
     return markdown_table(["", "steps", "return", *at_least, "lowest seed", "length", "stochastic", "seconds"], rows)
 
 
-def study(name: str, digits: str = "0") -> str:
-    """Runs of a study of ``python -m sb3_vpg compare``, in a folder of benchmarks/results."""
+def study_runs(name: str) -> pd.DataFrame:
+    """:return: the runs of a study of ``python -m sb3_vpg compare``, in a folder of benchmarks/results"""
     columns = {"timesteps": "steps", "deterministic_return": "score"}
-    runs = pd.read_csv(RESULTS / name / "runs.csv").rename(columns=columns)
+    return pd.read_csv(RESULTS / name / "runs.csv").rename(columns=columns)
+
+
+def study(name: str, digits: str = "0") -> str:
+    runs = study_runs(name)
     algorithms = sorted(runs.algorithm.unique(), key=lambda name: not name.startswith("vpg"))
 
     rows = []
@@ -257,13 +262,13 @@ def same_steps() -> str:
 def draw_learning_curves(path: Path) -> None:
     """Draw the interquartile mean over seeds, and the range between the quartiles."""
     figure, axes = plt.subplots(2, 4, figsize=(13.6, 5.2))
-    for ax, (env_id, of_env) in zip(axes.flat, zoo_runs().items()):
-        for algo, runs in of_env.items():
-            curves = np.array([run["curve"] for run in runs], dtype=np.float64)
+    points = pd.read_csv(RESULTS / "zoo" / "points.csv.gz")
+    for ax, env_id in zip(axes.flat, ENVIRONMENTS):
+        for algo in ALGORITHMS:
+            of_algo = points[(points.environment == env_id) & (points.algorithm == algo)]
             # A point is drawn only if episodes have ended in all seeds
-            known = np.isfinite(curves).all(axis=0)
-            steps = ((np.arange(known.size) + 0.5) / known.size * runs[0]["steps"])[known]
-            curves = curves[:, known]
+            curves = of_algo.pivot(index="seed", columns="timesteps", values="value").dropna(axis=1)
+            steps = curves.columns
             color = f"C{ALGORITHMS.index(algo)}"
             ax.plot(steps, trim_mean(curves, 0.25), color=color, label=algo.upper(), linewidth=1.2)
             ax.fill_between(steps, *np.quantile(curves, (0.25, 0.75), axis=0), color=color, alpha=0.2, linewidth=0)
