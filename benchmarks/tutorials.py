@@ -2,7 +2,7 @@
 Reproduce the tutorials in hyperparams/tutorials, and compare the results with the numbers that the tutorials report.
 
     python benchmarks/tutorials.py                      # all tutorials
-    python benchmarks/tutorials.py logistic --plots     # the two figures of docs/tutorials.md
+    python benchmarks/tutorials.py --plots              # and the figures of docs/tutorials.md
     python benchmarks/tutorials.py swingup -params normalize_advantage:True
 
 Output for each tutorial: interquartile mean over seeds [95 % bootstrap interval] of the tutorial's number, of the mean return
@@ -24,6 +24,8 @@ from harness import in_processes, interquartile_mean, result_line, save
 
 ROOT = Path(__file__).parent.parent
 N_EPISODES = 100
+#: Points of a learning curve
+N_POINTS = 100
 
 
 class Outcome(NamedTuple):
@@ -116,7 +118,28 @@ def run(job: Job) -> Outcome:
     return Outcome(per_episode, training, sampled, deterministic, model.num_timesteps, seconds)
 
 
-def plot(outcome: Outcome, seed: int) -> None:
+def learning_curve(outcome: Outcome) -> list[float]:
+    """:return: mean return in each of up to :data:`N_POINTS` parts of the training episodes, which have as many episodes"""
+    parts = np.array_split(outcome.training, min(N_POINTS, len(outcome.training)))
+    return [round(float(np.mean(part)), 1) for part in parts]
+
+
+def plot_curves(lines: list[dict[str, Any]]) -> None:
+    """Draw the learning curve of each seed."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(10, 5), layout="constrained")
+    for ax, line in zip(axes.flat, lines):
+        for curve in line["curves"]:
+            ax.plot(np.linspace(0, 1, len(curve)), curve, linewidth=0.8)
+        ax.set_title(f"{line['tutorial']}, {TUTORIALS[line['tutorial']].env}", fontsize=10)
+        ax.grid(alpha=0.2)
+    figure.supxlabel("fraction of the training episodes", fontsize=9)
+    figure.supylabel("return", fontsize=9)
+    figure.savefig(ROOT / "docs" / "tutorials.png", dpi=100)
+
+
+def plot_logistic(outcome: Outcome, seed: int) -> None:
     """Draw the figures of the first tutorial: returns during training and in the evaluation."""
     import matplotlib.pyplot as plt
 
@@ -143,7 +166,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1, help="parallel runs; with more than 1, times are less accurate")
     parser.add_argument("-params", "--hyperparams", nargs="+", action=StoreDict, default={}, help="as for rl_zoo3.train")
-    parser.add_argument("--plots", action="store_true", help="draw the first seed of the logistic policy, in docs/")
+    parser.add_argument("--plots", action="store_true", help="draw the figures of docs/tutorials.md")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/tutorials.json")
     args = parser.parse_args()
 
@@ -159,10 +182,13 @@ def main() -> None:
         details = ", ".join(f"{kind} {interquartile_mean(means[kind])}" for kind in means)
         print(f"{tutorial.counts}; {np.median(steps) / 1e6:.3g} M steps (median)")
         print(result_line(name, counted, seconds, tutorial.claim, details), flush=True)
-        lines.append({"tutorial": name, "counted": counted, **means, "steps": steps, "seconds": seconds})
+        curves = [learning_curve(outcome) for outcome in group]
+        lines.append({"tutorial": name, "counted": counted, **means, "steps": steps, "seconds": seconds, "curves": curves})
         save(args, lines)
         if args.plots and name == "logistic":
-            plot(group[0], seeds[0])
+            plot_logistic(group[0], seeds[0])
+    if args.plots:
+        plot_curves(lines)
 
 
 if __name__ == "__main__":

@@ -210,13 +210,16 @@ class FlatGradient:
                 view = part.as_strided(parameter.shape, parameter.stride(), part.storage_offset())
                 parameter.grad = view.copy_(parameter.grad)
             self._pieces.append(piece)
-        self._views = [parameter.grad for parameter in parameters]
+        views: Any = [parameter.grad for parameter in parameters]
+        # A conversion of the policy replaces the memory of the same object
+        self._views = [(view, view.data_ptr()) for view in views]
 
     def is_that_of(self, parameters: Sequence[th.nn.Parameter]) -> bool:
         """Whether it is ``grad`` of exactly these parameters."""
         if len(parameters) != len(self.parameters):
             return False
-        return all(p is q and p.grad is view for p, q, view in zip(parameters, self.parameters, self._views))
+        triples = zip(parameters, self.parameters, self._views)
+        return all(p is q and p.grad is view and view.data_ptr() == memory for p, q, (view, memory) in triples)
 
     def zero(self) -> None:
         """Set it to zero."""

@@ -231,6 +231,18 @@ def test_a_flat_gradient_is_clipped_like_separate_gradients(max_norm):
     assert not any(p.grad.any() for p in ours)
 
 
+def test_a_policy_that_was_converted_has_a_new_gradient():
+    model, parameters, _ = with_optimizer("Adam")
+    set_gradients(parameters)
+    groups = model._parameter_groups
+    before = groups.gradient("actor")
+    model.policy.double()
+    after = groups.gradient("actor")
+    assert after is not before
+    after.zero()
+    assert not any(p.grad.any() for p in groups.actor)
+
+
 def make_optimizer(name, parameters):
     """An optimizer, and whether its steps are made without its method."""
     groups = [{"params": parameters[:1], "lr": 0.1}, {"params": parameters[1:], "weight_decay": 0.1}]
