@@ -210,9 +210,9 @@ class FlatGradient:
                 view = part.as_strided(parameter.shape, parameter.stride(), part.storage_offset())
                 parameter.grad = view.copy_(parameter.grad)
             self._pieces.append(piece)
-        views: Any = [parameter.grad for parameter in parameters]
+        views: list[Any] = [parameter.grad for parameter in parameters]
         # A conversion of the policy replaces the memory of the same object
-        self._views = [(view, view.data_ptr()) for view in views]
+        self._views: list[tuple[Any, int]] = [(view, view.data_ptr()) for view in views]
 
     def is_that_of(self, parameters: Sequence[th.nn.Parameter]) -> bool:
         """Whether it is ``grad`` of exactly these parameters."""
