@@ -210,16 +210,16 @@ class FlatGradient:
                 view = part.as_strided(parameter.shape, parameter.stride(), part.storage_offset())
                 parameter.grad = view.copy_(parameter.grad)
             self._pieces.append(piece)
-        views: list[Any] = [parameter.grad for parameter in parameters]
+        self._views: list[Any] = [parameter.grad for parameter in parameters]
         # A conversion of the policy replaces the memory of the same object
-        self._views: list[tuple[Any, int]] = [(view, view.data_ptr()) for view in views]
+        self._memory = [view.data_ptr() for view in self._views]
 
     def is_that_of(self, parameters: Sequence[th.nn.Parameter]) -> bool:
         """Whether it is ``grad`` of exactly these parameters."""
         if len(parameters) != len(self.parameters):
             return False
-        triples = zip(parameters, self.parameters, self._views)
-        return all(p is q and p.grad is view and view.data_ptr() == memory for p, q, (view, memory) in triples)
+        same = all(p is q and p.grad is view for p, q, view in zip(parameters, self.parameters, self._views))
+        return same and self._memory == [view.data_ptr() for view in self._views]
 
     def zero(self) -> None:
         """Set it to zero."""
