@@ -142,7 +142,7 @@ class ParameterGroups:
 
     def _fused_adam_step(self, role: str) -> "FusedAdamStep | None":
         step, gradient = self._steps[role], self.gradient(role)
-        if step is None or not step.is_current(gradient):
+        if step is None or not step.is_current(self._optimizer, gradient):
             # Before its first step with a gradient, a parameter has no averages
             begun = all(self._optimizer.state.get(parameter) for parameter in gradient.parameters)
             step = self._steps[role] = FusedAdamStep(self._optimizer, role, gradient) if begun else None
@@ -270,9 +270,10 @@ class FusedAdamStep:
             tensors = (parameters, [p.grad for p in parameters], *averages, [], [state["step"] for state in states])
             self._groups.append((group, counts, tensors))
 
-    def is_current(self, gradient: FlatGradient) -> bool:
-        """Whether the parameters have this gradient, and the optimizer's state is still the same."""
-        return gradient is self._gradient and all(self._state[p].get("step") is count for p, count in self._counts)
+    def is_current(self, optimizer: th.optim.Optimizer, gradient: FlatGradient) -> bool:
+        """Whether it is a step with this gradient, and the optimizer's state is still the same."""
+        same = gradient is self._gradient and optimizer.state is self._state
+        return same and all(self._state[p].get("step") is count for p, count in self._counts)
 
     @th.no_grad()
     def __call__(self) -> None:

@@ -1,5 +1,6 @@
 """Parameters of actor and critic: two groups of one optimizer, frozen layers, fused steps."""
 
+import copy
 import io
 import math
 from functools import partial
@@ -25,7 +26,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sb3_vpg import VPG
-from sb3_vpg.common.optimization import FlatGradient, FusedAdamStep, n_parts
+from sb3_vpg.common.optimization import FlatGradient, FusedAdamStep, n_parts, set_learning_rates
 
 # ---------------------------------------------------------------------------------------------------------------
 # Spaces and networks
@@ -301,10 +302,13 @@ def test_a_step_is_the_optimizers_step(name, short_steps):
         other.policy.optimizer.step()
         other.policy.optimizer.param_groups = all_groups
         assert {group["role"] for group in model.policy.optimizer.param_groups} == {"actor", "critic"}
-        if n == 3:
-            # As when a model is loaded
-            model.policy.optimizer.load_state_dict(model.policy.optimizer.state_dict())
+        # As when parameters are loaded: the tensors may be copies, the groups always are
+        state = model.policy.optimizer.state_dict()
+        if n in (1, 3):
+            model.policy.optimizer.load_state_dict(copy.deepcopy(state) if n == 3 else state)
             groups.refresh(model.policy)
+        for one in (model, other):
+            set_learning_rates(one.policy.optimizer, {"learning_rate": 0.1 + n, "critic_learning_rate": 0.2 + n})
     for p, q in zip(ours, theirs):
         assert th.equal(p, q)
         state, other_state = model.policy.optimizer.state.get(p, {}), other.policy.optimizer.state.get(q, {})
