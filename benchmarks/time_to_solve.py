@@ -37,6 +37,7 @@ import argparse
 import contextlib
 import io
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -228,6 +229,9 @@ def run(job: Job) -> dict[str, Any]:
         manager = ExperimentManager(argparse.Namespace(), algo, job.env, folder, **settings)
         if vec_env_class is not None:
             manager.vec_env_class = vec_env_class
+        if vec_env_class is DummyVecEnv:
+            # Otherwise, the manager takes it for the zoo's default, and uses NativeVecEnv
+            sys.argv += ["--vec-env", "dummy"]
         if job.envpool:
             manager.vec_env_class, manager.vec_env_kwargs = EnvPoolVecEnv, {"num_threads": 1}
         # setup_experiment() prints the hyperparameters even if verbose is 0
