@@ -2,7 +2,7 @@
 Create the trained agents in `rl-trained-agents`: train them with the zoo's command, and keep only the files that the zoo's
 `enjoy`, `record_video`, `push_to_hub` and plot scripts read.
 
-    python benchmarks/trained_agents.py --train     # about ten minutes on one core
+    python benchmarks/trained_agents.py --train     # about half an hour on one core
     python benchmarks/trained_agents.py             # only collect, from the logs of an earlier training
 
 Output for each environment: mean return of the last evaluation during training (20 deterministic episodes), and size in kB.
@@ -36,6 +36,9 @@ ENVIRONMENTS = (
     "LunarLander-v3",
     "CartPoleSwingUp-v0",
     "CartPoleSwingUp-v1",
+    "Hopper-v5",
+    "HalfCheetah-v5",
+    "BipedalWalker-v3",
 )
 #: Environments whose final model is clearly worse than the best evaluated one. On LunarLander: 151 compared with 250 (100
 #: episodes, other seeds than in the evaluations)

@@ -22,7 +22,6 @@ from harness import interquartile_mean, markdown_table, median_and_range, read_l
 from same_task import ENGINES, LEVEL, tests
 from scipy.stats import ks_2samp, trim_mean
 from time_to_solve import by_contestant, median
-from trained_agents import ENVIRONMENTS
 
 HERE = Path(__file__).parent
 RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
@@ -138,7 +137,7 @@ def scaling(part: str) -> str:
 
 def zoo_runs() -> dict[str, dict[str, list[dict[str, Any]]]]:
     """:return: runs of the study ``hyperparams/studies/zoo.yml``, by environment and algorithm"""
-    runs: dict[str, dict[str, list[dict[str, Any]]]] = {env_id: defaultdict(list) for env_id in ENVIRONMENTS}
+    runs: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for run in study_runs("zoo").to_dict("records"):
         runs[run["environment"]][run["algorithm"]].append(run)
     return runs
@@ -263,7 +262,7 @@ def draw_learning_curves(path: Path) -> None:
     """Draw the interquartile mean over seeds, and the range between the quartiles."""
     figure, axes = plt.subplots(2, 4, figsize=(13.6, 5.2))
     points = pd.read_csv(RESULTS / "zoo" / "points.csv.gz")
-    for ax, env_id in zip(axes.flat, ENVIRONMENTS):
+    for ax, env_id in zip(axes.flat, points.environment.unique()):
         for algo in ALGORITHMS:
             of_algo = points[(points.environment == env_id) & (points.algorithm == algo)]
             # A point is drawn only if episodes have ended in all seeds
