@@ -14,7 +14,12 @@ AT_LEAST = {
     "Pendulum-v1": (6000, -250),
     "MountainCar-v0": (3000, -130),
     "LunarLander-v3": (4000, 200),
+    "Hopper-v5": (4000, 2000),
+    "HalfCheetah-v5": (3000, 3000),
+    "BipedalWalker-v3": (4000, 200),
 }
+#: Packages that an environment needs
+NEEDED = {"LunarLander-v3": ["Box2D"], "BipedalWalker-v3": ["Box2D"], "Hopper-v5": ["mujoco"], "HalfCheetah-v5": ["mujoco"]}
 
 
 def mean_return(output: str) -> float:
