@@ -52,7 +52,7 @@ class Gradient:
         self._outputs, self._derivatives = outputs, derivatives
 
     def add_to(self, parameters: Sequence[th.nn.Parameter], to_zero: bool = False) -> None:
-        """Add the gradient to ``grad`` of the parameters. With ``to_zero``, it is zero or None before."""
+        """Add the gradient to ``grad`` of the parameters. ``to_zero`` says that it is zero or None."""
         th.autograd.backward(self._outputs, self._derivatives, inputs=parameters)
 
     def of(self, parameters: Sequence[th.nn.Parameter]) -> tuple[th.Tensor | None, ...]:
@@ -67,9 +67,9 @@ def accumulate_gradients(
     n_threads: int = 1,
 ) -> Iterator[Extra]:
     """
-    Compute the gradient of the sum of the losses of all chunks, and add it to ``grad`` of the parameters: zero or None
-    before. Gradients are added in the order of the chunks, so the number of threads does not change the result. With more than
-    one thread, call it within :func:`one_thread`.
+    Compute the gradient of the sum of the losses of all chunks, and add it to ``grad`` of the parameters, which is zero or
+    None at first. Gradients are added in the order of the chunks, so the number of threads does not change the result. With
+    more than one thread, call it within :func:`one_thread`.
 
     :param compute_gradient: returns the :class:`Gradient` of the loss of a chunk, and any further result; called from several
         threads if ``n_threads`` > 1
