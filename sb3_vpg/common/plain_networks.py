@@ -6,7 +6,7 @@ hundred steps, calling them takes longer than computing them.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -193,26 +193,28 @@ class PlainGradient(Gradient):
     def __init__(self, parts: list[tuple[th.Tensor, th.Tensor]], passes: list[BackwardPass]):
         self._parts, self._passes = parts, passes
 
-    def add_to(self, parameters: Sequence[nn.Parameter], to_zero: bool = False) -> None:
-        wanted = set(map(id, parameters))
+    def _compute(self, in_place: Collection[int] = ()) -> list[tuple[th.Tensor, th.Tensor]]:
+        """
+        :param in_place: ids of parameters whose ``grad`` is zero or None
+        :return: parameters and gradients, without those of networks whose gradients were written to ``grad``
+        """
         parts = [*self._parts]
         for network, inputs, derivative in self._passes:
-            in_place = to_zero and all(id(p) in wanted and p.grad is not None for p in network.parameters)
-            gradients: Any = [p.grad if in_place else th.empty_like(p) for p in network.parameters]
+            written = all(id(p) in in_place and p.grad is not None for p in network.parameters)
+            gradients: Any = [p.grad if written else th.empty_like(p) for p in network.parameters]
             network.gradients(inputs, derivative, gradients)
-            if not in_place:
+            if not written:
                 parts += zip(network.parameters, gradients)
-        for parameter, gradient in parts:
+        return parts
+
+    def add_to(self, parameters: Sequence[nn.Parameter], to_zero: bool = False) -> None:
+        wanted = set(map(id, parameters))
+        for parameter, gradient in self._compute(wanted if to_zero else ()):
             if id(parameter) in wanted and parameter.grad is not None:
                 parameter.grad += gradient
             elif id(parameter) in wanted:
                 parameter.grad = gradient
 
     def of(self, parameters: Sequence[nn.Parameter]) -> tuple[th.Tensor | None, ...]:
-        parts = [*self._parts]
-        for network, inputs, derivative in self._passes:
-            gradients = [th.empty_like(parameter) for parameter in network.parameters]
-            network.gradients(inputs, derivative, gradients)
-            parts += zip(network.parameters, gradients)
-        found = {id(parameter): gradient for parameter, gradient in parts}
-        return tuple(found.get(id(parameter)) for parameter in parameters)
+        gradients = {id(parameter): gradient for parameter, gradient in self._compute()}
+        return tuple(gradients.get(id(parameter)) for parameter in parameters)
