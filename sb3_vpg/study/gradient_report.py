@@ -1,8 +1,8 @@
 """The sections of a report on gradient statistics."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
+from functools import partial
 
-import numpy as np
 import pandas as pd
 
 from sb3_vpg.study.rendering import Chart, Section, Table
@@ -11,8 +11,8 @@ from sb3_vpg.study.statistics import NO_VALUES, Findings, estimate
 MOMENTS = ("start", "middle", "end")
 COSINES = {"pairwise_cosine": "pairwise cosine", "cosine_with_reference": "cosine with the reference"}
 EMPTY_CELL = "-"
-#: Values by seed, for each measured setting and moment
-Values = Mapping[tuple[str, str], pd.Series]
+#: Below this part of the largest variance, in single precision, gradients consist of rounding errors
+ROUNDING = 1e-12
 
 
 def policies(findings: Findings) -> Iterator[tuple[str, str]]:
@@ -23,61 +23,64 @@ def policies(findings: Findings) -> Iterator[tuple[str, str]]:
         yield from ((environment, policy) for policy in findings.study.statistics.policies if (environment, policy) in present)
 
 
-def gradient_statistics(findings: Findings, environment: str, policy: str, metric: str) -> Values:
-    """:return: a statistic; the moment is the nearest of start, middle and end of training"""
-    rows = findings.points[(findings.points.phase == "statistics") & (findings.points.metric == metric)]
+def gradient_statistics(findings: Findings, environment: str, policy: str) -> pd.DataFrame:
+    """
+    :return: the statistics (columns) of each measured setting, moment (the nearest of start, middle and end of training) and
+        seed. If a setting's gradients consist of rounding errors, as those of a time baseline if all episodes have the same
+        return, then its variance is 0 and its other statistics are missing.
+    """
+    rows = findings.points[(findings.points.phase == "statistics") & (findings.points.measured != "")]
     rows = rows[(rows.environment == environment) & (rows.setting == policy)]
     moments = [MOMENTS[round(2 * timesteps / rows.timesteps.max())] for timesteps in rows.timesteps]
-    groups = rows.groupby([rows.measured, pd.Series(moments, rows.index, dtype=str)])
-    return {key: group.set_index("seed")["value"].sort_index() for key, group in groups}
+    index = ["measured", "moment", "seed"]
+    values = rows.assign(moment=moments).pivot(index=index, columns="metric", values="value")
+    rounding = values.variance <= ROUNDING * values.groupby(["moment", "seed"]).variance.transform("max")
+    return values.mask(rounding).assign(variance=values.variance.mask(rounding, 0.0))
 
 
-def ratio_by_seed(values: pd.Series, of: pd.Series) -> pd.Series:
-    """:return: ratios by seed, without those that are not positive and finite"""
-    ratio = (values / of).dropna()
-    return ratio[(ratio > 0) & np.isfinite(ratio)]
+def of_seeds(values: pd.DataFrame, metric: str, setting: str, moment: str) -> pd.Series:
+    """:return: a statistic by seed, without missing values"""
+    return values[metric].get((setting, moment), NO_VALUES).dropna()
 
 
-def variance_ratios(findings: Findings, environment: str, policy: str) -> tuple[str, Values]:
-    """:return: the first setting that is measured, and ratios of the variances of all settings and its own"""
-    variances = gradient_statistics(findings, environment, policy, "variance")
-    first = next(name for name in findings.study.settings if any(name == setting for setting, _ in variances))
-    return first, {key: ratio_by_seed(values, variances.get((first, key[1]), NO_VALUES)) for key, values in variances.items()}
+def variance_ratios(values: pd.DataFrame, before: str, after: str, moment: str) -> pd.Series:
+    """:return: ratios of two settings' variances by seed, without those where the first is 0"""
+    first, second = (of_seeds(values, "variance", setting, moment) for setting in (before, after))
+    return (second / first[first > 0]).dropna()
 
 
-def geometric_mean(values: pd.Series) -> float:
-    """:return: the geometric mean; NaN if there are no values"""
-    return float(np.exp(np.log(values).mean()))
+def median(values: pd.Series, shape: str) -> str:
+    """:return: the median as text, with this format"""
+    return format(values.median() + 0.0, shape) if len(values) else EMPTY_CELL
 
 
 def statistics_section(findings: Findings) -> Section:
     """Section with the gradient statistics at each policy: a table and a chart of both cosines."""
     parts: list[str | Table | Chart] = [
         "Gradients of the settings, measured with the same policies and episodes at the start, in the middle and at the end "
-        "of training. Variance: trace of the covariance of the gradient of one update, as a ratio (geometric mean over "
-        "seeds). It depends on the scale of the weights of grad log pi; the other columns do not, and are means over seeds. "
-        "SNR: signal-to-noise ratio. Pairwise cosine: between the gradients of two batches. Cosine with the reference: "
-        "between the gradient of one batch and the gradient of the reference on all other data. Intervals: from the lowest "
-        "to the highest end of the 95 % bootstrap intervals of the seeds."
+        "of training: medians over seeds. Variance: trace of the covariance of the gradient of one update, as a ratio. It "
+        "depends on the scale of the weights of grad log pi; the other columns do not. It is 0 if the gradients are no more "
+        "than rounding errors, as with a time baseline if all episodes have the same return; such gradients have no "
+        "direction. SNR: signal-to-noise ratio. Pairwise cosine: between the gradients of two batches. Cosine with the "
+        "reference: between the gradient of one batch and the gradient of the reference on all other data. Intervals: from "
+        "the lowest to the highest end of the 95 % bootstrap intervals of the seeds."
     ]
     for environment, policy in policies(findings):
-        relative_to, ratios = variance_ratios(findings, environment, policy)
-        columns = {f"variance / variance of {relative_to}": (ratios, geometric_mean, "{:.3g}")}
-        for metric, label in (("snr", "SNR"), *COSINES.items()):
-            values = gradient_statistics(findings, environment, policy, metric)
-            columns[label] = (values, pd.Series.mean, "{:.3g}" if metric == "snr" else "{:.3f}")
-        rows = []
-        for name in findings.study.settings:
-            if any(key[0] == name for key in ratios):
-                n_seeds = max(len(values) for key, values in ratios.items() if key[0] == name)
-                cells = [
-                    " / ".join(
-                        shape.format(summary(values[name, moment])) if len(values.get((name, moment), ())) else EMPTY_CELL
-                        for moment in MOMENTS
-                    )
-                    for values, summary, shape in columns.values()
-                ]
-                rows.append([name, *cells, str(n_seeds)])
+        values = gradient_statistics(findings, environment, policy)
+        measured = [name for name in findings.study.settings if name in values.index.levels[0]]
+        columns: dict[str, tuple[Callable[[str, str], pd.Series], str]] = {
+            f"variance / variance of {measured[0]}": (partial(variance_ratios, values, measured[0]), ".3g"),
+            "SNR": (partial(of_seeds, values, "snr"), ".3g"),
+            **{label: (partial(of_seeds, values, metric), ".3f") for metric, label in COSINES.items()},
+        }
+        rows = [
+            [
+                name,
+                *(" / ".join(median(column(name, moment), shape) for moment in MOMENTS) for column, shape in columns.values()),
+                str(values.loc[name].index.unique("seed").size),
+            ]
+            for name in measured
+        ]
         parts += [
             f"**{environment}**, policies of {policy}. Numbers: start / middle / end.",
             Table(["setting", *columns, "seeds"], rows),
@@ -88,50 +91,50 @@ def statistics_section(findings: Findings) -> Section:
 
 def cosine_chart(findings: Findings, environment: str, policy: str, metric: str) -> Chart:
     """:return: chart of a cosine, by setting and moment"""
-    mean, low, high = (gradient_statistics(findings, environment, policy, metric + end) for end in ("", "_low", "_high"))
+    values = gradient_statistics(findings, environment, policy)
     intervals: dict[str, dict[str, tuple[float, float, float]]] = {}
     for name in findings.study.settings:
         for moment in MOMENTS:
-            if (name, moment) in mean:
-                ends = (value[name, moment] for value in (mean, low, high))
-                of_seeds, lowest, highest = (values.dropna() for values in ends)
-                if len(of_seeds):
-                    point = of_seeds.mean()
-                    ends_of_all = (min([point, *lowest]), max([point, *highest]))
-                    intervals.setdefault(name, {})[moment] = (point, *ends_of_all)
+            cosines, lowest, highest = (of_seeds(values, metric + end, name, moment) for end in ("", "_low", "_high"))
+            if len(cosines):
+                point = cosines.median()
+                intervals.setdefault(name, {})[moment] = (point, min([point, *lowest]), max([point, *highest]))
     title = f"{environment}, policies of {policy}: {COSINES[metric]}"
     return Chart(f"{metric}_{environment}_{policy}", title, COSINES[metric], intervals=intervals)
 
 
 def steps_of_gradients(findings: Findings, pairs: list[tuple[str, str]]) -> Iterator[str | Table]:
     """:return: for each pair, changes of variance and pairwise cosine"""
-    header, changes = ["pair", *(f"{environment}, {policy}" for environment, policy in policies(findings))], {}
-    for before, after in pairs:
-        cells = []
-        for environment, policy in policies(findings):
-            variance = gradient_statistics(findings, environment, policy, "variance")
-            cosine = gradient_statistics(findings, environment, policy, "pairwise_cosine")
-            texts = []
-            for moment in MOMENTS:
-                first, second = (before, moment), (after, moment)
-                ratio = ratio_by_seed(variance.get(second, NO_VALUES), variance.get(first, NO_VALUES))
-                change = (cosine.get(second, NO_VALUES) - cosine.get(first, NO_VALUES)).dropna()
-                texts.append(
-                    (
-                        f"{geometric_mean(ratio):.2g}" if len(ratio) else EMPTY_CELL,
-                        f"{change.mean():+.2f}" if len(change) else EMPTY_CELL,
-                    )
-                )
-            cells.append([" / ".join(column) for column in zip(*texts)])
-        changes[f"{before} -> {after}"] = list(zip(*cells))
+    tables = {
+        f"{environment}, {policy}": gradient_statistics(findings, environment, policy)
+        for environment, policy in policies(findings)
+    }
+
+    def changes(of_pair: Callable[[pd.DataFrame, str, str, str], pd.Series], shape: str) -> Table:
+        rows = [
+            [
+                f"{before} -> {after}",
+                *(
+                    " / ".join(median(of_pair(values, before, after, moment), shape) for moment in MOMENTS)
+                    for values in tables.values()
+                ),
+            ]
+            for before, after in pairs
+        ]
+        return Table(["pair", *tables], rows)
+
+    def cosine_change(values: pd.DataFrame, before: str, after: str, moment: str) -> pd.Series:
+        first, second = (of_seeds(values, "pairwise_cosine", setting, moment) for setting in (before, after))
+        return (second - first).dropna()
+
     yield (
-        "Variance of the gradient of one update: ratio (geometric mean over seeds) at start / middle / end, for each "
-        "environment and policy. It is not informative for steps that change the scale of the weights of grad log pi "
-        "(normalization, gamma^t, sum over trajectories): compare the cosines there."
+        "Variance of the gradient of one update: ratio at start / middle / end, for each environment and policy, median over "
+        "seeds. It is not informative for steps that change the scale of the weights of grad log pi (normalization, gamma^t, "
+        "sum over trajectories): compare the cosines there."
     )
-    yield Table(header, [[name, *texts[0]] for name, texts in changes.items()])
-    yield "Pairwise cosine: difference at start / middle / end."
-    yield Table(header, [[name, *texts[1]] for name, texts in changes.items()])
+    yield changes(variance_ratios, ".2g")
+    yield "Pairwise cosine: difference at start / middle / end, median over seeds."
+    yield changes(cosine_change, "+.2f")
 
 
 def rank_section(findings: Findings) -> Section:
@@ -142,11 +145,12 @@ def rank_section(findings: Findings) -> Section:
     rows = []
     for environment, policy in policies(findings):
         scores = findings.values(environment, findings.study.score)
-        cosines = {metric: gradient_statistics(findings, environment, policy, metric) for metric in COSINES}
-        both = [name for name in scores if all((name, "middle") in values for values in cosines.values())]
+        values = gradient_statistics(findings, environment, policy)
+        cosines = {metric: {name: of_seeds(values, metric, name, "middle") for name in scores} for metric in COSINES}
+        both = [name for name in scores if all(len(of_metric[name]) for of_metric in cosines.values())]
         ranks = pd.DataFrame(
             {
-                **{metric: [values[name, "middle"].mean() for name in both] for metric, values in cosines.items()},
+                **{metric: [of_metric[name].median() for name in both] for metric, of_metric in cosines.items()},
                 "score": [estimate(scores[name]).mean for name in both],
             }
         ).rank()
@@ -155,7 +159,7 @@ def rank_section(findings: Findings) -> Section:
         cells = [f"{ranks[metric].corr(ranks['score']) + 0.0:.2f}" if informative else EMPTY_CELL for metric in COSINES]
         rows.append([f"{environment}, {policy}", *cells, str(len(both))])
     text = (
-        "Spearman's rank correlation over settings, between each cosine in the middle of training (mean over seeds) and the "
+        "Spearman's rank correlation over settings, between each cosine in the middle of training (median over seeds) and the "
         "score (interquartile mean over seeds). 1: settings whose gradients agree more, with each other or with the "
         "reference, always learn better. 0: no relation."
     )

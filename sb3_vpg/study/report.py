@@ -157,7 +157,7 @@ def pairs_section(findings: Findings, normalized: dict[str, np.ndarray]) -> Sect
     questions = {(pair[0], pair[1]): pair[2] for pair in study.pairs if len(pair) == 3}
     rows = []
     for before, after in pairs:
-        cells = []
+        cells, better, worse = [], 0, 0
         for environment in findings.environments:
             low, high = findings.score_range(environment)
             scores = findings.values(environment, study.score)
@@ -167,16 +167,24 @@ def pairs_section(findings: Findings, normalized: dict[str, np.ndarray]) -> Sect
                 continue
             mean, lowest, highest, _ = (value / (high - low) for value in found)
             text = f"{mean:+.2f} [{lowest:+.2f}, {highest:+.2f}]"
+            better, worse = better + (lowest > 0), worse + (highest < 0)
             cells.append(f"**{text}**" if lowest > 0 or highest < 0 else text)
         known = before in normalized and after in normalized
         probability = probability_of_improvement(normalized[before], normalized[after]) if known else None
         question = [questions.get((before, after), "")] if questions else []
-        rows.append([f"{before} -> {after}", *cells, format_estimate(probability, 2), *question])
-    header = ["pair", *findings.environments, "probability of improvement", *(["question"] if questions else [])]
+        counts = f"{better} / {worse}"
+        rows.append([f"{before} -> {after}", *cells, counts, format_estimate(probability, 2), *question])
+    header = [
+        "pair",
+        *findings.environments,
+        "better / worse",
+        "probability of improvement",
+        *(["question"] if questions else []),
+    ]
     text = (
         "The second contestant compared with the first. Difference of the normalized scores (interquartile means), bold if "
-        "the interval excludes 0. Probability of improvement: that a run of the second has a higher score than a run of the "
-        "first, mean over environments; ties count one half."
+        "the interval excludes 0. Better / worse: number of environments where it does. Probability of improvement: that a "
+        "run of the second has a higher score than a run of the first, mean over environments; ties count one half."
     )
     parts: list[str | Table | Chart] = [text, Table(header, rows)]
     if any(policies(findings)):

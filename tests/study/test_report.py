@@ -91,14 +91,15 @@ def test_all_measures_of_the_runs(text: str):
 
 def test_pairs_have_differences_probabilities_and_the_question(text: str):
     pairs = section(text, "Pairs")
-    cartpole, acrobot, probability, question = cells(pairs, "reward_to_go -> gae")
+    cartpole, acrobot, counts, probability, question = cells(pairs, "reward_to_go -> gae")
     # (466.7 - 150) / 500 and (-90 + 250) / 420
     assert cartpole.startswith("+0.63 [-")
     assert acrobot.startswith("**+0.38 [+")
+    assert counts == "1 / 0"
     # Of 4 x 4 runs 12 and one tie, and 15 and one tie
     assert probability.startswith(f"{(12.5 / 16 + 15.5 / 16) / 2:.2f} [")
     assert question == "Does the critic help?"
-    assert cells(pairs, "gae -> a2c")[1:] == ["-", "-", ""]
+    assert cells(pairs, "gae -> a2c")[1:] == ["-", "1 / 0", "-", ""]
     assert cells(pairs[pairs.index("Variance") :], "reward_to_go -> gae") == ["2 / 0.5 / 0.25"]
     assert cells(pairs[pairs.index("Pairwise") :], "reward_to_go -> gae") == ["+0.50 / -0.25 / +0.00"]
 

@@ -7,7 +7,7 @@ from helpers.studies import add_final_runs, add_search, add_statistics
 from rliable import library, metrics
 
 from sb3_vpg.study import statistics
-from sb3_vpg.study.gradient_report import gradient_statistics, variance_ratios
+from sb3_vpg.study.gradient_report import MOMENTS, gradient_statistics, of_seeds, variance_ratios
 from sb3_vpg.study.results import Measures, Point, Results
 from sb3_vpg.study.statistics import Findings
 from sb3_vpg.study.study import Run, make_study
@@ -163,11 +163,25 @@ def test_variances_are_ratios_at_the_same_policy(tmp_path):
     results = Results(tmp_path)
     variances = {"plain": [[1, 2, 0], [1, 2, 4]], "clever": [[4, 1, 1], [1, 1, 2]]}
     add_statistics(results, "CartPole-v1", "plain", {"variance": variances})
-    findings = findings_of(results)
-    first, ratios = variance_ratios(findings, "CartPole-v1", "plain")
-    assert first == "plain"
-    assert ratios["clever", "start"].to_dict() == {0: 4, 1: 1}
+    values = gradient_statistics(findings_of(results), "CartPole-v1", "plain")
+    assert variance_ratios(values, "plain", "clever", "start").to_dict() == {0: 4, 1: 1}
     # Of the first seed, 1 / 0 is left out
-    assert ratios["clever", "end"].to_dict() == {1: 0.5}
-    low = gradient_statistics(findings, "CartPole-v1", "plain", "variance_low")
-    assert low["clever", "start"].to_dict() == {0: 3.9, 1: 0.9}
+    assert variance_ratios(values, "plain", "clever", "end").to_dict() == {1: 0.5}
+    assert variance_ratios(values, "clever", "plain", "end").to_dict() == {0: 0, 1: 2}
+    assert of_seeds(values, "variance_low", "clever", "start").to_dict() == {0: 3.9, 1: 0.9}
+    assert of_seeds(values, "variance", "not measured", "start").empty
+
+
+def test_gradients_of_rounding_errors_have_no_variance_and_no_direction(tmp_path):
+    results = Results(tmp_path)
+    metrics = {
+        "variance": {"plain": [[1, 1, 1e-20]], "clever": [[1e-7, 1e-20, 1e-20]]},
+        "pairwise_cosine": {"plain": [[0.5, 0.5, 0.5]], "clever": [[0.9, 0.9, 0.9]]},
+    }
+    add_statistics(results, "CartPole-v1", "plain", metrics)
+    values = gradient_statistics(findings_of(results), "CartPole-v1", "plain")
+    ratios = [variance_ratios(values, "plain", "clever", moment).tolist() for moment in MOMENTS]
+    # Small gradients are not rounding errors if those of all settings are small, as with a nearly deterministic policy
+    assert ratios == [[1e-7], [0], [1]]
+    cosines = [of_seeds(values, "pairwise_cosine", "clever", moment).tolist() for moment in MOMENTS]
+    assert cosines == [[0.9], [], [0.9]]
