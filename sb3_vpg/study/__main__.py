@@ -77,6 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--first-seed", type=int, help="seed of the first run (default: 0)")
     parser.add_argument("--steps", type=int, help="timesteps of each run (default: those of the zoo's entries)")
     parser.add_argument("--vec-env", choices=VEC_ENVS, help="class of the training environments")
+    parser.add_argument("--gym-packages", nargs="+", help="modules to import, which register environments or estimators")
     parser.add_argument("-f", "--folder", type=Path, default=Path("comparison"), help="folder (default: comparison)")
     parser.add_argument("--processes", type=int, default=os.cpu_count(), help="number of parallel runs, one thread each")
     parser.add_argument(
@@ -105,7 +106,7 @@ def study_of(args: argparse.Namespace) -> tuple[Study, Selection]:
     if not args.config:
         given = {"environments": args.env, "algorithms": args.algo}
         settings |= {key: value for key, value in given.items() if value}
-    for key in ("seeds", "first_seed", "steps", "vec_env"):
+    for key in ("seeds", "first_seed", "steps", "vec_env", "gym_packages"):
         if getattr(args, key) is not None:
             settings[key] = getattr(args, key)
     study = make_study(settings)

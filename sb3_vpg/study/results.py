@@ -21,8 +21,10 @@ N_POINTS = 50
 #: Version of the format. Results of another version are refused
 FORMAT = 2
 VERSIONS = ("sb3_vpg", "stable_baselines3", "sb3_contrib", "rl_zoo3", "torch", "gymnasium", "numpy", "envpool")
-#: Settings that may change within a folder: they only add runs
-EXTENDABLE = ("seeds", "first_seed")
+#: Settings that may change within a folder: they add runs, or change only the report
+EXTENDABLE = ("seeds", "first_seed", "pairs", "gym_packages")
+#: Settings to which something may be added
+GROWING = ("environments", "algorithms", "settings")
 
 
 class Measures(NamedTuple):
@@ -159,7 +161,7 @@ class Results:
 def keep_settings(folder: Path, study: Mapping[str, Any], hyperparameters: Mapping[str, Any]) -> list[str]:
     """
     Write the settings of a study, its hyperparameters and the versions of packages into its folder. Compared with those that
-    the folder has, numbers of seeds may differ, and cells may be new.
+    the folder has, numbers of seeds and pairs may differ, and environments, algorithms and settings may be new.
 
     :param folder: the folder
     :param study: the settings
@@ -203,10 +205,10 @@ def _plain(value: Any) -> Any:
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
-        for name in {**old, **new}:
+        for name in old if key in GROWING else {**old, **new}:
             if name not in EXTENDABLE:
                 yield from _differences(old.get(name), new.get(name), f"{key}: {name}" if key else name)
-    elif old != new:
+    elif old != new and not (key in GROWING and set(old) <= set(new)):
         yield key, old, new
 
 

@@ -1,5 +1,6 @@
 """The settings of a study, read from YAML, and its runs."""
 
+import importlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -114,6 +115,7 @@ class Study:
         pair answers. By default, all are compared with the first one.
     :param search: the search for learning rates
     :param statistics: the gradient statistics
+    :param gym_packages: names of modules that are imported first, which register environments or estimators
     :raises ValueError: if a name is not known, or a value is not allowed
     """
 
@@ -131,8 +133,10 @@ class Study:
     pairs: Sequence[Sequence[str]] = ()
     search: Search = Search()
     statistics: Statistics = Statistics()
+    gym_packages: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        self.import_packages()
         check_number("steps", self.steps, low=1, integer=True, none=True)
         check_number("seeds", self.seeds, low=1, integer=True)
         check_number("first_seed", self.first_seed, low=0, integer=True)
@@ -160,6 +164,14 @@ class Study:
             check_known("statistics: policies", name, self.settings)
         if self.statistics.reference:
             check_known("statistics: reference", self.statistics.reference, self.settings)
+
+    def import_packages(self) -> None:
+        """Import the modules of ``gym_packages``; each process needs it."""
+        for name in self.gym_packages:
+            try:
+                importlib.import_module(name)
+            except ImportError as error:
+                raise ValueError(f"gym_packages: {name} cannot be imported: {error}") from error
 
     @property
     def contestants(self) -> dict[str, tuple[str, str]]:

@@ -167,6 +167,7 @@ def set_up(
     :param tensorboard_log: folder of TensorBoard's logs; empty for none
     :return: the zoo's manager of the run, the model, and its hyperparameters as the zoo's files have them
     """
+    study.import_packages()
     folder.mkdir(parents=True, exist_ok=True)
     keywords = copy.deepcopy(study.keywords(*run.cell))
     if run.learning_rate is not None:

@@ -26,6 +26,12 @@ def init(name, project, group, config, sync_tensorboard, dir):
 def finish():
     print("wandb finish")
 """
+#: An estimator of one's own
+MINE = """
+from sb3_vpg.estimators import ESTIMATORS
+
+ESTIMATORS["mine"] = ESTIMATORS["td_residual"]
+"""
 #: Columns that differ from run to run
 TIMES = ["wall_seconds", "processor_seconds", "seconds"]
 
@@ -198,6 +204,19 @@ def test_arguments_are_a_study_too_and_its_folder_is_its_own(installed: Environm
     assert f"error: {folder} has another study (steps is 300 there, 400 here): choose another --folder" in other.stderr
 
 
+def test_an_estimator_of_ones_own_joins_a_study(installed: Environment, tmp_path: Path):
+    folder = tmp_path / "out"
+    (tmp_path / "my_estimators.py").write_text(MINE)
+    common = ["--seeds", "1", "--steps", "300", "--vec-env", "native", "-f", str(folder)]
+    output_of(installed.run_warm(*COMPARE, *common, "--vary", "estimator=td_residual"))
+    mine = ["--vary", "estimator=td_residual,mine", "--gym-packages", "my_estimators"]
+    output = output_of(installed.run_warm(*COMPARE, *common, *mine, env={"PYTHONPATH": str(tmp_path)}))
+    assert re.search(r"^1 runs in", output, re.MULTILINE)
+    runs = pd.read_csv(folder / "runs.csv").set_index("setting")
+    assert runs.deterministic_return["estimator=mine"] == runs.deterministic_return["estimator=td_residual"]
+    assert "| estimator=mine |" in (folder / "report.md").read_text()
+
+
 def test_a_dry_run_tells_the_cost_and_writes_nothing(installed: Environment, tmp_path: Path):
     arguments = ("--env", "CartPole-v1", "--algo", "a2c", "--seeds", "3", "--steps", "200", "-f", str(tmp_path / "out"))
     output = output_of(installed.run_warm(*COMPARE, *arguments, "--processes", "1", "--dry-run"))
@@ -215,6 +234,7 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(installed: Environment, tmp
         (["--vary", "gae_lambda=2"], "CartPole-v1 vpg gae_lambda=2: gae_lambda=2 is not allowed; it must be a number >= 0"),
         (["--vary", "estimator=gea"], "estimator='gea' is not allowed; choose one of 'total_return'"),
         (["--seeds", "0"], "seeds=0 is not allowed"),
+        (["--gym-packages", "nothing"], "gym_packages: nothing cannot be imported: No module named 'nothing'"),
         (["--processes", "0"], "--processes=0 is not allowed"),
         (["--config", "nowhere.yml"], "nowhere.yml cannot be read"),
         (["--track", "wandb"], "--track wandb needs a package: pip install wandb"),

@@ -15,7 +15,13 @@ from sb3_vpg.study.study import Run
 RUNS = [Run("search", "CartPole-v1", "vpg", "a, b", 1000, 0.1), Run("final", "CartPole-v1", "ppo", "", 0)]
 MEASURES = Measures(512, 1.5, 1 / 3, 500.0, 499.5, None, 500.0)
 POINTS = [Point(256, 0.75, "return", "", 20.0), Point(512, 1.5, "return", "", 0.1 + 0.2)]
-SETTINGS = {"algorithms": ("vpg",), "seeds": 3, "search": {"seeds": 2, "learning_rates": [0.1]}}
+SETTINGS = {
+    "algorithms": ("vpg",),
+    "environments": {"CartPole-v1": {"gamma": 0.9}},
+    "settings": {"gae": {"gae_lambda": 0.9}},
+    "seeds": 3,
+    "search": {"seeds": 2, "learning_rates": [0.1]},
+}
 
 
 def filled(folder: Path) -> Results:
@@ -156,12 +162,14 @@ def test_a_file_of_something_else_is_not_taken_for_results(tmp_path: Path, name:
     assert path.read_text() == "a,b\n1,2\n"
 
 
-def test_settings_are_kept_with_versions_and_seeds_may_grow(tmp_path: Path):
+def test_settings_are_kept_with_versions_and_a_study_may_grow(tmp_path: Path):
     assert keep_settings(tmp_path, SETTINGS, {"CartPole-v1, vpg": {"gamma": 0.9}}) == []
-    more = {**SETTINGS, "seeds": 10, "search": {**SETTINGS["search"], "seeds": 5}}
+    more = {**SETTINGS, "seeds": 10, "search": {**SETTINGS["search"], "seeds": 5}, "algorithms": ["ppo", "vpg"]}
+    more |= {key: {**SETTINGS[key], "Acrobot-v1": {"gamma": 0.9}} for key in ("environments", "settings")}
+    more |= {"pairs": [["vpg", "ppo"]], "gym_packages": ["mine"]}
     assert keep_settings(tmp_path, more, {"Acrobot-v1, vpg": {"gamma": 0.9}}) == []
     kept = yaml.safe_load((tmp_path / "study.yml").read_text())
-    assert kept["study"] == {**more, "algorithms": ["vpg"]}
+    assert kept["study"] == more
     assert list(kept["hyperparameters"]) == ["CartPole-v1, vpg", "Acrobot-v1, vpg"]
     assert set(kept["versions"]) >= {"torch", "gymnasium", "stable_baselines3"}
 
@@ -169,7 +177,9 @@ def test_settings_are_kept_with_versions_and_seeds_may_grow(tmp_path: Path):
 @pytest.mark.parametrize(
     ("settings", "hyperparameters", "named"),
     [
-        ({**SETTINGS, "algorithms": ("vpg", "ppo")}, {}, r"algorithms is \['vpg'\] there, \['vpg', 'ppo'\] here"),
+        ({**SETTINGS, "algorithms": ("ppo",)}, {}, r"algorithms is \['vpg'\] there, \['ppo'\] here"),
+        ({**SETTINGS, "settings": {"td": {}}}, {}, r"settings: gae is \{'gae_lambda': 0.9\} there, None here"),
+        ({**SETTINGS, "environments": {"CartPole-v1": {}}}, {}, "environments: CartPole-v1: gamma is 0.9 there, None here"),
         ({**SETTINGS, "steps": 5}, {}, "steps is None there, 5 here"),
         (SETTINGS, {"CartPole-v1, vpg": {"gamma": 0.8}}, "CartPole-v1, vpg: gamma is 0.9 there, 0.8 here"),
     ],
