@@ -1,5 +1,6 @@
 """The sections of a report on gradient statistics."""
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -50,8 +51,8 @@ def variance_ratios(values: pd.DataFrame, before: str, after: str, moment: str) 
 
 
 def median(values: pd.Series, shape: str) -> str:
-    """:return: the median as text, with this format"""
-    return format(values.median() + 0.0, shape) if len(values) else EMPTY_CELL
+    """:return: the median as text, with this format; zero without a minus sign"""
+    return re.sub(r"^-(?=[0.]+$)", "+" if "+" in shape else "", format(values.median(), shape)) if len(values) else EMPTY_CELL
 
 
 def statistics_section(findings: Findings) -> Section:

@@ -20,6 +20,8 @@ from PIL import Image
 MAX_LINES = 6
 PANELS_IN_A_ROW = 4
 SMALL, MEDIUM = 8, 9
+#: Length of a text from which its column is wide and wraps
+LONG = 40
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
@@ -32,6 +34,15 @@ class Table:
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+    def kinds(self) -> list[str]:
+        """:return: for each column "number", "text", or "long text"; the first one is no number"""
+        kinds = []
+        for i, (_, *cells) in enumerate(zip(self.header, *self.rows)):
+            is_number = i > 0 and all(re.match(r"\**[-+]?\d|-( /|$)|$", cell) for cell in cells)
+            is_long = max(map(len, cells), default=0) > LONG
+            kinds.append("number" if is_number else "long text" if is_long else "text")
+        return kinds
 
 
 @dataclass(frozen=True)
@@ -71,7 +82,7 @@ def write_markdown(title: str, sections: Sequence[Section], path: Path) -> None:
         parts.append(f"## {section.heading}")
         for part in section.parts:
             if isinstance(part, Table):
-                lines = [part.header, ["---"] + ["---:"] * (len(part.header) - 1), *part.rows]
+                lines = [part.header, ["---:" if kind == "number" else "---" for kind in part.kinds()], *part.rows]
                 parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
             elif isinstance(part, Chart):
                 picture = re.sub(r"[^\w.-]", "_", part.name) + ".png"
@@ -84,13 +95,20 @@ def write_markdown(title: str, sections: Sequence[Section], path: Path) -> None:
 
 def write_html(title: str, sections: Sequence[Section], path: Path) -> None:
     """Write a report as one HTML file that needs no other file and no network."""
-    parts, charts = [f"<h1>{html.escape(title)}</h1>"], list[dict[str, Any]]()
-    for section in sections:
-        parts.append(f"<h2>{html.escape(section.heading)}</h2>")
+    links = (f"<a href='#{i}'>{html.escape(section.heading)}</a>" for i, section in enumerate(sections))
+    parts, charts = [f"<h1>{html.escape(title)}</h1>", f"<nav>{' '.join(links)}</nav>"], list[dict[str, Any]]()
+    for i, section in enumerate(sections):
+        parts.append(f"<h2 id='{i}'>{html.escape(section.heading)}</h2>")
         for part in section.parts:
             if isinstance(part, Table):
-                rows = "".join(f"<tr>{''.join(f'<td>{_inline(cell)}</td>' for cell in row)}</tr>" for row in part.rows)
-                header = "".join(f"<th><button>{_inline(cell)}</button></th>" for cell in part.header)
+                kinds = part.kinds()
+                cells = [
+                    "".join(f"<td class='{kind}'>{_inline(cell)}</td>" for kind, cell in zip(kinds, row)) for row in part.rows
+                ]
+                rows = "".join(f"<tr>{row}</tr>" for row in cells)
+                header = "".join(
+                    f"<th class='{kind}'><button>{_inline(cell)}</button></th>" for kind, cell in zip(kinds, part.header)
+                )
                 parts.append(f"<div class='wide'><table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>")
             elif isinstance(part, Chart):
                 parts.append(f"<figure data-chart='{len(charts)}'></figure>")

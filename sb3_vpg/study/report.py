@@ -166,27 +166,20 @@ def pairs_section(findings: Findings, normalized: dict[str, np.ndarray]) -> Sect
                 cells.append(EMPTY_CELL)
                 continue
             mean, lowest, highest, _ = (value / (high - low) for value in found)
-            text = f"{mean:+.2f} [{lowest:+.2f}, {highest:+.2f}]"
+            text = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(round(value, 2) + 0.0 for value in (mean, lowest, highest)))
             better, worse = better + (lowest > 0), worse + (highest < 0)
             cells.append(f"**{text}**" if lowest > 0 or highest < 0 else text)
         known = before in normalized and after in normalized
         probability = probability_of_improvement(normalized[before], normalized[after]) if known else None
         question = [questions.get((before, after), "")] if questions else []
-        counts = f"{better} / {worse}"
-        rows.append([f"{before} -> {after}", *cells, counts, format_estimate(probability, 2), *question])
-    header = [
-        "pair",
-        *findings.environments,
-        "better / worse",
-        "probability of improvement",
-        *(["question"] if questions else []),
-    ]
+        rows.append([f"{before} -> {after}", *question, f"{better} / {worse}", format_estimate(probability, 2), *cells])
+    header = ["pair", *(["question"] if questions else []), "better / worse", "probability of improvement"]
     text = (
         "The second contestant compared with the first. Difference of the normalized scores (interquartile means), bold if "
         "the interval excludes 0. Better / worse: number of environments where it does. Probability of improvement: that a "
         "run of the second has a higher score than a run of the first, mean over environments; ties count one half."
     )
-    parts: list[str | Table | Chart] = [text, Table(header, rows)]
+    parts: list[str | Table | Chart] = [text, Table([*header, *findings.environments], rows)]
     if any(policies(findings)):
         parts += steps_of_gradients(findings, [pair for pair in pairs if set(pair) <= set(study.settings)])
     return Section("Pairs", parts)

@@ -4,11 +4,13 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.studies import SETTINGS, add_final_runs, add_search, add_statistics
 from PIL import Image
 
 from sb3_vpg.study.gradient_report import COSINES
+from sb3_vpg.study.rendering import Chart, Section, Table, write_html
 from sb3_vpg.study.report import write_report
 from sb3_vpg.study.results import Measures, Results, keep_settings
 from sb3_vpg.study.study import Run, make_study
@@ -91,7 +93,7 @@ def test_all_measures_of_the_runs(text: str):
 
 def test_pairs_have_differences_probabilities_and_the_question(text: str):
     pairs = section(text, "Pairs")
-    cartpole, acrobot, counts, probability, question = cells(pairs, "reward_to_go -> gae")
+    question, counts, probability, cartpole, acrobot = cells(pairs, "reward_to_go -> gae")
     # (466.7 - 150) / 500 and (-90 + 250) / 420
     assert cartpole.startswith("+0.63 [-")
     assert acrobot.startswith("**+0.38 [+")
@@ -99,7 +101,7 @@ def test_pairs_have_differences_probabilities_and_the_question(text: str):
     # Of 4 x 4 runs 12 and one tie, and 15 and one tie
     assert probability.startswith(f"{(12.5 / 16 + 15.5 / 16) / 2:.2f} [")
     assert question == "Does the critic help?"
-    assert cells(pairs, "gae -> a2c")[1:] == ["-", "1 / 0", "-", ""]
+    assert cells(pairs, "gae -> a2c") == ["", "1 / 0", "-", cells(pairs, "gae -> a2c")[3], "-"]
     assert cells(pairs[pairs.index("Variance") :], "reward_to_go -> gae") == ["2 / 0.5 / 0.25"]
     assert cells(pairs[pairs.index("Pairwise") :], "reward_to_go -> gae") == ["+0.50 / -0.25 / +0.00"]
 
@@ -123,6 +125,17 @@ def test_gradient_statistics(text: str):
 def test_failed_runs_are_rows_with_their_errors(text: str):
     failed = cells(section(text, "Failed runs"), "Acrobot-v1")
     assert failed == ["diverges", "final", "0", "ValueError: <critic> diverged"]
+
+
+def test_numbers_are_right_aligned_and_texts_are_not(text: str):
+    header, kinds = section(text, "Pairs").split("\n\n")[2].splitlines()[:2]
+    assert dict(zip(header.strip("| ").split(" | "), kinds.strip("| ").split(" | "))) == {
+        **{"pair": "---", "question": "---", "better / worse": "---:", "probability of improvement": "---:"},
+        **{"CartPole-v1": "---:", "Acrobot-v1": "---:"},
+    }
+    cells = [["a", "- / 1", "2 [1, 3]", "-", "**1**", "1"], ["5", "2 / 1", "", "+3", "-4", "x" * 41]]
+    assert Table([*"abcdef"], cells).kinds() == ["text", *["number"] * 4, "long text"]
+    assert Table([*"ab"], []).kinds() == ["text", "number"]
 
 
 def test_every_picture_is_shown_opens_and_is_small(folder: Path, text: str):
@@ -229,6 +242,22 @@ def test_a_curve_tells_its_numbers_where_one_points_and_can_be_hidden(page):
     assert [line.split(":")[0] for line in tip.locator("div").all_inner_texts()] == ["gae", "reward_to_go"]
     page.mouse.move(0, 0)
     assert tip.is_hidden()
+
+
+def test_the_legend_shows_which_of_many_lines_is_which(page, tmp_path: Path):
+    x, y = np.arange(3.0), np.ones((3, 3))
+    chart = Chart("many", "Many lines", "x", {f"line {i}": (x, y + i) for i in range(12)})
+    write_html("Many", [Section("Curves", [chart]), Section("More", [])], tmp_path / "many.html")
+    other = page.context.new_page()
+    other.goto((tmp_path / "many.html").as_uri())
+    assert other.locator("nav a").all_inner_texts() == ["Curves", "More"]
+    assert other.locator("path[stroke-dasharray]").count() == other.locator(".legend .dashed").count() == 2
+    other.locator(".legend button", has_text="line 11").hover()
+    assert other.locator("svg g[opacity='1']").count() == 1
+    assert other.locator("svg g[opacity='0.1']").count() == 11
+    other.mouse.move(0, 0)
+    assert other.locator("svg g[opacity]").count() == 0
+    other.close()
 
 
 def test_text_from_runs_is_text(page):
