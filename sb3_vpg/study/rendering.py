@@ -195,12 +195,12 @@ def _draw_line(axes: Axes, x: np.ndarray, y: np.ndarray, color: str, label: str 
 def draw_intervals(chart: Chart) -> Figure:
     """:return: a row for each label, with a point and an interval for each group"""
     labels, groups = list(chart.intervals), list(dict.fromkeys(group for of in chart.intervals.values() for group in of))
-    figure = Figure(figsize=(8, 1.1 + 0.3 * len(labels)), layout="constrained")
+    figure = Figure(figsize=(8, 1.1 + max(0.3, 0.1 * len(groups)) * len(labels)), layout="constrained")
     axes = figure.subplots()
     for i, group in enumerate(groups):
         rows = [row for row, label in enumerate(labels) if group in chart.intervals[label]]
         mean, low, high = np.array([chart.intervals[labels[row]][group] for row in rows]).T
-        y = np.array(rows) + 0.25 * (i - (len(groups) - 1) / 2)
+        y = np.array(rows) + 0.75 * (i - (len(groups) - 1) / 2) / len(groups)
         axes.hlines(y, low, high, color=f"C{i}", linewidth=1.5)
         axes.plot(mean, y, "o", color=f"C{i}", markersize=4, label=group)
     axes.set_yticks(range(len(labels)), labels, fontsize=SMALL)
@@ -209,6 +209,6 @@ def draw_intervals(chart: Chart) -> Figure:
     axes.set_xlabel(chart.x_label, fontsize=MEDIUM)
     axes.grid(axis="x", alpha=0.3)
     if len(groups) > 1:
-        figure.legend(loc="outside upper right", ncols=len(groups), fontsize=SMALL)
+        figure.legend(loc="outside upper right", ncols=min(len(groups), 5), fontsize=SMALL)
     figure.suptitle(chart.title, fontsize=MEDIUM + 1)
     return figure

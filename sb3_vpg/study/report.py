@@ -155,7 +155,7 @@ def pairs_section(findings: Findings, normalized: dict[str, np.ndarray]) -> Sect
     study, names = findings.study, findings.contestants
     pairs = [(pair[0], pair[1]) for pair in study.pairs] or [(names[0], name) for name in names[1:]]
     questions = {(pair[0], pair[1]): pair[2] for pair in study.pairs if len(pair) == 3}
-    rows = []
+    rows, intervals = [], dict[str, dict[str, tuple[float, float, float]]]()
     for before, after in pairs:
         cells, better, worse = [], 0, 0
         for environment in findings.environments:
@@ -167,6 +167,7 @@ def pairs_section(findings: Findings, normalized: dict[str, np.ndarray]) -> Sect
                 continue
             mean, lowest, highest, _ = (value / (high - low) for value in found)
             text = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(round(value, 2) + 0.0 for value in (mean, lowest, highest)))
+            intervals.setdefault(f"{before} -> {after}", {})[environment] = (mean, lowest, highest)
             better, worse = better + (lowest > 0), worse + (highest < 0)
             cells.append(f"**{text}**" if lowest > 0 or highest < 0 else text)
         known = before in normalized and after in normalized
@@ -180,6 +181,9 @@ def pairs_section(findings: Findings, normalized: dict[str, np.ndarray]) -> Sect
         "run of the second has a higher score than a run of the first, mean over environments; ties count one half."
     )
     parts: list[str | Table | Chart] = [text, Table([*header, *findings.environments], rows)]
+    if intervals:
+        title = "Differences of the normalized scores"
+        parts.append(Chart("differences", title, "second minus first", intervals=intervals))
     if any(policies(findings)):
         parts += steps_of_gradients(findings, [pair for pair in pairs if set(pair) <= set(study.settings)])
     return Section("Pairs", parts)

@@ -141,7 +141,9 @@ def test_numbers_are_right_aligned_and_texts_are_not(text: str):
 def test_every_picture_is_shown_opens_and_is_small(folder: Path, text: str):
     pictures = re.findall(r"!\[.*\]\((.*)\)", text)
     assert sorted(pictures) == sorted(path.name for path in folder.glob("*.png"))
-    assert {"aggregate.png", "performance_profiles.png", "learning_curves_CartPole-v1_seconds.png"} < set(pictures)
+    assert {"aggregate.png", "differences.png", "performance_profiles.png", "learning_curves_CartPole-v1_seconds.png"} < set(
+        pictures
+    )
     for name in pictures:
         with Image.open(folder / name) as image:
             assert len(image.convert("RGB").getcolors()) > 10
