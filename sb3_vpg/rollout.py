@@ -138,6 +138,7 @@ class RolloutCollector(ResumableAlgorithm):
             actions, values, log_probs = self._sample_actions(obs_tensor, fast_runner, values_at_each_step, inputs)
             clipped_actions = self._clip_actions(actions)
 
+            self._stepped_since_reset = True
             try:
                 new_obs, rewards, dones, infos = env.step(clipped_actions)
             except Exception as error:
@@ -356,7 +357,6 @@ class RolloutCollector(ResumableAlgorithm):
 
     def _advance(self, new_obs: VecEnvObs, dones: np.ndarray) -> None:
         """Store the state of the environments from which the next step starts."""
-        self._stepped_since_reset = True
         self._last_obs = new_obs  # type: ignore[assignment]
         self._last_episode_starts = dones
         self._episode_steps += 1

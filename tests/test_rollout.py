@@ -215,6 +215,18 @@ def test_training_goes_on_where_a_callback_stopped_it(n_calls, tmp_path):
         env.envs[0].t = before
 
 
+def test_whole_episodes_begin_anew_after_an_interruption_at_the_first_step():
+    class Interrupt(BaseCallback):
+        def _on_step(self):
+            raise KeyboardInterrupt
+
+    model, seen = train([[3]], n_rollouts=0, n_episodes=1)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(1, callback=Interrupt())
+    model.learn(1, callback=seen, reset_num_timesteps=False)
+    assert seen.rollouts == [[[(1, 0), (1, 1), (1, 2)]]]
+
+
 def test_gamma_to_the_t_is_right_in_the_middle_of_an_episode():
     _, seen = train(
         [[100]],

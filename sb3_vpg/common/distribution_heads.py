@@ -250,6 +250,8 @@ HEADS: dict[type[Distribution], type[Head]] = {
 def make_head(policy: ActorCriticPolicy) -> Head:
     """:return: the head for the policy's distribution"""
     distribution = type(policy.action_dist)
+    if distribution is DiagGaussianDistribution and policy.log_std.shape != (policy.action_dist.action_dim,):  # type: ignore
+        return Head(policy)
     if distribution.__module__ == "sb3_contrib.common.maskable.distributions":
         return MaskableHead(policy)
     return HEADS.get(distribution, Head)(policy)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from gymnasium.vector.utils import create_empty_array
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import obs_as_tensor
@@ -38,8 +39,7 @@ def critic_only_parameters(policy: ActorCriticPolicy) -> set[int]:
     :return: ids of these parameters
     """
     parameters = list(policy.parameters())
-    zeros = create_empty_array(policy.observation_space, n=1, fn=np.zeros)
-    obs = obs_as_tensor(zeros, policy.device)  # type: ignore[arg-type]
+    obs = obs_as_tensor(_near_zero(policy.observation_space), policy.device)
 
     def depends(output: th.Tensor) -> list[bool]:
         if not output.requires_grad:
@@ -60,6 +60,14 @@ def critic_only_parameters(policy: ActorCriticPolicy) -> set[int]:
         in_value = depends(values.sum())
         in_actor = depends(log_prob.sum() + (0.0 if entropy is None else entropy.sum()))
     return {id(p) for p, value, actor in zip(parameters, in_value, in_actor) if value and not actor}
+
+
+def _near_zero(space: spaces.Space) -> Any:
+    """:return: a batch of one observation: the one in the space that is nearest to 0"""
+    if isinstance(space, spaces.Dict):
+        return {key: _near_zero(part) for key, part in space.items()}
+    zeros: Any = create_empty_array(space, n=1, fn=np.zeros)
+    return np.clip(zeros, space.low, space.high) if isinstance(space, spaces.Box) else zeros
 
 
 @contextmanager
@@ -130,15 +138,16 @@ class ParameterGroups:
         """Make a step of the optimizer with the parameters of some roles."""
         optimizer = self._optimizer
         steps = [self._fused_adam_step(role) for role in roles] if _is_plain_fused_adam(optimizer) else [None]
-        if None in steps:
-            groups = optimizer.param_groups
-            optimizer.param_groups = [group for group in groups if group["role"] in roles]
-            try:
-                optimizer.step()
-            finally:
-                optimizer.param_groups = groups
-        for step in filter(None, steps):
-            step()
+        if None not in steps:
+            for step in steps:
+                step()  # type: ignore[misc]
+            return
+        groups = optimizer.param_groups
+        optimizer.param_groups = [group for group in groups if group["role"] in roles]
+        try:
+            optimizer.step()
+        finally:
+            optimizer.param_groups = groups
 
     def _fused_adam_step(self, role: str) -> "FusedAdamStep | None":
         step, gradient = self._steps[role], self.gradient(role)
@@ -168,8 +177,10 @@ def check_trainable(parameters: Iterable[th.nn.Parameter]) -> None:
 
 def fuse_adam(optimizer: th.optim.Optimizer) -> None:
     """Use the fused implementation of Adam on a CPU: same result, a quarter of the time for small networks."""
-    on_cpu = all(p.is_cpu for group in optimizer.param_groups for p in group["params"])
-    if type(optimizer) not in (th.optim.Adam, th.optim.AdamW) or not on_cpu or not FUSED_ADAM_ON_CPU:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # PyTorch's fused step is wrong for parts of a larger tensor
+    dense_on_cpu = all(p.is_cpu and p.stride() == _dense_stride(p) for p in parameters)
+    if type(optimizer) not in (th.optim.Adam, th.optim.AdamW) or not dense_on_cpu or not FUSED_ADAM_ON_CPU:
         return
     for group in optimizer.param_groups:
         # The user has not chosen an implementation
@@ -186,6 +197,11 @@ def n_parts(n_steps: int, n_envs: int) -> int:
     """
     at_least = -(-n_steps // LARGEST_CRITIC_BATCH)
     return next(n for n in itertools.count(at_least) if math.gcd(n, n_envs) == 1)
+
+
+def _dense_stride(parameter: th.Tensor) -> tuple[int, ...]:
+    """:return: the strides of the parameter; those of a copy without gaps if it is a part of a larger tensor"""
+    return th.empty_like(parameter, device="meta").stride()
 
 
 class FlatGradient:
@@ -207,7 +223,7 @@ class FlatGradient:
             piece = th.zeros(sum(sizes), device=device, dtype=dtype)
             for parameter, part in zip(group, piece.split(sizes)):
                 # Optimizers expect gradient and parameter to have the same memory layout
-                view = part.as_strided(parameter.shape, parameter.stride(), part.storage_offset())
+                view = part.as_strided(parameter.shape, _dense_stride(parameter), part.storage_offset())
                 parameter.grad = view.copy_(parameter.grad)
             self._pieces.append(piece)
         self._views: list[Any] = [parameter.grad for parameter in parameters]
@@ -240,7 +256,8 @@ def _is_plain_fused_adam(optimizer: th.optim.Optimizer) -> bool:
     hooks = own_hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
     if hooks or type(optimizer) is not th.optim.Adam or "step" in vars(optimizer):
         return False
-    return all(group["fused"] and not group["amsgrad"] for group in optimizer.param_groups)
+    other_variants = ("amsgrad", "decoupled_weight_decay")
+    return all(group["fused"] and not any(map(group.get, other_variants)) for group in optimizer.param_groups)
 
 
 class FusedAdamStep:
@@ -253,8 +270,7 @@ class FusedAdamStep:
     """
 
     def __init__(self, optimizer: th.optim.Optimizer, role: str, gradient: FlatGradient):
-        self._gradient, self._state = gradient, optimizer.state
-        self._counts: list[tuple[th.nn.Parameter, th.Tensor]] = []
+        self._gradient, self._role = gradient, role
         self._groups: list[tuple[dict[str, Any], th.Tensor, Any]] = []
         for group in optimizer.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None and group["role"] == role]
@@ -263,17 +279,30 @@ class FusedAdamStep:
             states = [optimizer.state[p] for p in parameters]
             # The numbers of steps are one piece of memory, too
             counts = th.stack([state["step"] for state in states])
-            for parameter, state, count in zip(parameters, states, counts):
+            for state, count in zip(states, counts):
                 state["step"] = count
-                self._counts.append((parameter, count))
             averages = [[state[name] for state in states] for name in ("exp_avg", "exp_avg_sq")]
             tensors = (parameters, [p.grad for p in parameters], *averages, [], [state["step"] for state in states])
             self._groups.append((group, counts, tensors))
+        self._used = self._objects(optimizer)
+
+    def _objects(self, optimizer: th.optim.Optimizer) -> list[Any]:
+        """:return: the objects of the optimizer that a step uses"""
+        objects = []
+        for group in optimizer.param_groups:
+            if group["role"] == self._role:
+                objects.append(group)
+                for parameter in group["params"]:
+                    state = optimizer.state.get(parameter, {})
+                    objects += [parameter, *map(state.get, ("step", "exp_avg", "exp_avg_sq"))]
+        return objects
 
     def is_current(self, optimizer: th.optim.Optimizer, gradient: FlatGradient) -> bool:
-        """Whether it is a step with this gradient, and the optimizer's state is still the same."""
-        same = gradient is self._gradient and optimizer.state is self._state
-        return same and all(self._state[p].get("step") is count for p, count in self._counts)
+        """Whether it is a step with this gradient, and the optimizer's groups and state are the same objects as before."""
+        if gradient is not self._gradient:
+            return False
+        objects = self._objects(optimizer)
+        return len(objects) == len(self._used) and all(map(operator.is_, objects, self._used))
 
     @th.no_grad()
     def __call__(self) -> None:

@@ -65,7 +65,8 @@ def has_sb3_forward(
     if has_hooks(policy) or has_hooks(policy.mlp_extractor):
         return False
     # A method of this object was replaced after construction
-    if not vars(policy).keys().isdisjoint(methods) or "forward" in vars(policy.mlp_extractor):
+    own = vars(policy).keys() & methods or vars(policy.mlp_extractor).keys() & {"forward", "forward_actor", "forward_critic"}
+    if own:
         return False
     shared = policy.features_extractor is policy.pi_features_extractor is policy.vf_features_extractor
     return shared or not policy.share_features_extractor
@@ -302,6 +303,9 @@ class FastPolicyRunner(PolicyRunner):
         if self._actor_network is None or self._critic_network is None:
             return False
         parameters = [*self._actor_network.parameters, *self._critic_network.parameters, *self.head.own_parameters]
+        # The gradient of a parameter that is used twice is a sum. A tensor that is computed from parameters has no ``grad``
+        if len(set(map(id, parameters))) < len(parameters) or not all(isinstance(p, nn.Parameter) for p in parameters):
+            return False
         return not any(map(has_gradient_hooks, parameters))
 
     def set_training_mode(self, mode: bool) -> None:
@@ -326,7 +330,8 @@ class FastPolicyRunner(PolicyRunner):
         if self._numpy_actor is not None and len(obs) <= self._numpy_actor.max_batch and not with_values:
             x: th.Tensor = obs  # type: ignore[assignment]
             return self._numpy_actor.sample(x.numpy().reshape(len(x), -1).astype(np.float32, copy=False), **inputs), None
-        with self.threads(), th.inference_mode():
+        # Not inference_mode(): an extractor of one's own may keep tensors for the update
+        with self.threads(), th.no_grad():
             features = self.features(obs, self.policy.pi_features_extractor)
             actions = self.head.sample(apply_layers(self.actor, features), **inputs)
             return actions, self._values(obs, features) if with_values else None

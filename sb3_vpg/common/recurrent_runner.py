@@ -125,7 +125,7 @@ class LSTMStepper:
     def __init__(self, lstm: nn.LSTM):
         # Shared with PyTorch, which updates them in place
         parameters = [[parameter.detach() for parameter in layer] for layer in lstm.all_weights]
-        self._layers = [(w_input.T, w_hidden.T, b_input + b_hidden) for w_input, w_hidden, b_input, b_hidden in parameters]
+        self._layers = [(w_input.T, w_hidden.T, b_input, b_hidden) for w_input, w_hidden, b_input, b_hidden in parameters]
         # tanh for the third of the four gates, sigmoid(x) = (1 + tanh(x / 2)) / 2 for the others
         self._scale = np.repeat(np.array([0.5, 0.5, 1.0, 0.5], dtype=np.float32), lstm.hidden_size)
 
@@ -136,8 +136,8 @@ class LSTMStepper:
         :return: outputs of the last layer, shape (N, hidden size), and the state after the step
         """
         states = []
-        for (w_input, w_hidden, bias), hidden, cell in zip(self._layers, *state):
-            gates = th.addmm(th.addmm(bias, x, w_input), hidden, w_hidden).numpy()
+        for (w_input, w_hidden, b_input, b_hidden), hidden, cell in zip(self._layers, *state):
+            gates = th.addmm(th.addmm(b_input + b_hidden, x, w_input), hidden, w_hidden).numpy()
             gates *= self._scale
             np.tanh(gates, out=gates)
             gates *= self._scale

@@ -65,9 +65,12 @@ class ValueScale:
 
 
 def check_linear_value_net(policy: ActorCriticPolicy) -> None:
-    """:raises ValueError: if the last layer of the critic is not a linear layer"""
-    if not isinstance(getattr(policy, "value_net", None), th.nn.Linear):
+    """:raises ValueError: if the last layer of the critic is not a linear layer with a weight of its own"""
+    layer = getattr(policy, "value_net", None)
+    # A weight that is computed, as with spectral normalization, is no parameter
+    if not (isinstance(layer, th.nn.Linear) and isinstance(layer.weight, th.nn.Parameter)):
         raise ValueError(
-            "scale_value_targets=True rescales policy.value_net, which must be a torch.nn.Linear; "
+            "scale_value_targets=True rescales policy.value_net, which must be a torch.nn.Linear with weight and bias as "
+            "parameters; "
             "allowed for this policy: scale_value_targets=False"
         )

@@ -1,12 +1,14 @@
 """Parameters of actor and critic: two groups of one optimizer, frozen layers, fused steps."""
 
 import copy
+import inspect
 import io
 import math
 from functools import partial
 
 import pytest
 import torch as th
+from gymnasium import spaces
 from helpers.models import (
     ACTOR,
     CRITIC,
@@ -20,13 +22,21 @@ from helpers.models import (
     weights,
     with_and_without_critic,
 )
-from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sb3_vpg import VPG
-from sb3_vpg.common.optimization import FlatGradient, FusedAdamStep, n_parts, set_learning_rates
+from sb3_vpg.common.optimization import (
+    FlatGradient,
+    FusedAdamStep,
+    critic_only_parameters,
+    fuse_adam,
+    n_parts,
+    set_learning_rates,
+)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Spaces and networks
@@ -133,6 +143,20 @@ def test_a_critic_frozen_at_construction_and_thawed_later_is_the_critics():
     model.save(file)
     file.seek(0)
     assert learning_rates(VPG.load(file)) == (0.002, 0.5)
+
+
+@pytest.mark.parametrize("frozen", [ACTOR, CRITIC, ACTOR[1:2]], ids=["actor", "critic", "one layer"])
+def test_each_parameter_makes_as_many_steps_as_it_has_gradients(frozen):
+    model = small_model(n_critic_updates=1, device="cpu", policy_kwargs=adam())
+    parameters = dict(model.policy.named_parameters())
+    of_layers = [parameter for name, parameter in parameters.items() if name.startswith(frozen)]
+    for n_updates, requires_grad in ((3, False), (1, True), (4, True)):
+        for parameter in of_layers:
+            parameter.requires_grad_(requires_grad)
+        model.learn(n_updates * 20, reset_num_timesteps=False)
+        for name, parameter in parameters.items():
+            expected = model._n_updates - 3 if name.startswith(frozen) else model._n_updates
+            assert model.policy.optimizer.state.get(parameter, {"step": 0})["step"] == expected
 
 
 @pytest.mark.parametrize("groups", ["one", "one for each parameter"])
@@ -261,6 +285,7 @@ def make_optimizer(name, parameters):
         "Adam": lambda: (fused_adam(), True),
         "maximize": lambda: (fused_adam(maximize=True), True),
         "AMSGrad": lambda: (fused_adam(amsgrad=True), False),
+        "decoupled": lambda: (fused_adam(decoupled_weight_decay=True), False),
         "not fused": lambda: (th.optim.Adam(groups, fused=False), False),
         "AdamW": lambda: (th.optim.AdamW(groups, fused=True), False),
         "SGD": lambda: (th.optim.SGD(groups, lr=0.1), False),
@@ -285,7 +310,13 @@ def short_steps(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("name", ["Adam", "maximize", "AMSGrad", "hook", "schedule", "not fused", "AdamW", "SGD"])
+OPTIMIZERS = ["Adam", "maximize", "AMSGrad", "hook", "schedule", "not fused", "AdamW", "SGD"]
+# Since PyTorch 2.7
+if "decoupled_weight_decay" in inspect.signature(th.optim.Adam).parameters:
+    OPTIMIZERS.append("decoupled")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_step_is_the_optimizers_step(name, short_steps):
     (model, ours, short), (other, theirs, _) = with_optimizer(name), with_optimizer(name)
     groups = model._parameter_groups
@@ -315,6 +346,74 @@ def test_a_step_is_the_optimizers_step(name, short_steps):
         assert state.keys() == other_state.keys()
         for key, value in state.items():
             assert th.equal(th.as_tensor(value), th.as_tensor(other_state[key]))
+
+
+def new_averages(optimizer):
+    for state in optimizer.state.values():
+        state["exp_avg"] = th.zeros_like(state["exp_avg"])
+
+
+def new_betas(optimizer):
+    optimizer.param_groups = [{**group, "betas": (0.25, 0.5)} for group in optimizer.param_groups]
+
+
+def without_a_parameter(optimizer):
+    del optimizer.param_groups[-1]["params"][0]
+
+
+def split_groups(optimizer):
+    parts = [({**group, "weight_decay": 0.5}, group["params"]) for group in optimizer.param_groups]
+    optimizer.param_groups = [{**group, "params": [p]} for group, params in parts for p in params]
+
+
+@pytest.mark.parametrize("change", [new_averages, new_betas, without_a_parameter, split_groups])
+def test_a_step_is_that_of_an_optimizer_that_was_changed(change, short_steps):
+    (model, ours, _), (other, theirs, _) = with_optimizer("Adam"), with_optimizer("Adam")
+    for n in range(6):
+        for parameters in (ours, theirs):
+            set_gradients(parameters, scale=(-2.0) ** n)
+        model._parameter_groups.step("actor", "critic")
+        other.policy.optimizer.step()
+        if n == 3:
+            change(model.policy.optimizer)
+            change(other.policy.optimizer)
+    assert short_steps
+    for p, q in zip(ours, theirs):
+        assert th.equal(p, q)
+
+
+def test_parameters_that_are_parts_of_a_tensor_have_gradients_of_their_own():
+    large = th.randn(8, 10)
+    parameters = [nn.Parameter(large[:, :4]), nn.Parameter(th.ones(4))]
+    set_gradients(parameters)
+    gradient = FlatGradient(parameters)
+    for p in parameters:
+        p.grad.fill_(2.0)
+    assert gradient.clip(None) == pytest.approx(2 * math.sqrt(36))
+    # The fused step of PyTorch writes into the rest of the tensor
+    optimizer = th.optim.Adam(parameters)
+    fuse_adam(optimizer)
+    assert not optimizer.param_groups[0]["fused"]
+
+
+class Embedded(BaseFeaturesExtractor):
+    """Has no feature for an observation of 0."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space, 4)
+        self.embedding = nn.Embedding(4, 4)
+
+    def forward(self, observations):
+        return self.embedding((observations["x"] if isinstance(observations, dict) else observations).long() - 1).mean(1)
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_the_critics_parameters_are_found_with_an_observation_of_the_space(as_dict):
+    box = spaces.Box(1, 4, (2,))
+    space, cls = (spaces.Dict({"x": box}), MultiInputActorCriticPolicy) if as_dict else (box, ActorCriticPolicy)
+    policy = cls(space, spaces.Discrete(2), lambda _: 0.1, features_extractor_class=Embedded)
+    critics = {name for name, p in policy.named_parameters() if id(p) in critic_only_parameters(policy)}
+    assert critics == {name for name, _ in policy.named_parameters() if name.startswith(CRITIC)}
 
 
 def test_a_step_calls_global_hooks(short_steps):

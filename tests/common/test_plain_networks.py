@@ -150,15 +150,61 @@ def own_forward(policy):
     policy.action_net.forward = lambda x: 2 * nn.Linear.forward(policy.action_net, x)
 
 
-CHANGES = [hook, gradient_hook, accumulation_hook, double, dropout, other_activation, own_forward]
+def shared_trunk(policy):
+    policy.mlp_extractor.value_net = policy.mlp_extractor.policy_net
+
+
+def tied_weight(policy):
+    policy.mlp_extractor.value_net[2].weight = policy.mlp_extractor.policy_net[2].weight
+
+
+def computed_log_std(policy):
+    nn.utils.parametrize.register_parametrization(policy, "log_std", nn.Tanh())
+
+
+def log_std_of_all_dimensions(policy):
+    policy.log_std = nn.Parameter(th.zeros(1))
+
+
+CHANGES = [
+    *(hook, gradient_hook, accumulation_hook, double, dropout, other_activation, own_forward),
+    *(shared_trunk, tied_weight, computed_log_std, log_std_of_all_dimensions),
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_is_not_plain_is_left_to_automatic_differentiation(change):
-    plain = policy(ACTION_SPACES["Box"])
+    plain = policy(spaces.Box(-1, 1, (3,)))
     assert make_policy_runner(plain)._by_hand
     change(plain)
-    assert not make_policy_runner(plain)._by_hand
+    with th.no_grad():
+        assert not make_policy_runner(plain)._by_hand
+
+
+@pytest.mark.parametrize("change", [log_std_of_all_dimensions, computed_log_std])
+def test_a_standard_deviation_of_ones_own_has_the_entropy_and_the_gradient_of_the_policy(change):
+    own = policy(spaces.Box(-1, 1, (3,)))
+    change(own)
+    x, actions = th.randn(N, *BOX.shape), th.randn(N, 3)
+    _, log_prob, entropy = make_policy_runner(own).evaluate(x, actions, with_values=False)
+    _, expected, expected_entropy = own.evaluate_actions(x, actions)
+    th.testing.assert_close(log_prob, expected)
+    th.testing.assert_close(entropy, expected_entropy)
+    parameter = next(p for name, p in own.named_parameters() if "log_std" in name)
+    ours, theirs = (
+        th.autograd.grad((x + y).sum(), parameter)[0] for x, y in ((log_prob, entropy), (expected, expected_entropy))
+    )
+    th.testing.assert_close(ours, theirs)
+
+
+def test_memory_is_in_single_precision_whatever_the_default_is():
+    plain, x, actions = policy(), th.randn(N, *BOX.shape), th.zeros(N, dtype=th.long)
+    plain_networks._buffers.__init__()
+    th.set_default_dtype(th.float64)
+    try:
+        make_policy_runner(plain).evaluation(x, actions, with_values=True)
+    finally:
+        th.set_default_dtype(th.float32)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from helpers.envs import ACTION_SPACES, BOX
 from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, MlpExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, MlpExtractor
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -327,6 +327,25 @@ def test_weights_that_change_between_two_samples_count(share):
         assert (passes.sample(observations(n), with_values=False)[0] == 1).all()
 
 
+class WithMemory(FlattenExtractor):
+    """Keeps an observation of the rollout for the update."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space)
+        self.scale = nn.Parameter(th.ones(()))
+        self.last = th.zeros(observation_space.shape)
+
+    def forward(self, observations):
+        if not th.is_grad_enabled():
+            self.last = observations[0].clone()
+        return super().forward(observations) + self.scale * self.last
+
+
+def test_features_of_the_rollout_may_be_used_in_the_update():
+    policy_kwargs = {"features_extractor_class": WithMemory, "share_features_extractor": False, "net_arch": [8]}
+    VPG("MlpPolicy", "Pendulum-v1", n_steps=8, policy_kwargs=policy_kwargs, device="cpu").learn(16)
+
+
 def test_observations_of_any_shape_and_type_are_taken_as_the_policy_takes_them():
     for space in (spaces.Box(-1, 1, (2, 3), np.float64), spaces.Box(-5, 5, (4,), np.int32), spaces.Discrete(5)):
         policy = ActorCriticPolicy(space, DISCRETE, lambda _: 0.1)
@@ -440,11 +459,17 @@ def own_network(policy):
     mlp.forward = lambda features: (mlp.forward_actor(2 * features), mlp.forward_critic(3 * features))
 
 
+def own_network_of_the_actor(policy):
+    forward_actor, forward_critic = policy.mlp_extractor.forward_actor, policy.mlp_extractor.forward_critic
+    policy.mlp_extractor.forward_actor = lambda features: forward_actor(2 * features)
+    policy.mlp_extractor.forward_critic = lambda features: forward_critic(3 * features)
+
+
 def own_extractor(policy):
     policy.features_extractor = nn.Sequential(nn.Flatten(), Doubled())
 
 
-@pytest.mark.parametrize("replace", [own_evaluation, own_network, own_extractor])
+@pytest.mark.parametrize("replace", [own_evaluation, own_network, own_network_of_the_actor, own_extractor])
 def test_what_is_replaced_in_a_policy_after_construction_counts(replace):
     policy = POLICIES["Discrete"]()
     with th.no_grad():

@@ -123,9 +123,15 @@ def test_a_critic_that_does_not_end_with_a_linear_layer_is_refused():
             super()._build(lr_schedule)
             self.value_net = nn.Sequential(nn.Linear(self.mlp_extractor.latent_dim_vf, 4), nn.Tanh(), nn.Linear(4, 1))
 
-    with pytest.raises(ValueError, match=r"scale_value_targets=True rescales policy.value_net"):
-        VPG(Deep, spaces_envs(), scale_value_targets=True)
-    VPG(Deep, spaces_envs())
+    class Normalized(ActorCriticPolicy):
+        def _build(self, lr_schedule):
+            super()._build(lr_schedule)
+            nn.utils.parametrizations.spectral_norm(self.value_net)
+
+    for policy in (Deep, Normalized):
+        with pytest.raises(ValueError, match=r"scale_value_targets=True rescales policy.value_net"):
+            VPG(policy, spaces_envs(), scale_value_targets=True)
+        VPG(policy, spaces_envs())
 
 
 @pytest.mark.parametrize("target", [np.inf, np.nan])
