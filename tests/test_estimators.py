@@ -327,6 +327,14 @@ def test_wrong_shapes_are_refused_not_broadcast(shapes):
         est.discounted_sum(np.zeros(shapes[0]), np.zeros(shapes[1]))
 
 
+@pytest.mark.parametrize("name", ["psi", "value_target"])
+def test_an_estimator_of_ones_own_with_another_shape_is_named(name, monkeypatch):
+    spec = ESTIMATORS["reward_to_go"]._replace(**{name: lambda x, *_: x.rewards[0]})
+    monkeypatch.setitem(ESTIMATORS, "mine", spec)
+    with pytest.raises(ValueError, match=rf"estimator='mine': {name} has the shape \(3,\), expected \(T, N\) = \(20, 3\)"):
+        Formulation("mine", gamma=0.9)(random_rollout(1, n_steps=20, n_envs=3))
+
+
 def test_what_lies_in_memory_is_not_computed_with(monkeypatch):
     monkeypatch.setattr(np, "empty_like", lambda array: np.full_like(array, np.inf))
     with np.errstate(all="raise"):

@@ -218,14 +218,7 @@ def gradient_statistics(
     :return: the statistics, by name
     :raises ValueError: if ``reference`` is not in ``measured``, or ``n_episodes`` gives fewer than two batches of an update
     """
-    if reference is not None:
-        check_choice("reference", reference, measured)
-    for name, update in measured.items():
-        if n_episodes < 2 * update.episodes_per_batch:
-            raise ValueError(
-                f"n_episodes={n_episodes} is not enough for two batches of {update.episodes_per_batch} episodes of {name!r}; "
-                f"allowed: at least {2 * update.episodes_per_batch}"
-            )
+    check_updates(measured, n_episodes, reference)
     if seed is not None:
         th.manual_seed(seed)
         env.seed(seed)
@@ -247,6 +240,22 @@ def gradient_statistics(
             for name, update_gradients in zip(group, gradients):
                 statistics[name] = statistics_of(update_gradients, reference_gradients, n_episodes=size, **options)
     return {name: statistics[name] for name in measured}
+
+
+def check_updates(measured: Mapping[str, UpdateSpec], n_episodes: int, reference: str | None) -> None:
+    """
+    Check arguments of :func:`gradient_statistics`.
+
+    :raises ValueError: see there
+    """
+    if reference is not None:
+        check_choice("reference", reference, measured)
+    for name, update in measured.items():
+        if n_episodes < 2 * update.episodes_per_batch:
+            raise ValueError(
+                f"n_episodes={n_episodes} is not enough for two batches of {update.episodes_per_batch} episodes of {name!r}; "
+                f"allowed: at least {2 * update.episodes_per_batch}"
+            )
 
 
 def batch_gradients(policy: ActorCriticPolicy, episodes: Episodes, measured: Sequence[UpdateSpec]) -> th.Tensor:

@@ -130,6 +130,11 @@ def compare(args: argparse.Namespace) -> None:
         raise ValueError(f"--processes={args.processes} is not allowed; it must be an integer >= 1")
     if args.track and importlib.util.find_spec(args.track) is None:
         raise ValueError(f"--track {args.track} needs a package: pip install {args.track}")
+    if args.folder.is_file():
+        raise ValueError(f"--folder {args.folder} is a file; choose a folder")
+    if args.report:
+        report(args)
+        return
     study, selection = study_of(args)
     # Inherited by the processes: EnvPool's and NumPy's threads, too
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -140,20 +145,34 @@ def compare(args: argparse.Namespace) -> None:
             return
         with folder_of(args.folder):
             cells = {", ".join(filter(None, cell)): of for cell, of in hyperparameters.items()}
-            changed = keep_settings(args.folder, asdict(study), cells)
+            changed = keep_settings(args.folder, asdict(study), cells, write=not args.dry_run)
             if changed:
                 print(f"Note: the folder has runs with other versions of {', '.join(changed)}")
             results = Results(args.folder)
             if args.retry_failed:
-                results.forget_failed()
-            if not args.report:
-                planned = plan(study, selection, hyperparameters, results, args.processes, Path(folder))
-                print_plan(planned, args.processes)
-                if args.dry_run:
-                    return
-                if planned.runs:
-                    execute_all(study, selection, results, planned, args)
+                results.forget_failed(remove=not args.dry_run)
+            planned = plan(study, selection, hyperparameters, results, args.processes, Path(folder))
+            print_plan(planned, args.processes)
+            if args.dry_run:
+                return
+            if planned.runs:
+                execute_all(study, selection, results, planned, args)
             print(f"Report: {write_report(study, results, args.folder)}")
+            n_failed = (results.frame("runs").error != "").sum()
+            if n_failed:
+                print(f"{n_failed} runs have failed: the report and output.log have their errors, --retry-failed repeats them")
+
+
+def report(args: argparse.Namespace) -> None:
+    """Write the report of the runs that have ended: of the study that the arguments describe, or else of the folder's own."""
+    path = args.folder / "study.yml"
+    if not path.is_file():
+        raise ValueError(f"there is no study in {args.folder}: {path} does not exist")
+    described = args.config or args.env or args.algo or args.vary
+    study = study_of(args)[0] if described else make_study(read_settings(path))
+    with folder_of(args.folder):
+        keep_settings(args.folder, asdict(study), {}, write=False)
+        print(f"Report: {write_report(study, Results(args.folder), args.folder)}")
 
 
 @contextmanager
@@ -177,7 +196,8 @@ def check_cells(study: Study, selection: Selection, folder: Path) -> dict[Cell, 
     Make the model of each cell.
 
     :return: hyperparameters by cell
-    :raises ValueError: if the zoo does not know an algorithm or a keyword, or a model cannot be made
+    :raises ValueError: if the zoo does not know an algorithm or a keyword, a model cannot be made, or the gradient statistics
+        cannot be measured
     """
     from sb3_vpg.study import training
 
@@ -186,6 +206,7 @@ def check_cells(study: Study, selection: Selection, folder: Path) -> dict[Cell, 
         for name in selection.contestants:
             run = Run("final", environment, *study.contestants[name], study.first_seed)
             hyperparameters[run.cell] = training.check_cell(study, run, folder)
+        training.check_statistics(study, environment, folder)
     return hyperparameters
 
 

@@ -22,9 +22,9 @@ N_POINTS = 50
 FORMAT = 2
 VERSIONS = ("sb3_vpg", "stable_baselines3", "sb3_contrib", "rl_zoo3", "torch", "gymnasium", "numpy", "envpool")
 #: Settings that may change within a folder: they add runs, or change only the report
-EXTENDABLE = ("seeds", "first_seed", "pairs", "gym_packages")
-#: Settings to which something may be added
-GROWING = ("environments", "algorithms", "settings")
+EXTENDABLE = ("seeds", "first_seed", "pairs", "gym_packages", "score_range")
+#: Settings whose parts may be added or left out
+COLLECTIONS = ("environments", "algorithms", "settings")
 
 
 class Measures(NamedTuple):
@@ -121,9 +121,13 @@ class Results:
     def __contains__(self, run: Run) -> bool:
         return _key(run) in self._ended
 
-    def forget_failed(self) -> None:
-        """Remove the runs that have failed."""
-        self._keep(lambda row: not row[-1])
+    def forget_failed(self, remove: bool) -> None:
+        """Do not count the runs that have failed, and ``remove`` them from the files."""
+        if remove:
+            self._keep(lambda row: not row[-1])
+        else:
+            rows = _complete_rows(self.paths["runs"], COLUMNS["runs"])
+            self._ended -= {_key(row) for row in rows if row[-1]}
 
     def add(self, run: Run, measures: Measures, points: Iterable[Point], error: str = "") -> None:
         """
@@ -158,14 +162,16 @@ class Results:
         )
 
 
-def keep_settings(folder: Path, study: Mapping[str, Any], hyperparameters: Mapping[str, Any]) -> list[str]:
+def keep_settings(folder: Path, study: Mapping[str, Any], hyperparameters: Mapping[str, Any], write: bool = True) -> list[str]:
     """
     Write the settings of a study, its hyperparameters and the versions of packages into its folder. Compared with those that
-    the folder has, numbers of seeds and pairs may differ, and environments, algorithms and settings may be new.
+    the folder has, numbers of seeds, pairs and score ranges may differ, and environments, algorithms and settings may be added
+    or left out.
 
     :param folder: the folder
     :param study: the settings
     :param hyperparameters: hyperparameters of each cell
+    :param write: False: only compare them
     :return: the packages whose versions differ from those that the folder has
     :raises ValueError: if the folder belongs to another study, or has settings of another format
     :raises OSError: if the file cannot be written
@@ -184,8 +190,9 @@ def keep_settings(folder: Path, study: Mapping[str, Any], hyperparameters: Mappi
         changed = [name for name in versions if old["versions"].get(name, versions[name]) != versions[name]]
         new["versions"] = {**versions, **old["versions"]}
         new["hyperparameters"] = {**old["hyperparameters"], **new["hyperparameters"]}
-    with atomic_write(path) as file:
-        file.write(yaml.safe_dump(new, sort_keys=False).encode())
+    if write:
+        with atomic_write(path) as file:
+            file.write(yaml.safe_dump(new, sort_keys=False).encode())
     return changed
 
 
@@ -205,10 +212,10 @@ def _plain(value: Any) -> Any:
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
-        for name in old if key in GROWING else {**old, **new}:
+        for name in old.keys() & new.keys() if key in COLLECTIONS else {**old, **new}:
             if name not in EXTENDABLE:
                 yield from _differences(old.get(name), new.get(name), f"{key}: {name}" if key else name)
-    elif old != new and not (key in GROWING and set(old) <= set(new)):
+    elif old != new and key not in COLLECTIONS:
         yield key, old, new
 
 

@@ -17,6 +17,8 @@ from sb3_vpg.study.study import Cell, Study
 
 # Number of bootstrap resamples
 REPETITIONS = 2000
+#: Normalized score at which a run has learned the task
+LEARNED = 0.9
 NO_VALUES = pd.Series(dtype=np.float64)
 
 
@@ -147,6 +149,24 @@ class Findings:
             y = np.stack([np.interp(x, run[axis], run["value"]) for run in runs])
             lines[name] = (x, with_interval(iqm(y), iqm(resampled(y), axis=1)), len(runs))
         return {name: lines[name] for name in self.contestants if name in lines}
+
+    def speeds(self, environment: str) -> dict[str, pd.DataFrame]:
+        """
+        :return: for each contestant and seed the mean return of the learning curve, and the timesteps and seconds until the
+            curve has the normalized score :data:`LEARNED`; NaN if it never has
+        """
+        rows = self.points[(self.points.metric == "return") & (self.points.phase == "final")]
+        low, high = self.score_range(environment)
+        speeds: dict[str, dict[int, list[float]]] = {}
+        for (name, seed), run in rows[rows.environment == environment].groupby(["contestant", "seed"]):
+            x, y = (run.sort_values("timesteps")[column].to_numpy() for column in ("timesteps", "value"))
+            mean = np.interp(np.linspace(x[0], x[-1], 200), x, y).mean()
+            learned = run[run["value"] >= low + LEARNED * (high - low)]
+            speeds.setdefault(name, {})[seed] = [mean, learned.timesteps.min(), learned.seconds.min()]
+        columns = ["mean_return", "timesteps", "seconds"]
+        return {
+            name: pd.DataFrame.from_dict(speeds[name], "index", columns=columns) for name in self.contestants if name in speeds
+        }
 
 
 def iqm(values: np.ndarray, axis: int | None = 0) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -22,8 +23,19 @@ FIRST_SEARCH_SEED = 1000
 SCORES = ("deterministic_return", "stochastic_return", "training_return")
 #: Keys of an environment that are not keywords
 ENVIRONMENT_KEYS = ("n_timesteps", "score_range", "vec_env")
+#: Keywords that change the task, and so hold for all algorithms
+TASK_KEYS = ("env_kwargs", "env_wrapper")
+#: Numbers such as 1e-3, which are texts in YAML
+EXPONENTIAL = re.compile(r"[-+]?\d+\.?\d*[eE][-+]?\d+")
 
 Cell = tuple[str, str, str]
+
+
+def _check_type(key: str, value: Any, kind: type) -> None:
+    """:raises ValueError: if the value is not of this kind: ``Sequence`` (but no text) or ``Mapping``"""
+    if not isinstance(value, kind) or isinstance(value, str):
+        form = "a list" if kind is Sequence else "keys and values"
+        raise ValueError(f"{key}={value!r} is not allowed; it must be {form}")
 
 
 class Run(NamedTuple):
@@ -64,6 +76,7 @@ class Search:
     seeds: int = 2
 
     def __post_init__(self) -> None:
+        _check_type("search: learning_rates", self.learning_rates, Sequence)
         for rate in self.learning_rates:
             check_number("search: learning_rates", rate, low=0, low_included=False)
         check_number("search: seeds", self.seeds, low=1, integer=True)
@@ -86,6 +99,7 @@ class Statistics:
     seeds: int = 3
 
     def __post_init__(self) -> None:
+        _check_type("statistics: policies", self.policies, Sequence)
         check_number("statistics: n_episodes", self.n_episodes, low=2, integer=True)
         check_number("statistics: seeds", self.seeds, low=0, integer=True)
 
@@ -95,7 +109,8 @@ class Study:
     """
     A study: algorithms x settings x environments x seeds. Hyperparameters are those of the zoo's entries. For VPG, they are
     replaced by the keywords of ``common``, then of the environment, then of the setting. The other algorithms have no
-    settings: they are references.
+    settings: they are references. Keywords that change the task, ``env_kwargs`` and ``env_wrapper`` of ``common`` and of the
+    environment, hold for all algorithms.
 
     :param environments: for each id its keywords of VPG, and for all algorithms ``n_timesteps``, ``vec_env`` and
         ``score_range`` (returns with the normalized scores 0 and 1; by default the lowest and highest score of the runs). A
@@ -136,6 +151,7 @@ class Study:
     gym_packages: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        self._check_types()
         self.import_packages()
         check_number("steps", self.steps, low=1, integer=True, none=True)
         check_number("seeds", self.seeds, low=1, integer=True)
@@ -146,24 +162,53 @@ class Study:
         check_choice("vec_env", self.vec_env, (None, *VEC_ENVS))
         register_environments()
         for name, environment in self.environments.items():
-            check_known("environment", name, gym.registry)
-            check_number(f"{name}: n_timesteps", environment.get("n_timesteps"), low=1, integer=True, none=True)
-            check_choice(f"{name}: vec_env", environment.get("vec_env"), (None, *VEC_ENVS))
-            low, high = environment.get("score_range", (0, 1))
-            check_number(f"{name}: score_range", high, low=low, low_included=False)
-            if not self.entries and self.steps is None and "n_timesteps" not in environment:
-                raise ValueError(f"{name}: n_timesteps is missing; it is required with entries: false")
-        if (self.settings or self.common) and not set(self.algorithms) & set(OWN_ALGORITHMS):
-            raise ValueError(f"settings change keywords of VPG: add one of {', '.join(OWN_ALGORITHMS)} to the algorithms")
+            self._check_environment(name, environment)
+        keywords = {*self.common, *itertools.chain.from_iterable(self.environments.values())}
+        own = self.settings or keywords.difference(ENVIRONMENT_KEYS, TASK_KEYS)
+        if own and not set(self.algorithms) & set(OWN_ALGORITHMS):
+            raise ValueError(
+                f"{', '.join(map(str, own))}: settings and keywords are those of VPG; add one of "
+                f"{', '.join(OWN_ALGORITHMS)} to the algorithms"
+            )
+        for name in self.settings:
+            if name in self.algorithms:
+                raise ValueError(f"settings: {name} is the name of an algorithm; choose another")
         for pair in self.pairs:
-            if len(pair) not in (2, 3):
-                raise ValueError(f"pairs: {pair} is not allowed; it must be two contestants, and optionally a question")
+            if isinstance(pair, str) or len(pair) not in (2, 3) or not all(isinstance(text, str) for text in pair):
+                raise ValueError(
+                    f"pairs: {pair!r} is not allowed; it must be two contestants, and optionally a question in quotation marks"
+                )
             for name in pair[:2]:
                 check_known("pairs", name, self.contestants)
         for name in self.statistics.policies:
             check_known("statistics: policies", name, self.settings)
         if self.statistics.reference:
             check_known("statistics: reference", self.statistics.reference, self.settings)
+
+    def _check_types(self) -> None:
+        for key in ("algorithms", "pairs", "gym_packages"):
+            _check_type(key, getattr(self, key), Sequence)
+        for key in ("environments", "settings", "common"):
+            _check_type(key, getattr(self, key), Mapping)
+        for key in ("environments", "settings"):
+            for name, keywords in getattr(self, key).items():
+                _check_type(f"{key}: {name}", keywords, Mapping)
+        for key in ("algorithms", "environments"):
+            if not getattr(self, key):
+                raise ValueError(f"{key} is empty; name at least one")
+
+    def _check_environment(self, name: str, environment: Mapping[str, Any]) -> None:
+        check_known("environment", name, gym.registry)
+        check_number(f"{name}: n_timesteps", environment.get("n_timesteps"), low=1, integer=True, none=True)
+        check_choice(f"{name}: vec_env", environment.get("vec_env"), (None, *VEC_ENVS))
+        score_range = environment.get("score_range", (0, 1))
+        _check_type(f"{name}: score_range", score_range, Sequence)
+        if len(score_range) != 2:
+            raise ValueError(f"{name}: score_range={score_range} is not allowed; it must be two returns")
+        low, high = score_range
+        check_number(f"{name}: score_range", high, low=low, low_included=False)
+        if not self.entries and self.steps is None and "n_timesteps" not in environment:
+            raise ValueError(f"{name}: n_timesteps is missing; it is required with entries: false")
 
     def import_packages(self) -> None:
         """Import the modules of ``gym_packages``; each process needs it."""
@@ -194,6 +239,8 @@ class Study:
             keywords["vec_env_class"] = VEC_ENVS[vec_env]
             # The runs of a study are what is parallel
             keywords["vec_env_kwargs"] = {"num_threads": 1} if vec_env == "envpool" else {}
+        task = {**self.common, **of_environment}
+        keywords |= {key: task[key] for key in TASK_KEYS if key in task}
         if algorithm in OWN_ALGORITHMS:
             own = {key: value for key, value in of_environment.items() if key not in ENVIRONMENT_KEYS}
             keywords = {**self.common, **own, **self.settings.get(setting, {}), **keywords}
@@ -238,7 +285,8 @@ class Study:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """
-    :param path: YAML file with the parameters of :class:`Study`; those that it omits have their defaults
+    :param path: YAML file with the parameters of :class:`Study`; those that it omits have their defaults. The file study.yml
+        in the folder of a study is one, too
     :return: the settings
     :raises ValueError: if the file cannot be read or is not a mapping
     """
@@ -248,7 +296,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected keys and values, got {settings!r}")
-    return settings
+    return _with_numbers(settings["study"] if settings.keys() >= {"format", "study"} else settings)
 
 
 def make_study(settings: Mapping[str, Any]) -> Study:
@@ -261,14 +309,15 @@ def make_study(settings: Mapping[str, Any]) -> Study:
     for key, cls in (("search", Search), ("statistics", Statistics)):
         if key in values:
             values[key] = _made(cls, values[key], f"{key}: key")
-    if "environments" in values:
-        environments = values["environments"]
-        values["environments"] = {name: {} for name in environments} if isinstance(environments, list) else environments
-        values["environments"] = {name: keywords or {} for name, keywords in values["environments"].items()}
+    if isinstance(values.get("environments"), list):
+        values["environments"] = dict.fromkeys(values["environments"])
     # A key without a value is None in YAML
     for key in ("settings", "common"):
-        values[key] = values.get(key) or {}
-    values["settings"] = {str(name): keywords or {} for name, keywords in values["settings"].items()}
+        values[key] = {} if values.get(key) is None else values[key]
+    for key in ("environments", "settings"):
+        if isinstance(values.get(key), Mapping):
+            named = values[key].items()
+            values[key] = {str(name): {} if keywords is None else keywords for name, keywords in named}
     return _made(Study, values, "key")
 
 
@@ -295,13 +344,14 @@ def varied(texts: Iterable[str]) -> dict[str, dict[str, Any]]:
             raise ValueError(f"--vary {text!r}: {values!r} is not a list of values: {error}") from error
         if not (keyword and equals and parsed):
             raise ValueError(f"--vary {text!r} is not allowed; it must have the form keyword=value,value")
-        choices.append([(keyword, _number(value)) for value in parsed])
+        choices.append([(keyword, value) for value in _with_numbers(parsed)])
     return {", ".join(f"{key}={value}" for key, value in one): dict(one) for one in itertools.product(*choices)}
 
 
-def _number(value: Any) -> Any:
-    """:return: the number that a text is, such as 1e-3, which is a text in YAML; otherwise the value itself"""
-    try:
-        return float(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+def _with_numbers(value: Any) -> Any:
+    """:return: the value with numbers in place of texts such as 1e-3, in lists and mappings, too"""
+    if isinstance(value, dict):
+        return {key: _with_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(item) for item in value]
+    return float(value) if isinstance(value, str) and EXPONENTIAL.fullmatch(value) else value

@@ -24,6 +24,7 @@ from stable_baselines3.common.vec_env import sync_envs_normalization, unwrap_vec
 
 from sb3_vpg.common.checks import check_known
 from sb3_vpg.diagnostics import UpdateSpec, gradient_statistics
+from sb3_vpg.diagnostics.gradients import check_updates
 from sb3_vpg.study.results import Measures, Point, learning_curve
 from sb3_vpg.study.study import Run, Study
 from sb3_vpg.zoo import register
@@ -195,6 +196,28 @@ def update_specs(study: Study, run: Run, folder: Path) -> dict[str, UpdateSpec]:
     return specs
 
 
+def check_statistics(study: Study, environment: str, folder: Path) -> None:
+    """
+    Check the gradient statistics of a study.
+
+    :param study: the study
+    :param environment: id of the environment
+    :param folder: folder for files of its models
+    :raises ValueError: if they cannot be measured: no setting has ``n_episodes``, or there are too few episodes
+    """
+    run = next(study.statistics_runs([environment], {}), None)
+    if run is None:
+        return
+    with (folder / "output.log").open("a") as output, redirect_stdout(output), redirect_stderr(output):
+        specs = update_specs(study, run, folder)
+    if not specs:
+        raise ValueError("statistics: no setting has n_episodes; only whole episodes are measured")
+    try:
+        check_updates(specs, study.statistics.n_episodes, study.statistics.reference or None)
+    except ValueError as error:
+        raise ValueError(f"statistics: {environment}: {error}") from error
+
+
 def execute(
     study: Study, run: Run, folder: Path, tracking: Tracking | None, report: Callable[[float], None]
 ) -> tuple[Measures, list[Point]]:
@@ -207,7 +230,6 @@ def execute(
     :param tracking: where the logs of training go; None for nowhere
     :param report: called with the finished fraction of the run
     :return: measures and points
-    :raises ValueError: if the run has no score: no episode has ended in the last tenth of the budget
     """
     set_random_seed(run.seed)
     with start_tracking(tracking, study, run) as tensorboard_log:
@@ -227,8 +249,6 @@ def execute(
         measures = measures._replace(training_return=training_return)
         if run.phase == "final" or study.score != "training_return":
             measures = measures._replace(**evaluate(study, run, manager, model))
-        if getattr(measures, study.score) is None:
-            raise ValueError(f"no episode ends in the last tenth of n_timesteps={manager.n_timesteps}; increase n_timesteps")
     model.env.close()
     return measures, points
 

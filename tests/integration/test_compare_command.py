@@ -157,8 +157,8 @@ def test_ctrl_c_keeps_what_has_ended_and_leaves_no_process(installed: Environmen
     wait_for_none(tmp_path.name)
     assert len(pd.read_csv(folder / "runs.csv")) >= 2
     assert not (folder / "report.md").exists()
-    # The report of what there is
-    output_of(installed.run_warm(*command(config, folder, "--report")))
+    # The report of what there is, of the folder's own study
+    output_of(installed.run_warm(*COMPARE, "--report", "-f", str(folder)))
     assert "The study is not complete" in (folder / "report.md").read_text()
 
 
@@ -169,11 +169,16 @@ def test_nothing_is_run_again_but_what_has_failed_if_asked_for(installed: Enviro
     assert "seed" not in output
     assert (folder / "runs.csv").read_text() == before
     more = ("--retry-failed", "--env", "CartPole-v1", "--setting", "diverges")
+    files = {path: path.read_bytes() for path in folder.glob("*.*")}
+    output = output_of(installed.run_warm(*command(finished / "settings.yml", folder), *more, "--dry-run"))
+    assert "4 runs in 2 processes" in output
+    assert files == {path: path.read_bytes() for path in folder.glob("*.*")}
     output = output_of(installed.run_warm(*command(finished / "settings.yml", folder, *more)))
     assert re.search(
         r"^4 runs in 2 processes: about \d\d:\d\d of training \(speeds of the runs in the folder\)", output, re.MULTILINE
     )
     assert output.count("FAILED") == 4
+    assert "4 runs have failed: the report and output.log have their errors, --retry-failed repeats them" in output
 
 
 def test_arguments_are_a_study_too_and_its_folder_is_its_own(installed: Environment, tmp_path: Path):
@@ -217,6 +222,30 @@ def test_an_estimator_of_ones_own_joins_a_study(installed: Environment, tmp_path
     assert "| estimator=mine |" in (folder / "report.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("statistics", "message"),
+    [
+        ({"n_episodes": 3}, "statistics: CartPole-v1: n_episodes=3 is not enough for two batches of 2 episodes"),
+        ({"reference": "steps"}, "statistics: CartPole-v1: reference='steps' is not allowed; choose one of 'gae'"),
+    ],
+    ids=str,
+)
+def test_statistics_that_cannot_be_measured_are_an_error_before_the_first_run(
+    installed: Environment, statistics: dict, message: str, tmp_path: Path
+):
+    study = {
+        "environments": {"CartPole-v1": {"n_timesteps": 200}},
+        "algorithms": ["vpg"],
+        "entries": False,
+        "settings": {"gae": {"n_envs": 2, "n_episodes": 1}, "steps": {"n_steps": 8}},
+        "statistics": {"policies": ["gae"], **statistics},
+    }
+    process = installed.run_warm(*command(written(study, tmp_path), tmp_path / "out"))
+    assert process.returncode == 1
+    assert f"error: {message}" in process.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_dry_run_tells_the_cost_and_writes_nothing(installed: Environment, tmp_path: Path):
     arguments = ("--env", "CartPole-v1", "--algo", "a2c", "--seeds", "3", "--steps", "200", "-f", str(tmp_path / "out"))
     output = output_of(installed.run_warm(*COMPARE, *arguments, "--processes", "1", "--dry-run"))
@@ -237,6 +266,7 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(installed: Environment, tmp
         (["--gym-packages", "nothing"], "gym_packages: nothing cannot be imported: No module named 'nothing'"),
         (["--processes", "0"], "--processes=0 is not allowed"),
         (["--config", "nowhere.yml"], "nowhere.yml cannot be read"),
+        (["--report"], "there is no study in"),
         (["--track", "wandb"], "--track wandb needs a package: pip install wandb"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -10,7 +10,7 @@ from helpers.studies import SETTINGS, add_final_runs, add_search, add_statistics
 from PIL import Image
 
 from sb3_vpg.study.gradient_report import COSINES
-from sb3_vpg.study.rendering import Chart, Section, Table, write_html
+from sb3_vpg.study.rendering import Chart, Section, Table, write_html, write_markdown
 from sb3_vpg.study.report import write_report
 from sb3_vpg.study.results import Measures, Results, keep_settings
 from sb3_vpg.study.study import Run, make_study
@@ -96,14 +96,46 @@ def test_pairs_have_differences_probabilities_and_the_question(text: str):
     question, counts, probability, cartpole, acrobot = cells(pairs, "reward_to_go -> gae")
     # (466.7 - 150) / 500 and (-90 + 250) / 420
     assert cartpole.startswith("+0.63 [-")
-    assert acrobot.startswith("**+0.38 [+")
-    assert counts == "1 / 0"
+    # The interval excludes 0, but there are four seeds
+    assert acrobot.startswith("+0.38 [+")
+    assert counts == "0 / 0"
     # Of 4 x 4 runs 12 and one tie, and 15 and one tie
     assert probability.startswith(f"{(12.5 / 16 + 15.5 / 16) / 2:.2f} [")
     assert question == "Does the critic help?"
-    assert cells(pairs, "gae -> a2c") == ["", "1 / 0", "-", cells(pairs, "gae -> a2c")[3], "-"]
+    assert cells(pairs, "gae -> a2c") == ["", "0 / 0", "-", cells(pairs, "gae -> a2c")[3], "-"]
     assert cells(pairs[pairs.index("Variance") :], "reward_to_go -> gae") == ["2 / 0.5 / 0.25"]
     assert cells(pairs[pairs.index("Pairwise") :], "reward_to_go -> gae") == ["+0.50 / -0.25 / +0.00"]
+
+
+def test_differences_with_enough_seeds_are_marked(tmp_path: Path):
+    results = Results(tmp_path)
+    add_final_runs(results, "CartPole-v1", ("vpg", "reward_to_go"), [100, 110, 120, 130, 140])
+    add_final_runs(results, "CartPole-v1", ("vpg", "gae"), [200, 210, 220, 230, 240])
+    add_final_runs(results, "CartPole-v1", ("a2c", ""), [20, 210, 220, 230, 440])
+    text = written(results, tmp_path)
+    assert cells(section(text, "Pairs"), "reward_to_go -> gae")[1] == "1 / 0"
+    assert cells(section(text, "Pairs"), "reward_to_go -> gae")[3].startswith("**+0.20 [+")
+    assert cells(section(text, "Pairs"), "gae -> a2c")[1] == "0 / 0"
+    assert "Intervals over few seeds are too narrow" in text
+
+
+def test_the_speed_of_learning(text: str):
+    speeds = section(text, "Speed of learning")
+    # Each curve is at half of the score after 500 timesteps, and at the score after 1000. 450 has the normalized score 0.9
+    mean, learned, timesteps, seconds = cells(speeds, "CartPole-v1", "gae")
+    assert mean.startswith(f"{0.75 * 1400 / 3:.0f} [")
+    assert (learned, timesteps, seconds) == ("4 of 5", "1,000", "10.0")
+    assert cells(speeds, "CartPole-v1", "reward_to_go")[1:] == ["1 of 4", "1,000", "10.0"]
+    # 500 is reached in the middle
+    assert cells(speeds, "CartPole-v1", "a2c")[1:] == ["2 of 2", "500", "4.0"]
+    assert cells(speeds, "Acrobot-v1", "reward_to_go")[1:] == ["2 of 4", "500", "4.0"]
+
+
+def test_a_study_with_other_seeds_is_not_complete(tmp_path: Path):
+    results = Results(tmp_path)
+    for setting in ("reward_to_go", "gae", "diverges"):
+        add_final_runs(results, "CartPole-v1", ("vpg", setting), [1, 2, 3, 4])
+    assert "10 of 16 runs have no score" in written(results, tmp_path)
 
 
 def test_the_search_shows_what_is_selected_and_that_it_is_at_the_edge(text: str):
@@ -136,6 +168,19 @@ def test_numbers_are_right_aligned_and_texts_are_not(text: str):
     cells = [["a", "- / 1", "2 [1, 3]", "-", "**1**", "1"], ["5", "2 / 1", "", "+3", "-4", "x" * 41]]
     assert Table([*"abcdef"], cells).kinds() == ["text", *["number"] * 4, "long text"]
     assert Table([*"ab"], []).kinds() == ["text", "number"]
+
+
+def test_texts_of_a_user_do_not_break_tables_and_lines_keep_their_colors(tmp_path: Path):
+    x = np.linspace(0, 5, 50)
+    lines = {f"line {i}": (x, np.stack([10 * i + x, 10 * i + x - 2, 10 * i + x + 2])) for i in range(6)}
+    parts = [Table(["a|b"], [["|A|"]]), Chart("lines", "Six lines", "x", lines)]
+    write_markdown("Report", [Section("All", parts)], tmp_path / "report.md")
+    assert "| a\\|b |\n| --- |\n| \\|A\\| |" in (tmp_path / "report.md").read_text()
+    with Image.open(tmp_path / "lines.png") as image:
+        colors = np.array([color for _, color in image.convert("RGB").getcolors()])
+    for color in ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b"):
+        expected = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
+        assert np.abs(colors - expected).max(axis=1).min() < 12
 
 
 def test_every_picture_is_shown_opens_and_is_small(folder: Path, text: str):
@@ -178,7 +223,8 @@ def test_a_study_that_has_just_begun(tmp_path: Path):
     assert "The study is not complete: 16 of 16 runs have no score." in begun
     add_final_runs(results, "CartPole-v1", ("a2c", ""), [1])
     one = written(results, tmp_path)
-    assert headings(one) == ["How to read it", "Scores", "Learning curves", "Performance profiles", "Runs", "Study"]
+    expected = ["How to read it", "Scores", "Learning curves", "Speed of learning", "Performance profiles", "Runs", "Study"]
+    assert headings(one) == expected
     # 1 of 0 to 500
     assert cells(section(one, "Scores"), "a2c") == ["1", "0.00", "1"]
 

@@ -110,7 +110,12 @@ def test_failed_runs_have_ended_until_they_are_forgotten(tmp_path: Path):
     results.add(RUNS[1], Measures(), [], 'ValueError: a, "b"')
     assert results.frame("runs").error.tolist() == ["", 'ValueError: a, "b"']
     assert RUNS[1] in Results(tmp_path)
-    results.forget_failed()
+    # A dry run only says what would be executed
+    results.forget_failed(remove=False)
+    assert RUNS[1] not in results
+    assert len(results.frame("runs")) == 2
+    results = Results(tmp_path)
+    results.forget_failed(remove=True)
     assert RUNS[1] not in results
     assert RUNS[0] in results
     assert len(results.frame("runs")) == 1
@@ -167,6 +172,10 @@ def test_settings_are_kept_with_versions_and_a_study_may_grow(tmp_path: Path):
     more = {**SETTINGS, "seeds": 10, "search": {**SETTINGS["search"], "seeds": 5}, "algorithms": ["ppo", "vpg"]}
     more |= {key: {**SETTINGS[key], "Acrobot-v1": {"gamma": 0.9}} for key in ("environments", "settings")}
     more |= {"pairs": [["vpg", "ppo"]], "gym_packages": ["mine"]}
+    more["environments"]["CartPole-v1"] = {"gamma": 0.9, "score_range": [0, 1]}
+    before = (tmp_path / "study.yml").read_text()
+    assert keep_settings(tmp_path, more, {"Acrobot-v1, vpg": {"gamma": 0.9}}, write=False) == []
+    assert (tmp_path / "study.yml").read_text() == before
     assert keep_settings(tmp_path, more, {"Acrobot-v1, vpg": {"gamma": 0.9}}) == []
     kept = yaml.safe_load((tmp_path / "study.yml").read_text())
     assert kept["study"] == more
@@ -177,8 +186,8 @@ def test_settings_are_kept_with_versions_and_a_study_may_grow(tmp_path: Path):
 @pytest.mark.parametrize(
     ("settings", "hyperparameters", "named"),
     [
-        ({**SETTINGS, "algorithms": ("ppo",)}, {}, r"algorithms is \['vpg'\] there, \['ppo'\] here"),
-        ({**SETTINGS, "settings": {"td": {}}}, {}, r"settings: gae is \{'gae_lambda': 0.9\} there, None here"),
+        ({**SETTINGS, "entries": False}, {}, "entries is None there, False here"),
+        ({**SETTINGS, "settings": {"gae": {}, "td": {}}}, {}, "settings: gae: gae_lambda is 0.9 there, None here"),
         ({**SETTINGS, "environments": {"CartPole-v1": {}}}, {}, "environments: CartPole-v1: gamma is 0.9 there, None here"),
         ({**SETTINGS, "steps": 5}, {}, "steps is None there, 5 here"),
         (SETTINGS, {"CartPole-v1, vpg": {"gamma": 0.8}}, "CartPole-v1, vpg: gamma is 0.9 there, 0.8 here"),

@@ -161,13 +161,58 @@ def test_vary_names_what_it_cannot_read(text: str):
         ({"environments": {"CartPole-v1": {"n_timesteps": 0}}}, "CartPole-v1: n_timesteps=0"),
         ({"environments": {"CartPole-v1": {"n_timesteps": 1, "score_range": [1, 0]}}}, "CartPole-v1: score_range=0"),
         ({"environments": ["CartPole-v1"]}, "CartPole-v1: n_timesteps is missing"),
-        ({"algorithms": ["a2c"], "pairs": [], "statistics": {}}, "settings change keywords of VPG"),
+        (
+            {"algorithms": ["a2c"], "pairs": [], "statistics": {}},
+            "reward_to_go, gae, diverges: settings and keywords are those of VPG",
+        ),
+        (
+            {"algorithms": ["a2c"], "pairs": [], "statistics": {}, "settings": {}, "common": {}, "entries": True},
+            "gae_lambda, vec_env_wrapper: settings and keywords are those of VPG",
+        ),
+        ({"algorithms": None}, "algorithms=None is not allowed; it must be a list"),
+        ({"algorithms": "vpg"}, "algorithms='vpg' is not allowed; it must be a list"),
+        ({"algorithms": []}, "algorithms is empty"),
+        ({"gym_packages": "mine"}, "gym_packages='mine' is not allowed; it must be a list"),
+        ({"environments": "CartPole-v1"}, "environments='CartPole-v1' is not allowed; it must be keys and values"),
+        ({"environments": {"CartPole-v1": 2}}, "environments: CartPole-v1=2 is not allowed"),
+        ({"settings": ["gae"]}, "settings=['gae'] is not allowed; it must be keys and values"),
+        ({"settings": {"gae": "gae"}}, "settings: gae='gae' is not allowed"),
+        ({"settings": {"a2c": {}}, "pairs": [], "statistics": {}}, "settings: a2c is the name of an algorithm"),
+        ({"common": ["gamma"]}, "common=['gamma'] is not allowed"),
+        ({"search": {"learning_rates": 0.1}}, "search: learning_rates=0.1 is not allowed; it must be a list"),
+        ({"environments": {"CartPole-v1": {"n_timesteps": 1, "score_range": 3}}}, "CartPole-v1: score_range=3"),
+        ({"environments": {"CartPole-v1": {"n_timesteps": 1, "score_range": [1, 2, 3]}}}, "it must be two returns"),
+        ({"pairs": [["gae", "a2c", {"Expected": "worse"}]]}, "and optionally a question in quotation marks"),
+        ({"pairs": ["gae"]}, "and optionally a question in quotation marks"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_settings_are_named(change: dict, message: str, tmp_path: Path):
     with pytest.raises(ValueError, match=re.escape(message)):
         make_study(read_settings(written({**SETTINGS, **change}, tmp_path)))
+
+
+def test_keywords_of_the_task_hold_for_all_algorithms():
+    study = make_study(
+        {
+            "algorithms": ["vpg", "ppo"],
+            "environments": {"Pendulum-v1": {"env_kwargs": {"g": 1.0}, "gamma": 0.9}},
+            "common": {"env_wrapper": "a.Wrapper", "n_envs": 3},
+            "settings": {"gae": {}},
+        }
+    )
+    task = {"env_kwargs": {"g": 1.0}, "env_wrapper": "a.Wrapper"}
+    assert study.keywords("Pendulum-v1", "ppo", "") == task
+    assert study.keywords("Pendulum-v1", "vpg", "gae") == {**task, "gamma": 0.9, "n_envs": 3}
+
+
+def test_numbers_with_an_exponent_are_numbers_and_a_studys_own_file_is_read(tmp_path: Path):
+    settings = {"search": {"learning_rates": ["1e-3", 0.1]}, "common": {"learning_rate": "2.5E-4", "policy": "1e"}}
+    path = written({"format": 2, "study": settings, "versions": {}}, tmp_path)
+    assert read_settings(path) == {
+        "search": {"learning_rates": [0.001, 0.1]},
+        "common": {"learning_rate": 0.00025, "policy": "1e"},
+    }
 
 
 @pytest.mark.parametrize("text", [None, "- 1", "a: [", "3"])
