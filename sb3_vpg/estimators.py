@@ -478,11 +478,7 @@ class Formulation:
         estimator = ESTIMATORS[self.estimator]
         psi = estimator.psi(rollout, self.gamma, self.gae_lambda)
         value_target = estimator.value_target(rollout, self.gamma, self.gae_lambda, psi)
-        for name, array in (("psi", psi), ("value_target", value_target)):
-            if np.shape(array) != mask.shape:
-                raise ValueError(
-                    f"estimator={self.estimator!r}: {name} has the shape {np.shape(array)}, expected (T, N) = {mask.shape}"
-                )
+        _check_shapes(**{"mask": mask, f"psi of {self.estimator!r}": psi, f"value_target of {self.estimator!r}": value_target})
         # td_residual and gae contain V(s_t)
         baseline = 0.0 if estimator.subtracts_value else BASELINES[self.baseline].baseline(psi, rollout, processes)
         return np.where(mask, psi - baseline, 0.0), value_target

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.studies import SETTINGS, add_final_runs, add_search, add_statistics
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from sb3_vpg.study.gradient_report import COSINES
@@ -178,8 +179,8 @@ def test_texts_of_a_user_do_not_break_tables_and_lines_keep_their_colors(tmp_pat
     assert "| a\\|b |\n| --- |\n| \\|A\\| |" in (tmp_path / "report.md").read_text()
     with Image.open(tmp_path / "lines.png") as image:
         colors = np.array([color for _, color in image.convert("RGB").getcolors()])
-    for color in ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b"):
-        expected = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
+    for i in range(6):
+        expected = 255 * np.array(to_rgb(f"C{i}"))
         assert np.abs(colors - expected).max(axis=1).min() < 12
 
 
