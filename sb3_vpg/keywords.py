@@ -1,7 +1,8 @@
 """
 Check VPG's keywords, alone and together, and resolve them into a :class:`Plan`.
 
-This happens once, at construction. Rollout and update read the plan and compare no strings.
+This happens at construction and before each rollout, since callbacks may change keywords. Rollout and update read the plan and
+compare no strings.
 """
 
 from collections.abc import Callable

@@ -103,6 +103,7 @@ class LogStdSchedule(BaseCallback):
         if not hasattr(self.model.policy, "log_std"):
             raise ValueError(f"LogStdSchedule needs a Gaussian policy; the action space is {self.model.action_space}")
         self.log_std: Any = self.model.policy.log_std
+        self._was_trained = self.log_std.requires_grad
         self.log_std.requires_grad_(False)
 
     def _on_rollout_start(self) -> None:
@@ -111,3 +112,6 @@ class LogStdSchedule(BaseCallback):
 
     def _on_step(self) -> bool:
         return True
+
+    def _on_training_end(self) -> None:
+        self.log_std.requires_grad_(self._was_trained)

@@ -21,7 +21,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.common.utils import obs_as_tensor
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, is_vecenv_wrapped
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
 
 from sb3_vpg.buffers import Recorder, VPGBufferMixin, adapt_buffer
@@ -211,7 +211,8 @@ class RolloutCollector(ResumableAlgorithm):
         :return: whether each environment has spent the last step on its reset, shape (N,), updated in place at each step.
             Such a step is not recorded. See :attr:`NativeVecEnv.reset_steps
             <sb3_vpg.envs.native_vec_env.NativeVecEnv.reset_steps>`
-        :raises ValueError: if there can be such steps, and the buffer has no mask of recorded steps
+        :raises ValueError: if there can be such steps, and the buffer has no mask of recorded steps, all steps of a rollout
+            may be such steps, or frames are stacked, which would begin with the end of the episode before
         """
         reset_steps = getattr(env, "reset_steps", None)
         if reset_steps is None:
@@ -221,6 +222,11 @@ class RolloutCollector(ResumableAlgorithm):
                 f"rollout_buffer_class={type(self.rollout_buffer).__name__} is not allowed with an environment that resets in "
                 "the next step (AutoresetMode.NEXT_STEP); allowed: VPG's own buffers"
             )
+        allowed = "is not allowed with an environment that resets in the next step; allowed: AutoresetMode.SAME_STEP"
+        if self.n_steps == 1 and not self.plan.partial_episodes.whole_episodes:
+            raise ValueError(f"n_steps=1 {allowed}, or a larger n_steps")
+        if is_vecenv_wrapped(env, VecFrameStack):
+            raise ValueError(f"VecFrameStack {allowed}")
         return reset_steps
 
     def _policy_inputs(self, env: VecEnv) -> dict[str, np.ndarray]:

@@ -202,6 +202,11 @@ class VPG(RolloutCollector):
                 f"{self.processes.size} ranks; allowed: torch.nn.LayerNorm or GroupNorm, or one process"
             )
 
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
+        # A callback may have changed keywords
+        self.plan = make_plan(self, self.n_envs * self.processes.size)
+        return super().collect_rollouts(*args, **kwargs)
+
     def _setup_lr_schedule(self) -> None:
         super()._setup_lr_schedule()
         separate = self.critic_learning_rate is not None

@@ -104,6 +104,10 @@ def test_the_log_std_is_scheduled_and_not_learned(algorithm, use_sde):
     for value, expected in zip(log_stds.values, [0.5, 0.0, -0.5, -1.0], strict=True):
         np.testing.assert_allclose(value, expected, atol=1e-6)
     assert {"log_std", "action_net.weight"} <= changed(before, weights(model))
+    # Without the callback, it is learned again
+    before = weights(model)
+    model.learn(64)
+    assert "log_std" in changed(before, weights(model))
 
 
 def test_actions_have_the_scheduled_noise():

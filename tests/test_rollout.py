@@ -227,6 +227,20 @@ def test_whole_episodes_begin_anew_after_an_interruption_at_the_first_step():
     assert seen.rollouts == [[[(1, 0), (1, 1), (1, 2)]]]
 
 
+def test_keywords_that_a_callback_changes_hold_from_the_next_rollout_on():
+    model, seen = train([[100]], n_rollouts=0, n_steps=4, gamma=0.5, estimator="reward_to_go", partial_episodes="truncate")
+
+    class Change(BaseCallback):
+        def _on_rollout_end(self):
+            self.model.gamma = 1.0
+
+        def _on_step(self):
+            return True
+
+    model.learn(8, callback=[seen, Change()])
+    np.testing.assert_allclose([buffer["returns"][0, 0] for buffer in seen.buffers], [1.875, 4.0])
+
+
 def test_gamma_to_the_t_is_right_in_the_middle_of_an_episode():
     _, seen = train(
         [[100]],

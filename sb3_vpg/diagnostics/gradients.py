@@ -219,10 +219,13 @@ def gradient_statistics(
     :raises ValueError: if ``reference`` is not in ``measured``, or ``n_episodes`` gives fewer than two batches of an update
     """
     check_updates(measured, n_episodes, reference)
-    if seed is not None:
-        th.manual_seed(seed)
-        env.seed(seed)
-    episodes = collect_episodes(model, env, n_episodes)
+    devices = [model.device] if model.device.type == "cuda" else []
+    # With a seed, the random numbers of training go on where they were
+    with th.random.fork_rng(devices, enabled=seed is not None):
+        if seed is not None:
+            th.manual_seed(seed)
+            env.seed(seed)
+        episodes = collect_episodes(model, env, n_episodes)
     n_parameters = sum(p.numel() for p in model.policy.parameters())
     options: dict[str, Any] = {"confidence": confidence, "n_bootstrap": n_bootstrap, "seed": seed or 0}
 

@@ -316,7 +316,7 @@ class CartPoleSwingUpVectorEnv(_StartStdMixin, SeparatelySeededVectorEnv[npt.NDA
         terminated = np.abs(self.state[0]) > TRACK_LIMIT
         truncated = self._steps >= (NO_LIMIT if self.max_episode_steps is None else self.max_episode_steps)
         if started.size:
-            rewards[started] = 0.0
+            rewards[started], terminated[started] = 0.0, False
         ended = terminated | truncated
         infos: dict[str, Any] = {}
         if self.autoreset_mode == AutoresetMode.NEXT_STEP:

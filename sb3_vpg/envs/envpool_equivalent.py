@@ -1,6 +1,8 @@
 """Which of EnvPool's environments, with which options, is equivalent to given gymnasium environments."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import gymnasium as gym
@@ -11,7 +13,7 @@ from stable_baselines3.common import atari_wrappers as atari
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_vpg.envs.envpool_vector import envpool_options, has_text
-from sb3_vpg.envs.native_vec_env import KNOWN_WRAPPERS, wrappers_of
+from sb3_vpg.envs.native_vec_env import KNOWN_WRAPPERS, change_of, wrappers_of
 
 # EnvPool's options for each of SB3's Atari wrappers
 ATARI_OPTIONS: dict[type[gym.Wrapper], Callable[[Any], dict[str, Any]]] = {
@@ -64,6 +66,9 @@ def find_equivalent(envs: Sequence[gym.Env]) -> Equivalent:
     spec = env.unwrapped.spec
     if spec is None:
         raise ValueError(f"EnvPool cannot replace {env.unwrapped}: it is not registered with gymnasium")
+    for other in envs:
+        if (change := change_of(other)) is not None:
+            raise ValueError(f"EnvPool cannot replace an environment that was changed after gym.make(): {change}")
     for other in envs[1:]:
         if describe(other) != describe(env):
             raise ValueError(f"EnvPool cannot replace different environments: {describe(env)}, {describe(other)}")
@@ -174,9 +179,29 @@ def observation_wrappers_of(env: gym.Env) -> Iterator[gym.ObservationWrapper]:
             and cls.step is gym.ObservationWrapper.step
             and cls.reset is gym.ObservationWrapper.reset
             # Such as MiniGrid's FullyObsWrapper, which reads the state of the environment
-            and not {"env", "unwrapped"} & set(cls.observation.__code__.co_names)
+            and not reads_environment(wrapper)
         ):
             yield wrapper
+
+
+def reads_environment(wrapper: gym.ObservationWrapper) -> bool:
+    """Whether the wrapper's functions read the environment that it wraps: one that is never stepped."""
+    classes = itertools.takewhile(lambda cls: cls is not gym.ObservationWrapper, type(wrapper).__mro__)
+    functions = [f for cls in classes for name, f in vars(cls).items() if isinstance(f, FunctionType) and name != "__init__"]
+    # Of TransformObservation. Its closure may have the environment: gymnasium's own functions use the spaces of it
+    given = getattr(wrapper, "func", None)
+    names = set().union(*(names_in(f.__code__) for f in (*functions, given) if isinstance(f, FunctionType)))
+    cells = given.__closure__ or () if isinstance(given, FunctionType) else ()
+    kept = [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, gym.Env)]
+    of_gymnasium = isinstance(given, FunctionType) and given.__module__.startswith("gymnasium.")
+    uses_kept = any(hasattr(gym.Env, name) for name in names - {"observation_space", "action_space"}) or not of_gymnasium
+    return bool(names & {"env", "unwrapped", "get_wrapper_attr"} or (kept and uses_kept))
+
+
+def names_in(code: CodeType) -> set[str]:
+    """:return: names of globals and attributes that a function uses, with those of the functions in it"""
+    nested = (names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*nested)
 
 
 def describe(env: gym.Env) -> tuple[Any, ...]:

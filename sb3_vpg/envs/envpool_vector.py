@@ -224,7 +224,8 @@ class EnvPoolVectorEnv(VectorEnv[Any, Any, npt.NDArray[Any]]):
         ended = terminated | truncated
         if ended.any():
             indices = ended.nonzero()[0].astype(np.int32)
-            infos = {"final_info": infos, "_final_info": ended, "_final_obs": ended}
+            running = {f"_{key}": ~ended for key in infos}
+            infos = {**infos, **running, "final_info": infos, "_final_info": ended, "_final_obs": ended}
             infos["final_obs"] = {i: observation_of(observations, i) for i in indices.tolist()}
             if self._goes_on_after_life:
                 # A reset would begin a new game. A step after a lost life ignores the action and continues the game

@@ -19,7 +19,7 @@ class ExploringStarts(BaseCallback):
 
     The standard deviation of the start state is ``std`` until the fraction ``hold`` of training, and then decreases linearly
     to the environment's own value, which it reaches at the fraction ``end``. It is updated before each rollout, and applies
-    to episodes that start after that. When training ends or is interrupted, the environment's own start is restored.
+    to episodes that start after that. When training ends, the environment's own start is restored.
 
     :param std: Initial standard deviations of position [m], velocity [m/s], angle [rad] and angular velocity [rad/s], >= 0.
         The default, pi for the angle, covers all angles.

@@ -60,8 +60,8 @@ class NativeVecEnv(VecEnv):
     Its observable behavior is that of ``DummyVecEnv``. The step that ends an episode resets the environment; ``infos[i]`` then
     has "terminal_observation", "TimeLimit.truncated" and, with a ``Monitor``, "episode". Monitor files are written. With the
     same seeds and actions, observations are the same. The given environments provide spec, time limit and monitor; they
-    are not stepped. If the environment or one of its wrappers has no vectorized form, the result *is* a ``DummyVecEnv``, and a
-    warning gives the reason.
+    are not stepped. If the environment or one of its wrappers has no vectorized form, or if the environment was changed after
+    ``gym.make``, the result *is* a ``DummyVecEnv``, and a warning gives the reason.
 
     It also takes a ``gymnasium.vector.VectorEnv``, such as ALE's: ::
 
@@ -310,6 +310,31 @@ def wrappers_of(env: gym.Env) -> Iterator[gym.Wrapper]:
         env = env.env
 
 
+def change_of(env: gym.Env) -> str | None:
+    """
+    :param env: an environment that :func:`gym.make` has made, maybe changed since
+    :return: how it differs from one that is new: its class, or an attribute (number, text, tuple, array) that a reset does not
+        change; None if there is no difference. What lies deeper, as in MuJoCo's ``model``, is not compared
+    """
+    own = env.unwrapped
+    new = gym.make(own.spec).unwrapped  # type: ignore[arg-type]
+    try:
+        if type(own) is not type(new):
+            return f"{type(own).__name__} instead of {type(new).__name__}"
+        kinds = (int, float, str, tuple, np.ndarray)
+        # An attribute of the class may be one of the instance now
+        names = [name for name in {**vars(new), **vars(own)} if hasattr(new, name) and "np_random" not in name]
+        at_first = {name: copy.copy(getattr(new, name)) for name in names if isinstance(getattr(new, name), kinds)}
+        new.reset()
+        for name, value in at_first.items():
+            changed = not np.array_equal(value, getattr(own, name, value))
+            if changed and np.array_equal(value, getattr(new, name)):
+                return f"{name}={getattr(own, name)!r} instead of {value!r}"
+    finally:
+        new.close()
+    return None
+
+
 def make_vector_form(envs: Sequence[gym.Env]) -> VectorEnv:
     """
     :param envs: single environments with their wrappers
@@ -322,6 +347,8 @@ def make_vector_form(envs: Sequence[gym.Env]) -> VectorEnv:
     for env in envs:
         if env.unwrapped.spec is None or (env.unwrapped.spec.id, env.unwrapped.spec.kwargs) != (spec.id, spec.kwargs):
             raise NoVectorFormError(f"the environments differ: {env.unwrapped.spec}, {spec}")
+        if (change := change_of(env)) is not None:
+            raise NoVectorFormError(f"an environment was changed after gym.make(): {change}")
         for wrapper in wrappers_of(env):
             # rl_zoo3 replaces gymnasium's TimeLimit by its own class, possibly after KNOWN_WRAPPERS was defined
             if type(wrapper) not in (*KNOWN_WRAPPERS, gym.wrappers.TimeLimit):

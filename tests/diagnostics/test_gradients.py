@@ -189,6 +189,14 @@ def test_any_algorithm_and_the_model_is_left_alone(algorithm):
     model.learn(32, reset_num_timesteps=False)
 
 
+def test_a_measurement_with_a_seed_leaves_the_random_numbers_of_training_alone():
+    model = VPG("MlpPolicy", spaces_env("Box", "Discrete"), n_steps=32, seed=0)
+    measured = {"gae": as_measured({"estimator": "gae"}, 2)}
+    before = th.get_rng_state()
+    gradient_statistics(model, spaces_env("Box", "Discrete"), measured, n_episodes=4, n_bootstrap=0, seed=3)
+    assert th.equal(th.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("algorithm", [A2C, VPG])
 def test_training_goes_on_after_a_measurement_in_the_training_environment(algorithm):
     env = DummyVecEnv([lambda: CountingEnv([7]), lambda: CountingEnv([5])])

@@ -15,7 +15,7 @@ from stable_baselines3 import A2C
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
 from sb3_vpg import VPG
 from sb3_vpg.envs import NativeVecEnv
@@ -225,6 +225,17 @@ def test_a_buffer_without_a_mask_is_refused():
     model = small_model(cartpoles(), rollout_buffer_class=RolloutBuffer)
     with pytest.raises(ValueError, match="rollout_buffer_class=RolloutBuffer is not allowed with an environment that resets"):
         model.learn(256)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "n_steps", "message"),
+    [(lambda env: env, 1, "n_steps=1 is not allowed"), (lambda env: VecFrameStack(env, 2), 8, "VecFrameStack is not allowed")],
+    ids=["one step", "frames"],
+)
+def test_what_reset_steps_would_spoil_is_refused(wrap, n_steps, message):
+    env = wrap(NativeVecEnv(NextStepVectorEnv([lambda: CountingEnv([3])] * 2)))
+    with pytest.raises(ValueError, match=f"{message} with an environment that resets in the next step"):
+        VPG("MlpPolicy", env, n_steps=n_steps).learn(16)
 
 
 def test_normalization_can_be_around():

@@ -97,3 +97,17 @@ def test_cartpoles_in_one_array_are_those_of_separate_ones(seed):
 def test_options_of_cartpoles_in_one_array_are_for_one_reset():
     many, separately = SameStepCartPoleVectorEnv(4, 20), separate("CartPole-v1", 4, "SameStep", max_episode_steps=20)
     assert_same_steps(many, separately, balancing(0), 60, seed=0, options={"low": -0.2, "high": 0.2})
+
+
+def test_a_reset_step_does_not_terminate():
+    envs = CartPoleSwingUpVectorEnv(1, max_episode_steps=2, autoreset_mode=AutoresetMode.NEXT_STEP)
+    # Beside the track
+    envs.set_start_std([0.0, 0.0, 0.0, 0.0])
+    envs.reset(seed=0)
+    for _ in range(2):
+        *_, truncated, _ = envs.step(np.zeros((1, 1), dtype=np.float32))
+    assert truncated.all()
+    envs.set_start_std([100.0, 0.0, 0.0, 0.0])
+    observations, rewards, terminated, truncated, _ = envs.step(np.zeros((1, 1), dtype=np.float32))
+    assert abs(observations[0, 0]) > 2.4
+    assert (rewards[0], terminated[0], truncated[0]) == (0, False, False)

@@ -4,6 +4,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.wrappers import (
+    AddRenderObservation,
     ClipAction,
     FlattenObservation,
     NormalizeObservation,
@@ -126,10 +127,37 @@ class OwnMonitor(Monitor):
     """May do anything."""
 
 
+class InAHelper(gym.ObservationWrapper):
+    """Reads the state of the environment, as the two below."""
+
+    def state(self):
+        return self.unwrapped.state
+
+    def observation(self, observation):
+        return observation + self.state()[0]
+
+
+class InAFunction(gym.ObservationWrapper):
+    def observation(self, observation):
+        return observation + (lambda: self.unwrapped.state)()[0]
+
+
+class ByName(gym.ObservationWrapper):
+    def observation(self, observation):
+        return observation + self.get_wrapper_attr("state")[0]
+
+
+def in_a_closure(env):
+    inner = env.unwrapped
+    return TransformObservation(env, lambda observation: observation + inner.state[0], env.observation_space)
+
+
 @pytest.mark.parametrize(
     ("env_id", "wrap"),
     [
+        *((PENDULUM, wrap) for wrap in (InAHelper, InAFunction, ByName, in_a_closure)),
         (PENDULUM, RecordEpisodeStatistics),
+        (PENDULUM, AddRenderObservation),
         (PENDULUM, OwnMonitor),
         (PENDULUM, lambda env: ClipAction(env)),
         (PENDULUM, lambda env: TransformReward(env, abs)),
@@ -141,9 +169,24 @@ class OwnMonitor(Monitor):
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_other_wrappers_are_refused_by_name(env_id, wrap):
-    env = wrap(gym.make(env_id))
+    env = wrap(gym.make(env_id, render_mode="rgb_array"))
     with pytest.raises(ValueError, match=f"no equivalent of the wrapper {type(env).__name__} around {env_id}"):
         EnvPoolVecEnv([lambda: env])
+
+
+def test_wrappers_that_know_the_spaces_only_are_applied():
+    env = EnvPoolVecEnv([lambda: FlattenObservation(gym.make(PENDULUM))] * 2)
+    assert env.reset().shape == (2, 3)
+
+
+def test_an_environment_that_was_changed_is_refused():
+    def changed():
+        env = gym.make(PENDULUM)
+        env.unwrapped.max_torque = 1.0
+        return env
+
+    with pytest.raises(ValueError, match=r"changed after gym.make\(\): max_torque=1.0 instead of 2.0"):
+        EnvPoolVecEnv([changed])
 
 
 def test_a_monitor_with_keywords_of_a_reset_is_refused():

@@ -71,6 +71,13 @@ def test_only_the_infos_that_are_asked_for_are_returned():
     *_, infos = env.step(actions)
     assert infos["final_info"].keys() == {"x_position"}
     assert "x_velocity" in env.last_infos
+    # Of environments that go on, the infos are there in each step
+    env.reset(seed=0)
+    env._steps[0] = 1
+    *_, infos = env.step(actions)
+    assert infos["_final_info"].tolist() == [True, False]
+    assert infos["_x_position"].tolist() == [False, True]
+    assert infos["x_position"][1] == env.last_infos["x_position"][1]
     with pytest.raises(ValueError, match=r"Hopper-v5 has no info 'color'"):
         env.return_infos(["color"])
 

@@ -9,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from gymnasium.envs.classic_control.cartpole import CartPoleEnv
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import RecordEpisodeStatistics, TimeLimit
 from helpers.cartpole import V0, V1, balancing, swinging
@@ -398,6 +399,28 @@ def differing(**by_env):
     return [lambda value=value: gym.make(V0, **{keyword: value}) for value in values]
 
 
+class OtherCartPole(CartPoleEnv):
+    """May do anything."""
+
+
+def changed_start():
+    env = gym.make(V0)
+    env.unwrapped.set_start_std(0.0)
+    return env
+
+
+def changed_physics():
+    env = gym.make("CartPole-v1")
+    env.unwrapped.gravity = 1.0
+    return env
+
+
+def changed_class():
+    env = OtherCartPole()
+    env.spec = gym.spec("CartPole-v1")
+    return TimeLimit(env, 500)
+
+
 @pytest.mark.parametrize(
     ("make_env", "reason"),
     [
@@ -411,6 +434,12 @@ def differing(**by_env):
             lambda cls: make_vec_env(V0, 2, vec_env_cls=cls, wrapper_class=OwnMonitor),
             "the wrapper OwnMonitor has no vectorized form",
         ),
+        (
+            lambda cls: cls([changed_start] * 2),
+            r"changed after gym.make\(\): _start_std=array\(\[0., 0., 0., 0.\]\) instead of",
+        ),
+        (lambda cls: cls([changed_physics] * 2), "gravity=1.0 instead of 9.8"),
+        (lambda cls: cls([changed_class] * 2), "OtherCartPole instead of CartPoleEnv"),
         (lambda cls: cls(differing(reward_in_unit_interval=(True, False))), "the environments differ"),
         (lambda cls: cls([lambda: gym.make("Telling-v0"), lambda: gym.make("NextStepOnly-v0")]), "the environments differ"),
         (lambda cls: cls(differing(max_episode_steps=(5, 6))), "must have the same time limit"),
