@@ -194,7 +194,7 @@ def reads_environment(wrapper: gym.ObservationWrapper) -> bool:
     cells = given.__closure__ or () if isinstance(given, FunctionType) else ()
     kept = [cell.cell_contents for cell in cells if isinstance(cell.cell_contents, gym.Env)]
     of_gymnasium = isinstance(given, FunctionType) and given.__module__.startswith("gymnasium.")
-    uses_kept = any(hasattr(gym.Env, name) for name in names - {"observation_space", "action_space"}) or not of_gymnasium
+    uses_kept = any(hasattr(gym.Env, name) for name in names) or not of_gymnasium
     return bool(names & {"env", "unwrapped", "get_wrapper_attr"} or (kept and uses_kept))
 
 
