@@ -66,12 +66,11 @@ def find_equivalent(envs: Sequence[gym.Env]) -> Equivalent:
     spec = env.unwrapped.spec
     if spec is None:
         raise ValueError(f"EnvPool cannot replace {env.unwrapped}: it is not registered with gymnasium")
-    for other in envs:
-        if (change := change_of(other)) is not None:
-            raise ValueError(f"EnvPool cannot replace an environment that was changed after gym.make(): {change}")
     for other in envs[1:]:
         if describe(other) != describe(env):
             raise ValueError(f"EnvPool cannot replace different environments: {describe(env)}, {describe(other)}")
+    if (change := change_of(envs)) is not None:
+        raise ValueError(f"EnvPool cannot replace an environment that was changed after gym.make(): {change}")
     wrappers = list(wrappers_of(env))
     known = (*KNOWN_WRAPPERS, *ATARI_OPTIONS, *time_limit_classes(), *map(type, observation_wrappers_of(env)))
     for wrapper in wrappers:

@@ -310,28 +310,27 @@ def wrappers_of(env: gym.Env) -> Iterator[gym.Wrapper]:
         env = env.env
 
 
-def change_of(env: gym.Env) -> str | None:
+def change_of(envs: Sequence[gym.Env]) -> str | None:
     """
-    :param env: an environment that :func:`gym.make` has made, maybe changed since
-    :return: how it differs from one that is new: its class, or an attribute (number, text, tuple, array) that a reset does not
-        change; None if there is no difference. What lies deeper, as in MuJoCo's ``model``, is not compared
+    :param envs: environments that :func:`gym.make` has made with the same spec, maybe changed since
+    :return: how one differs from one that is new: its class, or an attribute (number, text, tuple, array) that a reset does
+        not change; None if there is no difference. What lies deeper, as in MuJoCo's ``model``, is not compared
     """
-    own = env.unwrapped
-    new = gym.make(own.spec).unwrapped  # type: ignore[arg-type]
-    try:
-        if type(own) is not type(new):
-            return f"{type(own).__name__} instead of {type(new).__name__}"
-        kinds = (int, float, str, tuple, np.ndarray)
-        # An attribute of the class may be one of the instance now
-        names = [name for name in {**vars(new), **vars(own)} if hasattr(new, name) and "np_random" not in name]
-        at_first = {name: copy.copy(getattr(new, name)) for name in names if isinstance(getattr(new, name), kinds)}
-        new.reset()
-        for name, value in at_first.items():
-            changed = not np.array_equal(value, getattr(own, name, value))
-            if changed and np.array_equal(value, getattr(new, name)):
-                return f"{name}={getattr(own, name)!r} instead of {value!r}"
-    finally:
-        new.close()
+    own = [env.unwrapped for env in envs]
+    new = gym.make(own[0].spec).unwrapped  # type: ignore[arg-type]
+    kinds = (int, float, str, tuple, np.ndarray)
+    # An attribute of the class may be one of the instance now
+    names = {name for one in (new, *own) for name in vars(one) if hasattr(new, name) and "np_random" not in name}
+    at_first = {name: copy.copy(getattr(new, name)) for name in sorted(names) if isinstance(getattr(new, name), kinds)}
+    new.reset()
+    new.close()
+    constant = {name: value for name, value in at_first.items() if np.array_equal(value, getattr(new, name))}
+    for one in own:
+        if type(one) is not type(new):
+            return f"{type(one).__name__} instead of {type(new).__name__}"
+        for name, value in constant.items():
+            if not np.array_equal(value, getattr(one, name, value)):
+                return f"{name}={getattr(one, name)!r} instead of {value!r}"
     return None
 
 
@@ -347,14 +346,14 @@ def make_vector_form(envs: Sequence[gym.Env]) -> VectorEnv:
     for env in envs:
         if env.unwrapped.spec is None or (env.unwrapped.spec.id, env.unwrapped.spec.kwargs) != (spec.id, spec.kwargs):
             raise NoVectorFormError(f"the environments differ: {env.unwrapped.spec}, {spec}")
-        if (change := change_of(env)) is not None:
-            raise NoVectorFormError(f"an environment was changed after gym.make(): {change}")
         for wrapper in wrappers_of(env):
             # rl_zoo3 replaces gymnasium's TimeLimit by its own class, possibly after KNOWN_WRAPPERS was defined
             if type(wrapper) not in (*KNOWN_WRAPPERS, gym.wrappers.TimeLimit):
                 raise NoVectorFormError(f"the wrapper {type(wrapper).__name__} has no vectorized form")
             if isinstance(wrapper, Monitor) and wrapper.reset_keywords:
                 raise NoVectorFormError("Monitor(reset_keywords=...) has no vectorized form")
+    if (change := change_of(envs)) is not None:
+        raise NoVectorFormError(f"an environment was changed after gym.make(): {change}")
     limits = {tuple(w._max_episode_steps for w in wrappers_of(env) if isinstance(w, TimeLimit)) for env in envs}
     if len(limits) > 1 or len(limit := limits.pop()) != 1:
         raise NoVectorFormError("the environments must have the same time limit")

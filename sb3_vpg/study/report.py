@@ -154,9 +154,9 @@ def speed_section(findings: Findings) -> Section:
     for environment in findings.environments:
         digits = digits_of(findings, environment)
         for name, speeds in findings.speeds(environment).items():
-            learned = speeds.dropna()
-            medians = [f"{learned.timesteps.median():,.0f}", f"{learned.seconds.median():,.1f}"]
-            cells = medians if len(learned) else [EMPTY_CELL, EMPTY_CELL]
+            learned = speeds.dropna(subset="timesteps")
+            medians = learned.timesteps.median(), learned.seconds.median()
+            cells = [f"{x:,.{n}f}" if np.isfinite(x) else EMPTY_CELL for x, n in zip(medians, (0, 1))]
             mean = format_estimate(estimate(speeds.mean_return), digits)
             rows.append([environment, name, mean, f"{len(learned)} of {len(speeds)}", *cells])
     text = (
