@@ -212,7 +212,7 @@ def _plain(value: Any) -> Any:
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
-        for name in old.keys() & new.keys() if key in COLLECTIONS else {**old, **new}:
+        for name in filter(new.__contains__, old) if key in COLLECTIONS else {**old, **new}:
             if name not in EXTENDABLE:
                 yield from _differences(old.get(name), new.get(name), f"{key}: {name}" if key else name)
     elif old != new and key not in COLLECTIONS:

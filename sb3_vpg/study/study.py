@@ -164,10 +164,10 @@ class Study:
         for name, environment in self.environments.items():
             self._check_environment(name, environment)
         keywords = {*self.common, *itertools.chain.from_iterable(self.environments.values())}
-        own = self.settings or keywords.difference(ENVIRONMENT_KEYS, TASK_KEYS)
+        own = list(self.settings) or sorted(keywords.difference(ENVIRONMENT_KEYS, TASK_KEYS))
         if own and not set(self.algorithms) & set(OWN_ALGORITHMS):
             raise ValueError(
-                f"{', '.join(map(str, own))}: settings and keywords are those of VPG; add one of "
+                f"{', '.join(own)}: settings and keywords are those of VPG; add one of "
                 f"{', '.join(OWN_ALGORITHMS)} to the algorithms"
             )
         for name in self.settings:
