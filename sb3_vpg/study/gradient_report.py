@@ -85,16 +85,15 @@ def statistics_section(findings: Findings) -> Section:
         parts += [
             f"**{environment}**, policies of {policy}. Numbers: start / middle / end.",
             Table(["setting", *columns, "seeds"], rows),
-            *(cosine_chart(findings, environment, policy, metric) for metric in COSINES),
+            *(cosine_chart(values, measured, environment, policy, metric) for metric in COSINES),
         ]
     return Section("Gradient statistics", parts)
 
 
-def cosine_chart(findings: Findings, environment: str, policy: str, metric: str) -> Chart:
-    """:return: chart of a cosine, by setting and moment"""
-    values = gradient_statistics(findings, environment, policy)
+def cosine_chart(values: pd.DataFrame, measured: list[str], environment: str, policy: str, metric: str) -> Chart:
+    """:return: chart of a cosine, by setting that is measured and moment"""
     intervals: dict[str, dict[str, tuple[float, float, float]]] = {}
-    for name in findings.study.settings:
+    for name in measured:
         for moment in MOMENTS:
             cosines, lowest, highest = (of_seeds(values, metric + end, name, moment) for end in ("", "_low", "_high"))
             if len(cosines):

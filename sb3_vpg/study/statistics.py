@@ -132,6 +132,11 @@ class Findings:
         complete = {name: pd.DataFrame(of).dropna() for name, of in columns.items() if len(of) == len(self.environments)}
         return {name: frame.to_numpy() for name, frame in complete.items() if len(frame)}
 
+    def _returns(self, environment: str) -> pd.DataFrame:
+        """:return: the points of the learning curves of the final runs"""
+        rows = self.points[self.points.environment == environment]
+        return rows[(rows.metric == "return") & (rows.phase == "final")]
+
     def curves(self, environment: str, axis: str, n_points: int = 60) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
         """
         :param environment: id of the environment
@@ -140,9 +145,8 @@ class Findings:
         :return: for each contestant x, the interquartile mean of the return with the ends of its interval, shape (3, points),
             and the number of seeds. Between the points of a run, returns are interpolated linearly; after its last, they stay.
         """
-        rows = self.points[(self.points.metric == "return") & (self.points.phase == "final")]
         lines = {}
-        for name, of_contestant in rows[rows.environment == environment].groupby("contestant"):
+        for name, of_contestant in self._returns(environment).groupby("contestant"):
             runs = [run.sort_values("timesteps") for _, run in of_contestant.groupby("seed")]
             first, last = max(run[axis].iloc[0] for run in runs), np.median([run[axis].iloc[-1] for run in runs])
             x = np.linspace(first, max(first, last), n_points)
@@ -155,10 +159,9 @@ class Findings:
         :return: for each contestant and seed the mean return of the learning curve, and the timesteps and seconds until the
             curve has the normalized score :data:`LEARNED`; NaN if it never has
         """
-        rows = self.points[(self.points.metric == "return") & (self.points.phase == "final")]
         low, high = self.score_range(environment)
         speeds: dict[str, dict[int, list[float]]] = {}
-        for (name, seed), run in rows[rows.environment == environment].groupby(["contestant", "seed"]):
+        for (name, seed), run in self._returns(environment).groupby(["contestant", "seed"]):
             x, y = (run.sort_values("timesteps")[column].to_numpy() for column in ("timesteps", "value"))
             mean = np.interp(np.linspace(x[0], x[-1], 200), x, y).mean()
             learned = run[run["value"] >= low + LEARNED * (high - low)]
