@@ -206,7 +206,7 @@ def check_cells(study: Study, selection: Selection, folder: Path) -> dict[Cell, 
         for name in selection.contestants:
             run = Run("final", environment, *study.contestants[name], study.first_seed)
             hyperparameters[run.cell] = training.check_cell(study, run, folder)
-        training.check_statistics(study, environment, folder)
+        training.check_statistics(study, environment, selection.contestants, folder)
     return hyperparameters
 
 
@@ -225,8 +225,7 @@ class Plan(NamedTuple):
 
     def seconds(self, run: Run) -> float:
         """:return: the estimated duration of a run"""
-        steps = self.steps.get(run.cell) or next(n for cell, n in self.steps.items() if cell[:2] == run.cell[:2])
-        return steps * self.seconds_per_step[run.cell[:2]]
+        return self.steps[run.cell] * self.seconds_per_step[run.cell[:2]]
 
 
 def plan(
@@ -244,7 +243,7 @@ def plan(
     phases = [
         study.search_runs(*selection),
         study.final_runs(*selection, chosen),
-        study.statistics_runs(selection.environments, chosen),
+        study.statistics_runs(*selection, chosen),
     ]
     runs = [run for phase in phases for run in phase if results is None or run not in results]
     speeds = {}
@@ -313,7 +312,7 @@ def execute_all(study: Study, selection: Selection, results: Results, planned: P
         execute(study.search_runs(*selection))
         chosen = chosen_learning_rates(study, results.frame("runs"))
         execute(study.final_runs(*selection, chosen))
-        execute(study.statistics_runs(selection.environments, chosen))
+        execute(study.statistics_runs(*selection, chosen))
 
 
 def line(study: Study, run: Run, measures: Measures, error: str | None) -> str:

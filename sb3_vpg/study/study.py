@@ -247,9 +247,9 @@ class Study:
         return keywords
 
     def search_runs(self, environments: Iterable[str], contestants: Iterable[str]) -> Iterator[Run]:
-        """:return: the runs of the search, also for the policies of the gradient statistics"""
-        searched = [*(self.contestants[name] for name in contestants), *self._policies]
-        for environment, (algorithm, setting) in itertools.product(environments, dict.fromkeys(searched)):
+        """:return: the runs of the search"""
+        for environment, name in itertools.product(environments, contestants):
+            algorithm, setting = self.contestants[name]
             if algorithm in OWN_ALGORITHMS:
                 for rate, seed in itertools.product(self.search.learning_rates, range(self.search.seeds)):
                     yield Run("search", environment, algorithm, setting, FIRST_SEARCH_SEED + seed, rate)
@@ -268,19 +268,16 @@ class Study:
             run = Run("final", environment, *self.contestants[name], seed)
             yield run._replace(learning_rate=chosen.get(run.cell))
 
-    def statistics_runs(self, environments: Iterable[str], chosen: Mapping[Cell, float]) -> Iterator[Run]:
-        """:return: the runs that measure gradients, see :meth:`final_runs`"""
-        seeds = range(self.statistics.seeds)
-        for seed, environment, (algorithm, setting) in itertools.product(seeds, environments, self._policies):
-            run = Run("statistics", environment, algorithm, setting, seed)
-            yield run._replace(learning_rate=chosen.get(run.cell))
-
-    @property
-    def _policies(self) -> list[tuple[str, str]]:
-        """Algorithm (the first that has settings) and setting of the policies at which gradients are measured."""
-        policies = self.statistics.policies if self.statistics.seeds > 0 else ()
+    def statistics_runs(
+        self, environments: Iterable[str], contestants: Iterable[str], chosen: Mapping[Cell, float]
+    ) -> Iterator[Run]:
+        """:return: the runs that measure gradients, of the first algorithm that has settings; see :meth:`final_runs`"""
         own = next((algorithm for algorithm in self.algorithms if algorithm in OWN_ALGORITHMS), "")
-        return [(own, setting) for setting in policies]
+        among = {self.contestants[name] for name in contestants}
+        policies = [(own, setting) for setting in self.statistics.policies if (own, setting) in among]
+        for seed, environment, policy in itertools.product(range(self.statistics.seeds), environments, policies):
+            run = Run("statistics", environment, *policy, seed)
+            yield run._replace(learning_rate=chosen.get(run.cell))
 
 
 def read_settings(path: Path) -> dict[str, Any]:

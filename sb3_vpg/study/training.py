@@ -9,7 +9,7 @@ import copy
 import inspect
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
@@ -196,16 +196,17 @@ def update_specs(study: Study, run: Run, folder: Path) -> dict[str, UpdateSpec]:
     return specs
 
 
-def check_statistics(study: Study, environment: str, folder: Path) -> None:
+def check_statistics(study: Study, environment: str, contestants: Sequence[str], folder: Path) -> None:
     """
     Check the gradient statistics of a study.
 
     :param study: the study
     :param environment: id of the environment
+    :param contestants: names of the contestants that are run
     :param folder: folder for files of its models
     :raises ValueError: if they cannot be measured: no setting has ``n_episodes``, or there are too few episodes
     """
-    run = next(study.statistics_runs([environment], {}), None)
+    run = next(study.statistics_runs([environment], contestants, {}), None)
     if run is None:
         return
     with (folder / "output.log").open("a") as output, redirect_stdout(output), redirect_stderr(output):

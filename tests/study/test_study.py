@@ -89,14 +89,10 @@ def test_steps_replace_all_budgets_and_the_class_of_environments_is_that_of_all(
         assert own["vec_env_class"] == "sb3_vpg.envs.NativeVecEnv"
 
 
-def test_searched_are_settings_and_policies_once_and_the_final_runs_have_what_was_chosen():
+def test_searched_are_settings_of_vpg_and_the_final_runs_have_what_was_chosen():
     study = make_study(SETTINGS)
     searched = list(study.search_runs(["CartPole-v1"], ["reward_to_go", "a2c"]))
-    assert searched == [
-        Run("search", "CartPole-v1", "vpg", name, FIRST_SEARCH_SEED, rate)
-        for name in ("reward_to_go", "gae")
-        for rate in (0.001, 0.01)
-    ]
+    assert searched == [Run("search", "CartPole-v1", "vpg", "reward_to_go", FIRST_SEARCH_SEED, rate) for rate in (0.001, 0.01)]
     chosen = {("CartPole-v1", "vpg", "reward_to_go"): 0.01, ("CartPole-v1", "vpg", "gae"): 0.001}
     final = list(study.final_runs(["CartPole-v1"], ["reward_to_go", "a2c"], chosen))
     assert final == [
@@ -104,7 +100,13 @@ def test_searched_are_settings_and_policies_once_and_the_final_runs_have_what_wa
         for seed in (0, 1)
         for contestant, rate in ((("vpg", "reward_to_go"), 0.01), (("a2c", ""), None))
     ]
-    assert list(study.statistics_runs(["CartPole-v1"], chosen)) == [Run("statistics", "CartPole-v1", "vpg", "gae", 0, 0.001)]
+
+
+def test_gradients_are_measured_at_policies_of_the_settings_that_are_run():
+    study, chosen = make_study(SETTINGS), {("CartPole-v1", "vpg", "gae"): 0.001}
+    measured = [Run("statistics", "CartPole-v1", "vpg", "gae", 0, 0.001)]
+    assert list(study.statistics_runs(["CartPole-v1"], ["reward_to_go", "gae", "a2c"], chosen)) == measured
+    assert not list(study.statistics_runs(["CartPole-v1"], ["reward_to_go", "a2c"], chosen))
 
 
 def test_first_seed_is_that_of_the_final_runs():
