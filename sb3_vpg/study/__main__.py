@@ -21,7 +21,7 @@ from sb3_vpg.study.processes import in_processes
 from sb3_vpg.study.report import write_report
 from sb3_vpg.study.results import Measures, Results, keep_settings
 from sb3_vpg.study.statistics import chosen_learning_rates
-from sb3_vpg.study.study import Cell, Run, Study, make_study, read_settings, varied
+from sb3_vpg.study.study import Cell, Run, Selection, Study, make_study, read_settings, varied
 from sb3_vpg.zoo.runs import sigterm_as_ctrl_c
 
 DESCRIPTION = """Compare algorithms, and settings of VPG, over environments and seeds. Hyperparameters are those of the zoo's
@@ -31,18 +31,6 @@ EXAMPLES = """examples:
   python -m sb3_vpg compare --env CartPole-v1 Acrobot-v1 --algo vpg a2c ppo --seeds 10 -f mine
   python -m sb3_vpg compare --env Acrobot-v1 --vary gae_lambda=0.9,0.95,1 --dry-run
   python -m sb3_vpg ablation --env CartPole-v1 --dry-run    # compare --config hyperparams/studies/ladder.yml -f ablation"""
-
-
-class Selection(NamedTuple):
-    """
-    The part of a study that is run.
-
-    :param environments: ids of environments
-    :param contestants: names of contestants
-    """
-
-    environments: Sequence[str]
-    contestants: Sequence[str]
 
 
 def main() -> None:
@@ -164,15 +152,16 @@ def compare(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace) -> None:
-    """Write the report of the runs that have ended: of the study that the arguments describe, or else of the folder's own."""
+    """Write the report of the runs that have ended: of what the arguments select, or else of the folder's own study."""
     path = args.folder / "study.yml"
     if not path.is_file():
         raise ValueError(f"there is no study in {args.folder}: {path} does not exist")
-    described = args.config or args.env or args.algo or args.vary
-    study = study_of(args)[0] if described else make_study(read_settings(path))
+    if not (args.config or args.vary):
+        args.config = path
+    study, selection = study_of(args)
     with folder_of(args.folder):
         keep_settings(args.folder, asdict(study), {}, write=False)
-        print(f"Report: {write_report(study, Results(args.folder), args.folder)}")
+        print(f"Report: {write_report(study, Results(args.folder), args.folder, selection)}")
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from sb3_vpg.study.statistics import (
     performance_profiles,
     probability_of_improvement,
 )
-from sb3_vpg.study.study import Study
+from sb3_vpg.study.study import Selection, Study
 
 INTRODUCTION = (
     f"Numbers in brackets are 95 % percentile intervals of the bootstrap over seeds, with {REPETITIONS:,} repetitions. "
@@ -182,7 +182,8 @@ def profiles_section(normalized: dict[str, np.ndarray]) -> Section:
 def pairs_section(findings: Findings, normalized: dict[str, np.ndarray]) -> Section:
     """Section that compares pairs of contestants: differences of scores, probabilities of improvement, gradients."""
     study, names = findings.study, findings.contestants
-    pairs = [(pair[0], pair[1]) for pair in study.pairs] or [(names[0], name) for name in names[1:]]
+    named = [(pair[0], pair[1]) for pair in study.pairs] or [(names[0], name) for name in names[1:]]
+    pairs = [pair for pair in named if set(pair) <= set(names)]
     questions = {(pair[0], pair[1]): pair[2] for pair in study.pairs if len(pair) == 3}
     rows, intervals = [], dict[str, dict[str, tuple[float, float, float]]]()
     for before, after in pairs:
@@ -261,17 +262,18 @@ def settings_section(folder: Path) -> Section:
     return Section("Study", [introduction, f"```yaml\n{shown.strip()}\n```"])
 
 
-def write_report(study: Study, results: Results, folder: Path) -> Path:
+def write_report(study: Study, results: Results, folder: Path, selection: Selection | None = None) -> Path:
     """
     Write the report of a study. The study may still be running. The same results give the same files.
 
     :param study: the study
     :param results: its results
     :param folder: folder for report.html, report.md and its pictures, which has study.yml
+    :param selection: the part of the study that the report shows; None for all of it
     :return: path of report.html
     :raises ValueError: if no final run has a score
     """
-    findings = Findings.of(study, results.frame("runs"), results.frame("points"))
+    findings = Findings.of(study, results.frame("runs"), results.frame("points"), selection)
     sections = []
     if findings.contestants:
         normalized = findings.normalized()
@@ -291,7 +293,7 @@ def write_report(study: Study, results: Results, folder: Path) -> Path:
     if (findings.runs.error != "").any():
         sections.append(failures_section(findings))
     seeds = range(study.first_seed, study.first_seed + study.seeds)
-    expected = set(itertools.product(study.environments, study.contestants, seeds))
+    expected = set(itertools.product(*findings.selection, seeds))
     missing = len(expected.difference(zip(findings.final.environment, findings.final.contestant, findings.final.seed)))
     introduction = INTRODUCTION + FEW_SEEDS * (study.seeds < 10)
     if missing:

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import trim_mean
 
-from sb3_vpg.study.study import Cell, Study
+from sb3_vpg.study.study import Cell, Selection, Study
 
 # Number of bootstrap resamples
 REPETITIONS = 2000
@@ -59,22 +59,26 @@ class Findings:
     The results as the sections of a report read them.
 
     :param study: the study
+    :param selection: the part of it that is reported
     :param runs: the runs, with the name of the contestant
     :param points: the points, with the name of the contestant
     """
 
     study: Study
+    selection: Selection
     runs: pd.DataFrame
     points: pd.DataFrame
 
     @classmethod
-    def of(cls, study: Study, runs: pd.DataFrame, points: pd.DataFrame) -> "Findings":
+    def of(cls, study: Study, runs: pd.DataFrame, points: pd.DataFrame, selection: Selection | None = None) -> "Findings":
         """
         :param study: the study
         :param runs: the file "runs", see :data:`sb3_vpg.study.results.COLUMNS`
         :param points: the file "points"
+        :param selection: the part of the study that is reported; None for all of it
         :return: the results. Final runs count only with the learning rate that the search selects now.
         """
+        selection = selection or Selection(list(study.environments), list(study.contestants))
         chosen = chosen_learning_rates(study, runs)
         rates = pd.Series(
             [chosen.get(cell, np.nan) for cell in zip(runs.environment, runs.algorithm, runs.setting)], runs.index
@@ -85,7 +89,10 @@ class Findings:
             frame.assign(contestant=[names.get(cell) for cell in zip(frame.algorithm, frame.setting)])
             for frame in (runs, points)
         )
-        return cls(study, runs, points.merge(runs[list(runs.columns[:6])]))
+        runs = runs[runs.environment.isin(selection.environments) & runs.contestant.isin(selection.contestants)]
+        settings = {study.contestants[name][1] for name in selection.contestants}
+        points = points[points.measured.isin({"", *settings})]
+        return cls(study, selection, runs, points.merge(runs[list(runs.columns[:6])]))
 
     @cached_property
     def environments(self) -> list[str]:

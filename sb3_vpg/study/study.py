@@ -280,6 +280,18 @@ class Study:
             yield run._replace(learning_rate=chosen.get(run.cell))
 
 
+class Selection(NamedTuple):
+    """
+    The part of a study that is run or reported.
+
+    :param environments: ids of environments
+    :param contestants: names of contestants
+    """
+
+    environments: Sequence[str]
+    contestants: Sequence[str]
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """
     :param path: YAML file with the parameters of :class:`Study`; those that it omits have their defaults. The file study.yml

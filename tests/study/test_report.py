@@ -14,7 +14,7 @@ from sb3_vpg.study.gradient_report import COSINES
 from sb3_vpg.study.rendering import Chart, Section, Table, write_html, write_markdown
 from sb3_vpg.study.report import write_report
 from sb3_vpg.study.results import Measures, Results, keep_settings
-from sb3_vpg.study.study import Run, make_study
+from sb3_vpg.study.study import Run, Selection, make_study
 
 STUDY = make_study(SETTINGS)
 
@@ -204,6 +204,20 @@ def test_same_results_same_bytes(folder: Path, tmp_path: Path):
         for where in (folder, tmp_path)
     )
     assert once == twice
+
+
+def test_a_part_of_a_study(tmp_path: Path):
+    results = whole_study(tmp_path)
+    keep_settings(tmp_path, SETTINGS, {})
+    write_report(STUDY, results, tmp_path, Selection(["CartPole-v1"], ["gae", "a2c"]))
+    text = (tmp_path / "report.md").read_text()
+    for left_out in ("reward_to_go", "Acrobot-v1", "diverges"):
+        assert left_out not in text[: text.index("## Study")]
+    assert "Failed runs" not in headings(text)
+    assert "not complete" not in text
+    # The mean of 450, 450 and 500
+    assert cells(section(text, "Scores"), "gae")[0].startswith("467 [")
+    assert "gae -> a2c" in section(text, "Pairs")
 
 
 def test_many_contestants_have_a_panel_each(tmp_path: Path):
