@@ -26,7 +26,7 @@ COMMANDS = {
     "push_to_hub": ("rl_zoo3.push_to_hub", "upload a trained agent to the Hugging Face Hub"),
     "load_from_hub": ("rl_zoo3.load_from_hub", "download a trained agent from the Hub"),
     "compare": ("sb3_vpg.study", "compare algorithms and settings over environments and seeds, with a report"),
-    "ablation": ("sb3_vpg.study", "the study of formulations: compare --config hyperparams/studies/ladder.yml -f ablation"),
+    "ablation": ("sb3_vpg.study", "the study of formulations: compare --config hyperparams/studies/ablation.yml -f ablation"),
 }
 LIST_OF_COMMANDS = "\n".join(f"  {command:17}{description}" for command, (_, description) in COMMANDS.items())
 USAGE = f"""usage: python -m sb3_vpg COMMAND [ARGUMENTS]
@@ -79,7 +79,7 @@ def main() -> None:
     if command == "ablation":
         from sb3_vpg.zoo.hyperparameter_files import HYPERPARAMS
 
-        arguments = ["--config", str(HYPERPARAMS / "studies" / "ladder.yml"), "--folder", "ablation", *arguments]
+        arguments = ["--config", str(HYPERPARAMS / "studies" / "ablation.yml"), "--folder", "ablation", *arguments]
     if command in WITH_ALGO and not any(argument.split("=")[0] == "--algo" for argument in arguments):
         arguments = ["--algo", "vpg", *arguments]
     if command == "train":

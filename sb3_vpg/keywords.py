@@ -98,12 +98,11 @@ class Plan:
         return self.formulation.uses_value_function
 
 
-def make_plan(model: Any, n_environments: int) -> Plan:
+def make_plan(model: Any) -> Plan:
     """
     Check the keywords of a model and resolve names and defaults.
 
     :param model: VPG, with its keywords as attributes
-    :param n_environments: number of environments of all processes together, >= 1
     :return: the plan
     :raises ValueError: if a keyword has an invalid value, alone or together with others; the message names the keyword, the
         value and what is allowed
@@ -124,7 +123,6 @@ def make_plan(model: Any, n_environments: int) -> Plan:
         float(model.gae_lambda),
     )
     partial_episodes = _resolve_partial_episodes(model, formulation)
-    _check_single_episode(model, formulation, n_environments)
     _check_rollout_buffer_class(model)
     return Plan(formulation, partial_episodes, model.n_episodes, LOSS_REDUCTIONS[model.loss_reduction])
 
@@ -171,11 +169,25 @@ def _resolve_partial_episodes(model: Any, formulation: Formulation) -> PartialEp
     return mode
 
 
-def _check_single_episode(model: Any, formulation: Formulation, n_environments: int) -> None:
+def check_batch(model: Any) -> None:
     """
-    Check formulations with a single episode per update. Some need a second episode to compare with; others are zero at every
-    step.
+    Check formulations with a single step or episode per update. Some need a second episode to compare with; others are zero at
+    every step. A model may be loaded with fewer environments than it needs for training.
+
+    :param model: VPG with its plan, environments and processes
+    :raises ValueError: if the batch is too small
     """
+    formulation, n_environments = model.plan.formulation, model.n_envs * model.processes.size
+    one_step = model.n_steps == 1 and not model.plan.partial_episodes.whole_episodes
+    normalization = formulation.normalize_advantage
+    if one_step and (
+        normalization == "episode" or (n_environments == 1 and (normalization or formulation.baseline == "mean"))
+    ):
+        raise ValueError(
+            f"n_steps=1 with normalize_advantage={model.normalize_advantage!r} and baseline={model.baseline!r} is zero at "
+            "every step, since there is nothing to compare with; allowed: a larger n_steps, or normalize_advantage=False "
+            "without this baseline"
+        )
     if model.n_episodes is None or model.n_episodes * n_environments > 1:
         return
     one = "n_episodes=1 with one environment gives one episode per update"

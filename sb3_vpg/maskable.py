@@ -5,9 +5,11 @@ from typing import ClassVar
 import numpy as np
 from gymnasium import spaces
 from sb3_contrib.common.maskable import policies
+from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableRolloutBuffer
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
 
+from sb3_vpg.buffers import VPGBufferMixin
 from sb3_vpg.common.policy_inputs import METHOD, check_has_masks, mask_sizes
 from sb3_vpg.vpg import VPG
 
@@ -35,6 +37,7 @@ class MaskableVPG(VPG):
     }
     supported_action_spaces = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
     policy: policies.MaskableActorCriticPolicy  # type: ignore[assignment]
+    use_masking = True
 
     def _setup_model(self) -> None:
         mask_sizes(self.action_space)
@@ -49,6 +52,12 @@ class MaskableVPG(VPG):
             super()._setup_model()
         finally:
             self.policy_class = policy_class
+        with_masks = (VPGBufferMixin, MaskableRolloutBuffer, MaskableDictRolloutBuffer)
+        if not isinstance(self.rollout_buffer, with_masks):
+            raise ValueError(
+                f"rollout_buffer_class={type(self.rollout_buffer).__name__} is not allowed; allowed: None, or a buffer of "
+                "this package or of sb3_contrib.common.maskable"
+            )
 
     def learn(  # type: ignore[override]
         self,

@@ -51,7 +51,7 @@ class LogisticPolicy(ActorCriticPolicy):
     :param net_arch: Sizes of the hidden layers before logit and value, as in ``ActorCriticPolicy``. Default: no hidden layers
     :param bias: Whether the logit has a bias
     :param kwargs: Other arguments of ``ActorCriticPolicy``
-    :raises ValueError: if the action space is not ``Discrete(2)``
+    :raises ValueError: if the action space is not ``Discrete(2)``, or the observation space is ``Dict``
     """
 
     def __init__(
@@ -65,6 +65,8 @@ class LogisticPolicy(ActorCriticPolicy):
     ):
         if not (isinstance(action_space, spaces.Discrete) and action_space.n == 2):
             raise ValueError(f"LogisticPolicy supports two actions, Discrete(2), not {action_space}")
+        if isinstance(observation_space, spaces.Dict):
+            raise ValueError(f"LogisticPolicy does not support Dict observations: {observation_space}")
         self.bias = bias
         super().__init__(observation_space, action_space, lr_schedule, net_arch=[] if net_arch is None else net_arch, **kwargs)
 
@@ -84,7 +86,10 @@ class LogStdSchedule(BaseCallback):
 
     for all actions, where p is the remaining progress, from 1 to 0. With one policy step per rollout, the standard deviation
     that is learned hardly decreases. Then the actions of training and the deterministic ones of an evaluation differ much, and
-    so may their returns. Works with gSDE and with other algorithms of SB3.
+    so may their returns. Works with VPG, and without gSDE with other algorithms of SB3.
+
+    ``log_std`` is frozen until training ends. After an interruption (Ctrl-C, an error), it stays so until the end of a further
+    training with this callback, or until ``model.policy.log_std.requires_grad_(True)``.
 
     :param initial: log standard deviation at the start of training. Typical: -1 to 0. Larger: more exploration.
     :param final: log standard deviation at the end. Typical: -3 to -1. Smaller: less difference between stochastic and
@@ -102,16 +107,21 @@ class LogStdSchedule(BaseCallback):
     def _on_training_start(self) -> None:
         if not hasattr(self.model.policy, "log_std"):
             raise ValueError(f"LogStdSchedule needs a Gaussian policy; the action space is {self.model.action_space}")
-        self.log_std: Any = self.model.policy.log_std
-        self._was_trained = self.log_std.requires_grad
-        self.log_std.requires_grad_(False)
+        log_std: Any = self.model.policy.log_std
+        # A training that was interrupted has left it frozen
+        log_std.was_trained = getattr(log_std, "was_trained", log_std.requires_grad)
+        self.log_std = log_std.requires_grad_(False)
 
     def _on_rollout_start(self) -> None:
-        progress_remaining = self.model._current_progress_remaining
+        # The model's own progress is still that of the training before, in the first rollout
+        progress_remaining = max(1.0 - self.model.num_timesteps / self.model._total_timesteps, 0.0)
         self.log_std.fill_(self.final + progress_remaining * (self.initial - self.final))
 
     def _on_step(self) -> bool:
         return True
 
     def _on_training_end(self) -> None:
-        self.log_std.requires_grad_(self._was_trained)
+        # The zoo calls this a second time, or after an error with which training has not begun
+        if hasattr(getattr(self, "log_std", None), "was_trained"):
+            self.log_std.requires_grad_(self.log_std.was_trained)
+            del self.log_std.was_trained

@@ -39,12 +39,10 @@ class RecurrentVPG(RecurrentRolloutCollector, VPG):
             raise ValueError(
                 f"policy={self.policy_class.__name__} is not allowed; allowed: a subclass of RecurrentActorCriticPolicy"
             )
-        if not (self.rollout_buffer_class is None or issubclass(self.rollout_buffer_class, VPGBufferMixin)):
-            raise ValueError(
-                f"rollout_buffer_class={self.rollout_buffer_class.__name__} is not allowed with a recurrent policy; "
-                "allowed: None"
-            )
         super()._setup_model()
+        if not isinstance(self.rollout_buffer, VPGBufferMixin):
+            name = type(self.rollout_buffer).__name__
+            raise ValueError(f"rollout_buffer_class={name} is not allowed with a recurrent policy; allowed: None")
 
     def learn(
         self,

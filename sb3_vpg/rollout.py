@@ -28,9 +28,9 @@ from sb3_vpg.buffers import Recorder, VPGBufferMixin, adapt_buffer
 from sb3_vpg.common.checkpoint import ResumableAlgorithm
 from sb3_vpg.common.collectives import SINGLE_PROCESS, SingleProcess
 from sb3_vpg.common.faults import LOST_WORKER_ERRORS, find_failed_environment
-from sb3_vpg.common.policy_inputs import action_masks_of
+from sb3_vpg.common.policy_inputs import METHOD, checked_masks
 from sb3_vpg.common.policy_runner import PolicyRunner, make_policy_runner
-from sb3_vpg.common.recurrent_runner import States, make_recurrent_runner, zero_states
+from sb3_vpg.common.recurrent_runner import States, is_finite, make_recurrent_runner, zero_states
 from sb3_vpg.keywords import Plan
 
 
@@ -234,7 +234,11 @@ class RolloutCollector(ResumableAlgorithm):
         :return: inputs of the policy in addition to the observations, by keyword of its methods, arrays of shape (N, ...)
         :raises ValueError: if an environment allows no action
         """
-        return action_masks_of(env, self.action_space) if self.use_masking else {}
+        try:
+            masks = env.env_method(METHOD) if self.use_masking else None
+        except Exception as error:
+            self._raise_environment_error(env, error)
+        return {} if masks is None else {METHOD: checked_masks(masks, env, self.action_space)}
 
     def _sample_actions(
         self, obs: PyTorchObs, fast_runner: Any | None, with_values: bool, inputs: dict[str, np.ndarray]
@@ -452,7 +456,8 @@ class RecurrentRolloutCollector(RolloutCollector):
         super()._start_rollout(env)
         self.recorder.by_environment = True
         states = getattr(self, "_lstm_states", None)
-        if states is None or states.pi[0].shape[1] != env.num_envs:
+        # After an error, they may be NaN
+        if states is None or states.pi[0].shape[1] != env.num_envs or not is_finite(states):
             states = zero_states(self.policy, env.num_envs)
         # A loaded model may be on another device than the saved one
         self._lstm_states = self._first_states = states.to(self.device)

@@ -17,7 +17,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule, explained_variance
 
 from sb3_vpg.buffers import buffer_class_for
-from sb3_vpg.common.checks import non_finite_update_error
+from sb3_vpg.common.checks import check_policy_class, non_finite_update_error
 from sb3_vpg.common.collectives import current_processes
 from sb3_vpg.common.optimization import ParameterGroups, check_trainable, fuse_adam, n_parts, set_learning_rates
 from sb3_vpg.common.policy_inputs import Samples, ValueSamples, inputs_of, map_obs
@@ -25,8 +25,8 @@ from sb3_vpg.common.policy_runner import PolicyRunner
 from sb3_vpg.common.progress_bar import AllRanksProgressBar
 from sb3_vpg.common.random_states import set_random_states
 from sb3_vpg.common.threads import accumulate_gradients
-from sb3_vpg.common.value_scale import ValueScale, check_linear_value_net
-from sb3_vpg.keywords import make_plan, scheduled_values
+from sb3_vpg.common.value_scale import ValueScale, check_linear_value_net, scaled_values
+from sb3_vpg.keywords import check_batch, make_plan, scheduled_values
 from sb3_vpg.policies import CnnPolicy, LogisticPolicy, MlpPolicy, MultiInputPolicy
 from sb3_vpg.rollout import RolloutCollector
 
@@ -181,10 +181,12 @@ class VPG(RolloutCollector):
 
         if _init_setup_model:
             self._setup_model()
+            check_batch(self)
 
     def _setup_model(self) -> None:
+        check_policy_class(self)
         self.processes = current_processes()
-        self.plan = make_plan(self, self.n_envs * self.processes.size)
+        self.plan = make_plan(self)
         if self.rollout_buffer_class is None:
             self.rollout_buffer_class = buffer_class_for(self.observation_space)
         super()._setup_model()
@@ -204,7 +206,8 @@ class VPG(RolloutCollector):
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
         # A callback may have changed keywords
-        self.plan = make_plan(self, self.n_envs * self.processes.size)
+        self.plan = make_plan(self)
+        check_batch(self)
         return super().collect_rollouts(*args, **kwargs)
 
     def _setup_lr_schedule(self) -> None:
@@ -234,9 +237,7 @@ class VPG(RolloutCollector):
         if th.get_num_threads() > 1 and runner.single_threaded:
             n_threads = min(th.get_num_threads(), -(-self.recorder.n_recorded // self.recorder.chunk_size))
         n_steps, n_segments, n_episodes = self._batch_counts()
-        if self.scale_value_targets and self.plan.uses_value_function:
-            self.value_scale.update(self.recorder.recorded_returns, self.processes)
-        with runner.threads(), self.value_scale.applied(self.policy):
+        with runner.threads(), scaled_values(self):
             # 1. Gradient of policy loss, entropy bonus and value loss over the whole batch
             groups.zero_grad("actor", "critic")
             losses, (obs, actions, inputs) = self._accumulate_gradients(runner, n_steps, n_segments, n_threads)
@@ -295,7 +296,6 @@ class VPG(RolloutCollector):
         :raises ValueError: if a loss is not finite
         """
         weight = 1 / self.plan.batch_divisor(n_steps, n_segments)
-        # A callback may change it
         ent_coef = FloatSchedule(self.ent_coef)(self._current_progress_remaining)
         sigma = self.value_scale.sigma
 

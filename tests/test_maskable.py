@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
 from helpers.models import SMALL, Spy, assert_same_weights, weights
 from sb3_contrib import MaskablePPO
 from sb3_contrib.common.envs import InvalidActionEnvDiscrete
@@ -15,11 +16,12 @@ from sb3_contrib.common.maskable.distributions import MaskableCategoricalDistrib
 from sb3_contrib.common.maskable.evaluation import evaluate_policy
 from sb3_contrib.common.maskable.utils import get_action_masks
 from sb3_contrib.common.wrappers import ActionMasker
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from test_vpg_is_a2c import IMAGE, VECTOR, RandomWalk
 
-from sb3_vpg import VPG, MaskableVPG
+from sb3_vpg import VPG, MaskableVPG, RecurrentVPG
 from sb3_vpg.common.policy_runner import FastPolicyRunner, PolicyRunner, make_policy_runner
 from sb3_vpg.diagnostics import UpdateSpec, gradient_statistics
 from sb3_vpg.envs import NativeVecEnv
@@ -271,23 +273,49 @@ def test_without_masking_no_mask_is_asked_for(cls):
     ("mask", "message"),
     [
         ([False] * 4, r"action_masks\(\) of environment 1 allows no action"),
-        ([True] * 3, "action_masks.. has 3 entries; .*Discrete.* needs 4"),
+        ([True] * 3, "action_masks.. of environment 1 has 3 entries; .*Discrete.* needs 4"),
     ],
 )
 def test_a_mask_that_cannot_be_is_an_error(mask, message):
     class Bad(MaskedWalk):
         def action_masks(self):
-            return mask if self.t == 4 else np.array([True] * len(mask))
+            return mask if self.t == 4 else np.array([True] * 4)
 
     class Good(MaskedWalk):
         def action_masks(self):
-            return np.array([True] * len(mask))
+            return np.array([True] * 4)
 
     model = masked_model(DummyVecEnv([Good, Bad]))
     before = weights(model)
     with pytest.raises(ValueError, match=message):
         model.learn(40)
     assert all(np.array_equal(values, before[name]) for name, values in weights(model).items())
+
+
+def test_a_mask_may_be_a_list_for_each_dimension():
+    class Lists(MaskedWalk):
+        def action_masks(self):
+            return [mask.tolist() for mask in np.split(self.mask, [2])]
+
+        def step(self, action):
+            assert all(part[value] for part, value in zip(self.action_masks(), action))
+            return RandomWalk.step(self, action)
+
+    masked_model(DummyVecEnv([lambda: Lists(ACTIONS["MultiDiscrete"])] * 2)).learn(40)
+
+
+class LosesMask(MaskedWalk):
+    def action_masks(self):
+        if self.t == 4:
+            raise KeyError("no list of moves")
+        return super().action_masks()
+
+
+@pytest.mark.parametrize("cls", [DummyVecEnv, SubprocVecEnv])
+def test_masks_that_raise_are_the_error_of_the_environment(cls):
+    model = masked_model(cls([MaskedWalk, LosesMask]))
+    with pytest.raises(RuntimeError, match=r"nvironment.* failed.*(no list of moves|process exited)"):
+        model.learn(40)
 
 
 def test_a_dimension_without_an_allowed_value_is_an_error():
@@ -357,9 +385,41 @@ def test_a_vectorized_environment_gives_all_masks_in_one_call():
     assert np.shape(env.env_method("action_masks", indices=[0, 2])) == (2, 4)
 
 
-def test_gradient_statistics_use_the_masks():
-    model = masked_model().learn(20)
+class Board(VectorEnv):
+    """Three cells to fill. A full board has no move left, and is emptied in the next step."""
+
+    metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
+    observation_space, action_space = spaces.Box(0, 1, (2, 3)), spaces.MultiDiscrete([3, 3])
+    single_observation_space, single_action_space = spaces.Box(0, 1, (3,)), spaces.Discrete(3)
+    num_envs = 2
+
+    def action_masks(self):
+        return ~self.full
+
+    def reset(self, *, seed=None, options=None):
+        self.full = np.zeros((2, 3), dtype=bool)
+        return self.full.astype(np.float32), {}
+
+    def step(self, actions):
+        due = self.full.all(axis=1)
+        assert due.all() or not self.full[[0, 1], actions].any()
+        self.full[[0, 1], actions] = True
+        self.full[due] = False
+        return self.full.astype(np.float32), np.where(due, 0.0, 1.0), self.full.all(axis=1), np.zeros(2, dtype=bool), {}
+
+
+def test_the_step_of_a_reset_needs_no_allowed_action():
+    masked_model(NativeVecEnv(Board())).learn(60)
+
+
+@pytest.mark.parametrize("algorithm", ["PPO", "VPG", "VPG, trained"])
+def test_gradient_statistics_use_the_masks(algorithm):
+    if algorithm == "PPO":
+        model = MaskablePPO("MlpPolicy", masked_envs(), n_steps=8, batch_size=16, device="cpu").learn(16)
+    else:
+        model = masked_model() if algorithm == "VPG" else masked_model().learn(20)
     spec = UpdateSpec(Formulation("reward_to_go"), episodes_per_batch=4)
+    # The environments refuse actions that are not allowed
     statistics = gradient_statistics(model, masked_envs(seed=5), {"to go": spec}, n_episodes=16, n_bootstrap=10)
     assert np.isfinite(statistics["to go"].variance.value)
 
@@ -376,11 +436,22 @@ def test_gradient_statistics_use_the_masks():
         (spaces.Box(-1, 1, (2,)), {}, "The algorithm only supports .*Discrete.* as action spaces but Box"),
         (ACTIONS["Discrete"], {"use_sde": True}, "gSDE. can only be used with continuous actions"),
         (ACTIONS["Discrete"], {"policy": VPG.policy_aliases["MlpPolicy"]}, "a subclass of MaskableActorCriticPolicy"),
-        (spaces.MultiBinary([2, 2]), {}, "cannot be masked; allowed: Discrete, MultiDiscrete, MultiBinary with one dimension"),
+        (spaces.MultiBinary([2, 2]), {}, "cannot be masked; allowed: Discrete, and MultiDiscrete or MultiBinary"),
+        (spaces.MultiDiscrete([[2, 3], [2, 2]]), {}, "cannot be masked; allowed: Discrete, and MultiDiscrete or MultiBinary"),
+        (ACTIONS["Discrete"], {"rollout_buffer_class": RolloutBuffer}, "rollout_buffer_class=RolloutBuffer is not allowed"),
     ],
-    ids=["box", "gSDE", "policy", "two dimensions"],
+    ids=["box", "gSDE", "policy", "two dimensions", "two dimensions of values", "buffer without masks"],
 )
 def test_what_cannot_be_masked_is_refused(action_space, keywords, message):
     env = DummyVecEnv([lambda: RandomWalk(VECTOR, action_space)])
     with pytest.raises((ValueError, AssertionError), match=message):
         MaskableVPG(**{"policy": "MlpPolicy", "env": env, **keywords})
+
+
+def test_the_models_of_other_classes_are_refused_by_name(tmp_path):
+    masked_model().save(tmp_path / "masked")
+    with pytest.raises(ValueError, match="policy=MaskableActorCriticPolicy is not allowed with VPG; allowed: MaskableVPG"):
+        VPG.load(tmp_path / "masked")
+    RecurrentVPG("MlpLstmPolicy", "CartPole-v1").save(tmp_path / "recurrent")
+    with pytest.raises(ValueError, match="policy=RecurrentActorCriticPolicy is not allowed with VPG; allowed: RecurrentVPG"):
+        VPG.load(tmp_path / "recurrent")

@@ -124,3 +124,37 @@ def test_a_log_std_schedule_needs_a_gaussian_policy():
         VPG("MlpPolicy", "CartPole-v1").learn(10, callback=LogStdSchedule())
     with pytest.raises(ValueError, match="final"):
         LogStdSchedule(final=float("nan"))
+
+
+def test_a_second_training_begins_with_the_initial_log_std(tmp_path):
+    model = VPG("MlpPolicy", "Pendulum-v1", n_steps=16)
+    for _ in range(2):
+        log_stds = LogStds()
+        model.learn(32, callback=[LogStdSchedule(initial=0.5, final=-1.5), log_stds])
+        np.testing.assert_allclose(log_stds.values, [[0.5], [-0.5]], atol=1e-6)
+    log_stds = LogStds()
+    model.learn(64, callback=[LogStdSchedule(initial=0.5, final=-1.5), log_stds], reset_num_timesteps=False)
+    # 32 of 96 steps are done
+    np.testing.assert_allclose(log_stds.values[0], 0.5 - 2 / 3, atol=1e-6)
+
+
+def test_after_an_interruption_the_next_training_thaws_the_log_std():
+    class Interruption(BaseCallback):
+        def _on_step(self):
+            raise KeyboardInterrupt
+
+    model = VPG("MlpPolicy", "Pendulum-v1", n_steps=16)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(32, callback=[LogStdSchedule(), Interruption()])
+    schedule = LogStdSchedule()
+    model.learn(16, callback=schedule)
+    assert model.policy.log_std.requires_grad
+    # The zoo calls it a second time, and after errors
+    schedule.on_training_end()
+    LogStdSchedule().on_training_end()
+
+
+def test_a_logistic_policy_needs_an_array():
+    space = spaces.Dict({"a": spaces.Box(-1, 1, (2,))})
+    with pytest.raises(ValueError, match="LogisticPolicy does not support Dict observations"):
+        LogisticPolicy(space, spaces.Discrete(2), lambda _: 0.1)

@@ -13,6 +13,7 @@ from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 from test_vpg_is_a2c import FORCE, IMAGE, VECTOR, RandomWalk
 
@@ -374,3 +375,32 @@ def test_normalized_environments_and_prediction(tmp_path):
 def test_what_cannot_be_recurrent_is_refused(keywords, message):
     with pytest.raises(ValueError, match=message):
         RecurrentVPG(**{"policy": "MlpLstmPolicy", "env": walks(), **keywords})
+
+
+def test_an_observation_that_was_wrong_once_does_not_stay_in_the_memory():
+    class Logarithm(BaseFeaturesExtractor):
+        def __init__(self, space):
+            super().__init__(space, 3)
+
+        def forward(self, observations):
+            return observations.log()
+
+    class Prices(RandomWalk):
+        price = 2.0
+
+        def _obs(self):
+            super()._obs()
+            return np.full(3, self.price, dtype=np.float32)
+
+    env = DummyVecEnv([lambda: Prices(spaces.Box(0.5, 9.0, (3,)), spaces.Discrete(3))] * 2)
+    for policy_class in ("MlpLstmPolicy", type("Own", (RecurrentActorCriticPolicy,), {"forward": overridden})):
+        model = recurrent_model(env, policy_class, {"features_extractor_class": Logarithm}).learn(24)
+        Prices.price = -1.0
+        with np.errstate(invalid="ignore"), pytest.raises(ValueError, match=r"Non-finite value|invalid values"):
+            model.learn(48)
+        Prices.price = 2.0
+        model.learn(24)
+
+
+def overridden(self, *args, **kwargs):
+    return RecurrentActorCriticPolicy.forward(self, *args, **kwargs)

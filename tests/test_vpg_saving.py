@@ -20,6 +20,8 @@ from helpers.models import (
     with_and_without_critic,
 )
 from stable_baselines3 import A2C
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.utils import set_random_seed
 
@@ -180,3 +182,13 @@ def test_equal_seeds_give_equal_weights():
     assert_same_weights(run(1), run(1))
     first, second = run(1), run(2)
     assert changed(weights(first), weights(second)) >= {"action_net.weight", "value_net.weight"}
+
+
+@pytest.mark.parametrize("keywords", [{"baseline": "leave_one_out"}, {"estimator": "total_return"}], ids=str)
+def test_a_model_that_needs_several_environments_can_be_loaded_with_one(keywords, tmp_path):
+    keywords = {"estimator": "reward_to_go", "n_episodes": 1, **keywords}
+    VPG("MlpPolicy", make_vec_env("CartPole-v1", 2), **keywords).learn(20).save(tmp_path / "model")
+    model = VPG.load(tmp_path / "model", env=make_vec_env("CartPole-v1", 1))
+    evaluate_policy(model, model.get_env(), n_eval_episodes=1)
+    with pytest.raises(ValueError, match="one episode per update"):
+        model.learn(20)

@@ -5,6 +5,8 @@ import warnings
 
 import numpy as np
 import pytest
+import torch as th
+from gymnasium import spaces
 from helpers.envs import ACTION_SPACES, OBSERVATION_SPACES, SpacesEnv, policy_for
 from helpers.models import (
     ACTOR,
@@ -136,6 +138,24 @@ def test_an_overridden_forward_is_called_without_a_critic_too():
 # ---------------------------------------------------------------------------------------------------------------
 # The package
 # ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("action_space", [spaces.Discrete(2), spaces.Box(-1, 1, (2,))], ids=["discrete", "box"])
+def test_features_need_not_be_defined_for_an_observation_of_zeros(action_space):
+    class UnitLength(BaseFeaturesExtractor):
+        def __init__(self, space):
+            super().__init__(space, 3)
+
+        def forward(self, observations):
+            return observations / observations.norm(dim=1, keepdim=True)
+
+    env = SpacesEnv(spaces.Box(-1, 1, (3,)), action_space)
+    model = VPG("MlpPolicy", env, policy_kwargs={"features_extractor_class": UnitLength}, device="cpu").learn(64)
+    names = {name for name, p in model.policy.named_parameters() if any(p is q for q in model._parameter_groups.critic)}
+    assert names == {name for name in names if name.startswith(("value_net", "mlp_extractor.value_net"))} != set()
+    # Elsewhere, parameters of distributions are still checked
+    with pytest.raises(ValueError, match="Expected parameter"):
+        th.distributions.Normal(th.tensor(float("nan")), 1.0)
 
 
 def test_a_custom_features_extractor_shared_with_the_critic_belongs_to_the_actor():

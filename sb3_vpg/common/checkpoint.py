@@ -231,9 +231,25 @@ def fit_optimizer_state(state: State, policy: ActorCriticPolicy) -> State:
         by_name = {name: state["state"].get(i) for group in groups for name, i in zip(group["names"], group["params"]) if name}
         by_index = {i: by_name.get(name) for group in own_groups for name, i in zip(group["names"], group["params"])}
         state = {"state": {i: known for i, known in by_index.items() if known}, "param_groups": own_groups}
+    needed = _state_keys(policy.optimizer)
+    if any(needed - known.keys() for known in state["state"].values()):
+        raise ValueError(f"it is not that of this {type(policy.optimizer).__name__}, which needs {', '.join(sorted(needed))}")
     for group in state["param_groups"]:
         del group["names"]
     return state
+
+
+def _state_keys(optimizer: th.optim.Optimizer) -> set[str]:
+    """:return: what the optimizer keeps for each parameter, such as Adam's moments"""
+    parameter = th.nn.Parameter(th.zeros(1))
+    parameter.grad = th.zeros(1)
+    try:
+        trial = type(optimizer)([parameter], **optimizer.defaults)
+        trial.step()
+    except Exception:
+        # An optimizer with another constructor, or for other parameters
+        return set()
+    return set(trial.state[parameter])
 
 
 def _add_names(groups: list[State], own_groups: list[State], names: list[str]) -> None:

@@ -4,6 +4,15 @@ import difflib
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+
+#: Modules of sb3-contrib's policies, and the class of this package that trains them
+ALGORITHMS_OF_POLICIES = {
+    "sb3_contrib.common.maskable.policies": "MaskableVPG",
+    "sb3_contrib.common.recurrent.policies": "RecurrentVPG",
+}
 
 
 def check_choice(keyword: str, value: object, allowed: object) -> None:
@@ -16,6 +25,7 @@ def check_choice(keyword: str, value: object, allowed: object) -> None:
     :raises ValueError: if ``value`` is not one of ``allowed``
     """
     choices = list(allowed)  # type: ignore[call-overload]
+    value = value.item() if isinstance(value, np.generic) else value
     # 1 == True and 0 == False: compare the types too
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{keyword}={value!r} is not allowed; choose one of {', '.join(map(repr, choices))}")
@@ -71,6 +81,20 @@ def check_number(
         bounds += [] if high == math.inf else [f"<= {high}"]
         allowed = " ".join([kind, " and ".join(bounds)]).strip() + (" or None" if none else "")
         raise ValueError(f"{keyword}={value!r} is not allowed; it must be {allowed}")
+
+
+def check_policy_class(model: Any) -> None:
+    """
+    Check that the algorithm is the one for its policy.
+
+    :param model: VPG or a subclass, before its policy is made
+    :raises ValueError: if it is a policy of sb3-contrib for which there is a subclass of VPG
+    """
+    for base in getattr(model.policy_class, "__mro__", ()):
+        needed = ALGORITHMS_OF_POLICIES.get(base.__module__)
+        if needed is not None and needed not in {cls.__name__ for cls in type(model).__mro__}:
+            name = model.policy_class.__name__
+            raise ValueError(f"policy={name} is not allowed with {type(model).__name__}; allowed: {needed}")
 
 
 def non_finite_update_error(name: str, value: float, update: int, timestep: int, policy_step_taken: bool) -> ValueError:

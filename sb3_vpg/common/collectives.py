@@ -265,11 +265,32 @@ def running_statistics(vec_normalize: VecNormalize | None) -> list[RunningMeanSt
 
 
 def shared_settings(model: OnPolicyAlgorithm) -> dict[str, Any]:
-    """:return: the settings that must be the same in all ranks; values that cannot be compared are left out"""
+    """:return: the settings that must be the same in all ranks, as numbers and texts; other values are left out"""
     may_differ = {"env", "seed", "verbose", "device", "tensorboard_log"}
     keywords = [name for name in inspect.signature(type(model)).parameters if name not in may_differ]
-    plain = {name: getattr(model, name) for name in keywords if isinstance(getattr(model, name, ()), int | float | str | None)}
-    return {**plain, "number of environments": model.n_envs, "policy": type(model.policy).__name__}
+    settings = {name: getattr(model, name, None) for name in [*keywords, "use_masking"]}
+    for name in ("learning_rate", "critic_learning_rate", "ent_coef"):
+        schedule = settings.get(name)
+        if callable(schedule):
+            settings[name] = [float(schedule(progress_remaining)) for progress_remaining in (1.0, 0.5, 0.0)]
+    shapes = [statistics.mean.shape for statistics in running_statistics(model.get_vec_normalize_env())]
+    return {
+        **_comparable(settings),
+        "number of environments": model.n_envs,
+        "policy": type(model.policy).__name__,
+        "shapes of VecNormalize's statistics": shapes,
+    }
+
+
+def _comparable(value: Any) -> Any:
+    """:return: the value with names in place of classes, and None in place of other objects"""
+    if isinstance(value, dict):
+        return {key: _comparable(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_comparable(part) for part in value]
+    if isinstance(value, type):
+        return value.__qualname__
+    return value if isinstance(value, int | float | str) else None
 
 
 SINGLE_PROCESS = SingleProcess()

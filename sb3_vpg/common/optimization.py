@@ -47,7 +47,8 @@ def critic_only_parameters(policy: ActorCriticPolicy) -> set[int]:
         gradients = th.autograd.grad(output, parameters, retain_graph=True, allow_unused=True)
         return [gradient is not None for gradient in gradients]
 
-    with gradients_in_evaluation_mode(policy), unfrozen(parameters), th.enable_grad():
+    # The output may be NaN for this observation. What it depends on is known nevertheless
+    with gradients_in_evaluation_mode(policy), unfrozen(parameters), th.enable_grad(), without_validation():
         inputs: dict[str, Any] = {}
         if is_recurrent(policy):
             inputs = {"lstm_states": zero_states(policy, 1), "episode_starts": th.ones(1, device=policy.device)}
@@ -68,6 +69,17 @@ def _near_zero(space: spaces.Space) -> Any:
         return {key: _near_zero(part) for key, part in space.items()}
     zeros: Any = create_empty_array(space, n=1, fn=np.zeros)
     return np.clip(zeros, space.low, space.high) if isinstance(space, spaces.Box) else zeros
+
+
+@contextmanager
+def without_validation() -> Iterator[None]:
+    """Context in which probability distributions accept all parameters."""
+    default = th.distributions.Distribution._validate_args
+    th.distributions.Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        th.distributions.Distribution.set_default_validate_args(default)
 
 
 @contextmanager

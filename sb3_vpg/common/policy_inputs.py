@@ -1,11 +1,12 @@
 """Inputs of policies: observations, and action masks in sb3-contrib's convention."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples, TensorDict
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -62,19 +63,26 @@ def inputs_of(batch: Samples | ValueSamples) -> dict[str, th.Tensor]:
     return getattr(batch, "inputs", {})
 
 
+def is_maskable(policy: BasePolicy) -> bool:
+    """:return: whether the policy has action masks in sb3-contrib's form"""
+    return hasattr(getattr(policy, "action_dist", None), "apply_masking")
+
+
 def mask_sizes(action_space: spaces.Space) -> list[int]:
     """
-    :param action_space: Discrete, MultiDiscrete, or MultiBinary with one dimension
+    :param action_space: Discrete; MultiDiscrete or MultiBinary with one dimension
     :return: for each dimension of an action, the number of its values. A mask has an entry for each value
     :raises ValueError: if the space cannot be masked
     """
     if isinstance(action_space, spaces.Discrete):
         return [int(action_space.n)]
-    if isinstance(action_space, spaces.MultiDiscrete):
+    if isinstance(action_space, spaces.MultiDiscrete) and len(action_space.shape) == 1:
         return action_space.nvec.tolist()
     if isinstance(action_space, spaces.MultiBinary) and len(action_space.shape) == 1:
         return [2] * action_space.shape[0]
-    raise ValueError(f"{action_space} cannot be masked; allowed: Discrete, MultiDiscrete, MultiBinary with one dimension")
+    raise ValueError(
+        f"{action_space} cannot be masked; allowed: Discrete, and MultiDiscrete or MultiBinary with one dimension"
+    )
 
 
 def check_has_masks(env: VecEnv) -> None:
@@ -93,12 +101,30 @@ def action_masks_of(env: VecEnv, action_space: spaces.Space) -> dict[str, np.nda
     :return: "action_masks", bool, shape (N, entries of a mask); True: the action is allowed
     :raises ValueError: if a mask has a wrong size, or allows no action
     """
-    masks = np.array(env.env_method(METHOD), dtype=bool).reshape(env.num_envs, -1)
+    return {METHOD: checked_masks(env.env_method(METHOD), env, action_space)}
+
+
+def checked_masks(masks: Sequence[Any], env: VecEnv, action_space: spaces.Space) -> np.ndarray:
+    """
+    :param masks: the mask that each of N environments returns
+    :return: the masks, see :func:`action_masks_of`. All actions are allowed where the next step is spent on a reset
+    """
     sizes = mask_sizes(action_space)
-    if masks.shape[1] != sum(sizes):
-        raise ValueError(f"action_masks() has {masks.shape[1]} entries; {action_space} needs {sum(sizes)}")
-    for part in np.split(masks, np.cumsum(sizes)[:-1], axis=1):
+    rows = []
+    for env_index, mask in enumerate(masks):
+        try:
+            row = np.asarray(mask, dtype=bool).ravel()
+        except ValueError:
+            # Lists of different lengths
+            row = np.concatenate([np.ravel(part) for part in mask]).astype(bool)
+        if row.size != sum(sizes):
+            raise ValueError(
+                f"action_masks() of environment {env_index} has {row.size} entries; {action_space} needs {sum(sizes)}"
+            )
+        rows.append(row)
+    checked = np.stack(rows) | np.reshape(getattr(env, "reset_is_due", False), (-1, 1))
+    for part in np.split(checked, np.cumsum(sizes)[:-1], axis=1):
         allowed = part.any(axis=1)
         if not allowed.all():
             raise ValueError(f"action_masks() of environment {int(np.argmin(allowed))} allows no action")
-    return {METHOD: masks}
+    return checked

@@ -33,6 +33,11 @@ class States(NamedTuple):
         return States(pi, vf)
 
 
+def is_finite(states: States) -> bool:
+    """:return: whether all numbers are finite"""
+    return all(bool(th.isfinite(part).all()) for state in states for part in state)
+
+
 def is_recurrent(policy: Any) -> bool:
     """:return: whether the policy has an LSTM in sb3-contrib's form"""
     return hasattr(policy, "lstm_actor")
@@ -108,10 +113,10 @@ class RecurrentRunner(PolicyRunner):
 
 
 def _pad(array: Any, places: th.Tensor, n: int) -> Any:
-    """:return: an array of n rows with these rows at their places, and zeros elsewhere"""
+    """:return: an array of n rows with these rows at their places, and the first of them elsewhere"""
     if isinstance(array, dict):
         return {key: _pad(part, places, n) for key, part in array.items()}
-    return array.new_zeros((n, *array.shape[1:])).index_copy(0, places, array)
+    return array[:1].detach().expand(n, *array.shape[1:]).index_copy(0, places, array)
 
 
 class LSTMStepper:

@@ -1,7 +1,8 @@
 """A bounded scale for the targets of the value regression."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -38,30 +39,51 @@ class ValueScale:
         mean = total / count
         (squares,) = processes.sum(np.array([((x - mean) ** 2).sum()]))
         if not np.isfinite(squares):
-            # The value loss is not finite either. The update raises the error
+            # The value loss is not finite either, which raises the error
             return
         self.targets.update_from_moments(mean, squares / count, count)
         self.sigma = float(np.sqrt(self.targets.var + EPSILON))
 
     @contextmanager
-    def applied(self, policy: ActorCriticPolicy) -> Iterator[float]:
+    def applied(self, policy: ActorCriticPolicy, targets: np.ndarray, processes: SingleProcess) -> Iterator[None]:
         """
-        Context in which the network predicts V / sigma.
+        :meth:`update`, and a context in which the network predicts V / sigma. If it ends with an error before the output
+        layer has changed, both are as before.
 
         :param policy: a policy whose ``value_net`` is a linear layer
-        :return: sigma
         """
-        if self.sigma == 1:
-            yield 1.0
-            return
+        before = {"targets": self.targets.copy(), "sigma": self.sigma}
+        self.update(targets, processes)
         output_layer: list[th.Tensor] = list(policy.value_net.parameters())
         with th.no_grad():
+            original = [parameter.clone() for parameter in output_layer]
             th._foreach_div_(output_layer, self.sigma)
+            scaled = [parameter.clone() for parameter in output_layer]
+        unchanged = False
         try:
-            yield self.sigma
+            yield
+        except BaseException:
+            unchanged = all(map(th.equal, output_layer, scaled))
+            raise
         finally:
             with th.no_grad():
-                th._foreach_mul_(output_layer, self.sigma)
+                if unchanged:
+                    th._foreach_copy_(output_layer, original)
+                    vars(self).update(before)
+                else:
+                    th._foreach_mul_(output_layer, self.sigma)
+
+
+def scaled_values(model: Any) -> AbstractContextManager[None]:
+    """
+    :param model: VPG with a rollout
+    :return: the context of its update: :meth:`ValueScale.applied` if it scales value targets
+    """
+    if not model.scale_value_targets:
+        model.value_scale = ValueScale()
+    elif model.plan.uses_value_function:
+        return model.value_scale.applied(model.policy, model.recorder.recorded_returns, model.processes)
+    return nullcontext()
 
 
 def check_linear_value_net(policy: ActorCriticPolicy) -> None:

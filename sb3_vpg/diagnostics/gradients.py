@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_vpg.buffers import VPGBufferMixin, buffer_class_for
 from sb3_vpg.common.checks import check_choice, check_number
-from sb3_vpg.common.policy_inputs import inputs_of
+from sb3_vpg.common.policy_inputs import METHOD, inputs_of, is_maskable
 from sb3_vpg.common.policy_runner import PolicyRunner, gradients_in_evaluation_mode
 from sb3_vpg.common.recurrent_runner import RecurrentRunner, is_recurrent, zero_states
 from sb3_vpg.diagnostics.statistics import GradientStatistics, statistics_of
@@ -123,8 +123,10 @@ class _EpisodeCollector(RolloutCollector):
             _init_setup_model=False,
         )
         self.policy = model.policy
-        self.use_masking = getattr(model, "use_masking", False)
+        # sb3-contrib's MaskablePPO has no such attribute
+        self.use_masking = getattr(model, "use_masking", is_maskable(model.policy) and env.has_attr(METHOD))
         self.plan = Plan(Formulation("gae"), PARTIAL_EPISODES["finish"], n_episodes)
+        self.max_episode_steps = getattr(model, "max_episode_steps", self.max_episode_steps)
         self._episode_steps = np.zeros(self.n_envs, dtype=np.int64)
         self.rollout_buffer = buffer_class_for(self.observation_space)(
             self.n_steps, self.observation_space, self.action_space, self.device, n_envs=self.n_envs

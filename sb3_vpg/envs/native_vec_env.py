@@ -114,7 +114,7 @@ class NativeVecEnv(VecEnv):
         self._autoreset = autoreset_of(self.vector_env)
         self._reset_steps = np.zeros(self.num_envs, dtype=bool)
         # Whether the next step of each environment will be spent on its reset
-        self._reset_is_due = np.zeros(self.num_envs, dtype=bool)
+        self.reset_is_due = np.zeros(self.num_envs, dtype=bool)
         self._reset_steps_are_read = False
 
     @property
@@ -143,7 +143,7 @@ class NativeVecEnv(VecEnv):
         self._reset_options()
         self.reset_infos = [extract_info(infos, i) for i in range(self.num_envs)]
         self._returns[:], self._lengths[:] = 0.0, 0
-        self._reset_steps[:], self._reset_is_due[:] = False, False
+        self._reset_steps[:], self.reset_is_due[:] = False, False
         # Another algorithm may use the environments now
         self._reset_steps_are_read = False
         self._was_reset = True
@@ -156,7 +156,7 @@ class NativeVecEnv(VecEnv):
 
     def step_wait(self) -> VecEnvStepReturn:
         observations, rewards, terminated, truncated, infos = self.vector_env.step(self._actions)
-        self._reset_steps[:], self._reset_is_due[:] = self._reset_is_due, False
+        self._reset_steps[:], self.reset_is_due[:] = self.reset_is_due, False
         if self._reset_steps.any():
             rewards = self._ignore_reset_steps(rewards)
         dones = terminated | truncated
@@ -208,7 +208,7 @@ class NativeVecEnv(VecEnv):
         """
         observations, final_obs, final_infos, first_infos = self._autoreset(self.vector_env, observations, dones, infos)
         if self._autoreset is reset_in_next_step:
-            self._reset_is_due[:] = dones
+            self.reset_is_due[:] = dones
         now = time.time()
         ended = dones.nonzero()[0]
         columns = (ended, terminated[ended], monitored_ends[ended], self._returns[ended], self._lengths[ended])

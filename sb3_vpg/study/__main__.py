@@ -30,7 +30,7 @@ entries. An interrupted study resumes with the same command. The folder has the 
 EXAMPLES = """examples:
   python -m sb3_vpg compare --env CartPole-v1 Acrobot-v1 --algo vpg a2c ppo --seeds 10 -f mine
   python -m sb3_vpg compare --env Acrobot-v1 --vary gae_lambda=0.9,0.95,1 --dry-run
-  python -m sb3_vpg ablation --env CartPole-v1 --dry-run    # compare --config hyperparams/studies/ladder.yml -f ablation"""
+  python -m sb3_vpg ablation --env CartPole-v1 --dry-run    # compare --config hyperparams/studies/ablation.yml -f ablation"""
 
 
 def main() -> None:

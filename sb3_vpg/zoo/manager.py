@@ -84,12 +84,14 @@ class VPGExperimentManager(ExperimentManager):
         preprocess = ExperimentManager._preprocess_schedules
         hyperparams = preprocess(hyperparams)
         for keyword in ("critic_learning_rate", "ent_coef"):
-            if isinstance(hyperparams.get(keyword), str):
+            if str(hyperparams.get(keyword)).startswith("lin_"):
                 hyperparams[keyword] = preprocess({"learning_rate": hyperparams[keyword]})["learning_rate"]
         return hyperparams
 
     def _preprocess_hyperparams(self, hyperparams: dict[str, Any]) -> Any:
         hyperparams = hyperparams.copy()
+        if "vec_env_kwargs" in hyperparams and "vec_env_class" not in hyperparams:
+            raise ValueError("vec_env_kwargs has no effect without vec_env_class")
         class_name, kwargs = hyperparams.pop("vec_env_class", None), hyperparams.pop("vec_env_kwargs", {})
         # The zoo's parsed arguments do not distinguish its default from `--vec-env dummy`
         if not any(argument.startswith("--vec") for argument in sys.argv):
@@ -178,8 +180,8 @@ class VPGExperimentManager(ExperimentManager):
         model = super()._load_pretrained_agent(hyperparams, env)
         if isinstance(model, VPG):
             continue_in_place(model)
-            # The zoo passes a seed to `load`, which would discard the random states
-            model._resumes = bool(model._random_states)
+            # The zoo always passes a seed to `load`, which discards the random states
+            model._resumes = bool(model._random_states) and "--seed" not in sys.argv
             print(f"Continuing after {model.num_timesteps} of {self.n_timesteps} timesteps")
         return model
 

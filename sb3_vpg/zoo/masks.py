@@ -30,16 +30,22 @@ class ZooMaskablePPO(MaskablePPO):
     predict = MaskableVPG.predict
 
 
-class ArrayWithMasks(np.ndarray):
-    """Observations of all environments, with their action masks as an attribute."""
+class WithMasks:
+    """Observations of all environments, with their action masks. The environments are asked when these are read."""
 
-    action_masks: np.ndarray
+    env: VecEnv
+
+    @property
+    def action_masks(self) -> np.ndarray:
+        return action_masks_of(self.env, self.env.action_space)[METHOD]
 
 
-class DictWithMasks(dict[str, np.ndarray]):
-    """Dict observations of all environments, with their action masks as an attribute."""
+class ArrayWithMasks(WithMasks, np.ndarray):
+    """Observations as an array."""
 
-    action_masks: np.ndarray
+
+class DictWithMasks(WithMasks, dict[str, np.ndarray]):
+    """Dict observations."""
 
 
 def attach_masks(env: VecEnv) -> VecEnv:
@@ -55,7 +61,7 @@ def attach_masks(env: VecEnv) -> VecEnv:
 
     def with_masks(obs: VecEnvObs) -> VecEnvObs:
         carrier: Any = DictWithMasks(obs) if isinstance(obs, dict) else np.asarray(obs).view(ArrayWithMasks)
-        carrier.action_masks = action_masks_of(env, env.action_space)[METHOD]
+        carrier.env = env
         return carrier
 
     def step_wait_with_masks() -> Any:

@@ -88,6 +88,28 @@ def test_an_optimizer_of_the_same_kind_is_taken_over_whatever_the_kind(tmp_path)
     model.learn(16)
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "settings", "other", "missing"),
+    [
+        ("Adam", {"amsgrad": True}, ("Adam", {}), "max_exp_avg_sq"),
+        ("Adam", {}, ("Adamax", {}), "exp_avg_sq"),
+        ("RMSprop", {"momentum": 0.9}, ("RMSprop", {}), "momentum_buffer"),
+        ("RMSprop", {"centered": True}, ("RMSprop", {}), "grad_avg"),
+    ],
+)
+def test_a_state_that_lacks_something_is_not_taken_over(optimizer, settings, other, missing):
+    def trained(name, settings):
+        kwargs = {**SMALL, "optimizer_class": getattr(th.optim, name), "optimizer_kwargs": settings}
+        return cartpole_model("CartPole-v1", policy_kwargs=kwargs).learn(16)
+
+    model = trained(optimizer, settings)
+    with pytest.warns(UserWarning, match=f"state of the optimizer is not loaded: .* needs .*{missing}"):
+        model.set_parameters(trained(*other).get_parameters())
+    model.learn(16)
+    # Without a warning
+    model.set_parameters(trained(optimizer, settings).get_parameters())
+
+
 def as_it_is(model):
     model.learn(16)
 

@@ -1,6 +1,7 @@
 """scale_value_targets: the targets of the value regression have a bounded scale, and V keeps its meaning."""
 
 import copy
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -32,18 +33,44 @@ def test_the_network_predicts_v_over_sigma_within_the_update_and_v_outside():
     model = small_model()
     obs = th.rand(5, 3)
     scale = ValueScale()
-    scale.update(np.array([0.0, 8.0, 0.0, 8.0]), SingleProcess())
-    assert scale.sigma == pytest.approx(4, rel=1e-4)
     with th.no_grad():
-        model.policy.value_net.bias.fill_(3.0)
+        bias = model.policy.value_net.bias.fill_(3.0)
         before = model.policy.predict_values(obs)
-        with scale.applied(model.policy) as sigma:
+        with scale.applied(model.policy, np.array([0.0, 8.0, 0.0, 8.0]), SingleProcess()):
+            assert scale.sigma == pytest.approx(4, rel=1e-4)
             th.testing.assert_close(model.policy.predict_values(obs), before / 4, rtol=1e-4, atol=1e-6)
         th.testing.assert_close(model.policy.predict_values(obs), before)
-        assert sigma == scale.sigma
-        with pytest.raises(RuntimeError, match="in between"), scale.applied(model.policy):
+        # An error, after the layer has changed
+        with suppress(RuntimeError), scale.applied(model.policy, np.zeros(4), SingleProcess()):
+            bias += 1 / scale.sigma
             raise RuntimeError("in between")
-        th.testing.assert_close(model.policy.predict_values(obs), before)
+        assert scale.sigma == pytest.approx(12**0.5, rel=1e-4)
+        th.testing.assert_close(model.policy.predict_values(obs), before + 1)
+
+
+def test_an_error_before_the_first_step_leaves_sigma_and_the_network_as_they_were():
+    model = small_model(scale_value_targets=True).learn(20)
+    before, sigma, targets = copy.deepcopy(weights(model)), model.value_scale.sigma, vars(model.value_scale.targets.copy())
+    _, callback = model._setup_learn(100, reset_num_timesteps=False)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, 10)
+    returns = model.rollout_buffer.returns.copy()
+    # Their squares are finite in double precision, and their loss is not in single precision
+    model.rollout_buffer.returns[:] = 1e25 * returns
+    with pytest.raises(ValueError, match="value loss"):
+        model.train()
+    assert model.value_scale.sigma == sigma
+    assert vars(model.value_scale.targets) == targets
+    for name, value in weights(model).items():
+        assert th.equal(value, before[name])
+    model.rollout_buffer.returns[:] = returns
+    model.train()
+
+
+def test_a_model_that_is_loaded_without_the_keyword_does_not_scale(tmp_path):
+    model = small_model(scale_value_targets=True).learn(40)
+    model.save(tmp_path / "model")
+    loaded = VPG.load(tmp_path / "model", env=spaces_envs(), scale_value_targets=False)
+    assert loaded.learn(20).value_scale.sigma == 1
 
 
 @pytest.mark.parametrize("critic_batch_size", [None, 5])

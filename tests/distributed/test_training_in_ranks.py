@@ -5,6 +5,7 @@ import os
 import signal
 import time
 import warnings
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -243,7 +244,17 @@ def learn_with_keyword_of_rank(keyword: str, values: list[Any]) -> None:
     kwargs = {"n_envs": 2, "timesteps": 100, keyword: values[dist.get_rank()]}
     env = make_vec_env("CartPole-v1", n_envs=kwargs.pop("n_envs"))
     timesteps = kwargs.pop("timesteps")
-    VPG("MlpPolicy", env, **SMALL, **kwargs).learn(timesteps)
+    if "norm_obs" in kwargs:
+        env = VecNormalize(env, norm_obs=kwargs.pop("norm_obs"))
+    VPG("MlpPolicy", env, **{**SMALL, **kwargs}).learn(timesteps)
+
+
+def constant(value: float) -> Callable[[float], float]:
+    return partial(_constant, value)
+
+
+def _constant(value: float, progress_remaining: float) -> float:
+    return value
 
 
 @pytest.mark.parametrize(
@@ -253,6 +264,9 @@ def learn_with_keyword_of_rank(keyword: str, values: list[Any]) -> None:
         ("baseline", [None, "value"], "baseline='value' in rank 1, but None in rank 0"),
         ("n_envs", [1, 2], "number of environments=2 in rank 1, but 1 in rank 0"),
         ("timesteps", [100, 200], "total_timesteps=200 in rank 1, but 100 in rank 0"),
+        ("learning_rate", [constant(0.001), constant(0.1)], "learning_rate=[0.1, 0.1, 0.1] in rank 1, but [0.001"),
+        ("policy_kwargs", [{"activation_fn": nn.Tanh}, {"activation_fn": nn.ReLU}], "policy_kwargs={'activation_fn': 'ReLU'}"),
+        ("norm_obs", [True, False], "shapes of VecNormalize's statistics=[()] in rank 1, but [(4,), ()] in rank 0"),
     ],
 )
 def test_other_settings_in_another_rank_are_refused_in_all_and_named(tmp_path, keyword, values, message):

@@ -67,7 +67,43 @@ def test_hold_and_end_may_be_the_same():
     np.testing.assert_allclose(stds[:, 2], [np.pi] * 5 + [0.2] * 5)
 
 
-@pytest.mark.parametrize("shares", [{"hold": -0.1}, {"hold": 0.9, "end": 0.8}, {"end": 1.1}, {"hold": float("nan")}])
-def test_shares_that_cannot_be_are_refused(shares):
-    with pytest.raises(ValueError, match="0 <= hold <= end <= 1"):
+def test_a_second_training_begins_with_the_first_fraction():
+    env = make_vec_env(ENV, 2, vec_env_cls=NativeVecEnv)
+    model = VPG("MlpPolicy", env, n_steps=4)
+    for _ in range(2):
+        starts = Starts()
+        model.learn(40, callback=[ExploringStarts(), starts])
+        np.testing.assert_allclose(starts.stds[0], [0.2, 0.2, np.pi, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ({"hold": -0.1}, "hold=-0.1 .* >= 0 and <= 0.8"),
+        ({"hold": 0.9, "end": 0.8}, "hold=0.9 .* >= 0 and <= 0.8"),
+        ({"end": 1.1}, "end=1.1"),
+        ({"hold": float("nan")}, "hold=nan"),
+        ({"hold": "0.4"}, "hold='0.4'"),
+        ({"std": (1, 2)}, "std=.1, 2. .* four numbers"),
+        ({"std": (0.2, 0.2, -1, 0.2)}, "std=-1"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(shares, message):
+    with pytest.raises(ValueError, match=message):
         ExploringStarts(**shares)
+
+
+def test_other_environments_are_refused():
+    starts = ExploringStarts()
+    with pytest.raises(ValueError, match="needs environments with set_start_std"):
+        VPG("MlpPolicy", "CartPole-v1").learn(10, callback=starts)
+    # The zoo calls it after any error
+    starts.on_training_end()
+
+
+def test_the_end_after_the_processes_have_exited():
+    env = make_vec_env(ENV, 2, vec_env_cls=SubprocVecEnv)
+    starts = ExploringStarts()
+    VPG("MlpPolicy", env, n_steps=4).learn(8, callback=starts)
+    env.close()
+    starts.on_training_end()

@@ -16,3 +16,9 @@ def test_rewards_are_scaled_and_returns_are_not():
         rewards.append(reward[0])
     assert rewards == pytest.approx([0.1] * len(rewards))
     assert infos[0]["episode"]["r"] == len(rewards)
+
+
+@pytest.mark.parametrize("factor", ["1e-3", float("nan"), None])
+def test_a_factor_that_is_no_number_is_refused(factor):
+    with pytest.raises(ValueError, match=f"factor={factor!r}"):
+        ScaledRewards(make_vec_env("CartPole-v1", 1), factor=factor)

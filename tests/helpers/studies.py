@@ -10,7 +10,7 @@ from sb3_vpg.study.results import Measures, Point, Results
 from sb3_vpg.study.study import Run
 
 STUDIES = CHECKOUT / "hyperparams" / "studies"
-LADDER = STUDIES / "ladder.yml"
+ABLATION = STUDIES / "ablation.yml"
 #: Two environments, a search, gradient statistics, and a setting whose runs fail
 SETTINGS: dict[str, Any] = {
     "algorithms": ["vpg", "a2c"],

@@ -74,6 +74,20 @@ def test_training_goes_on_until_the_budget_of_both_runs_is_used_up(installed: En
     assert (installed.cwd / "continued/vpg/CartPole-v1_1/CartPole-v1.zip").is_file()
 
 
+def test_a_seed_precedes_the_random_states_of_the_run_that_goes_on(installed: Environment, trained: str):
+    train = ("train", "--algo", "vpg", "--env", "CartPole-v1", "--eval-freq", "-1", "-n", "30000", "-f", "seeds")
+    for run, seed in enumerate(((), (), ("--seed", "7")), start=1):
+        agent = "trained/vpg/CartPole-v1_1/CartPole-v1.zip"
+        output_of(installed.run_warm(*zoo_command(*train, "-i", agent, *seed)))
+        assert (installed.cwd / f"seeds/vpg/CartPole-v1_{run}/CartPole-v1.zip").is_file()
+    compare = """
+from sb3_vpg import VPG
+weights = [VPG.load(f"seeds/vpg/CartPole-v1_{run}/CartPole-v1.zip").policy.action_net.weight for run in (1, 2, 3)]
+print((weights[0] == weights[1]).all().item(), (weights[0] == weights[2]).all().item())
+"""
+    assert output_of(installed.run_warm("-c", compare)) == "True False\n"
+
+
 def test_a_checkpoint_at_the_end_of_the_run_is_what_a_restarted_job_saves(installed: Environment, trained: str):
     agent = "trained/vpg/CartPole-v1_1/CartPole-v1.zip"
     command = zoo_command(*TRAIN_CARTPOLE, "-n", "500", "-f", "restarted", "-i", agent)

@@ -49,6 +49,12 @@ def test_an_entry_may_name_the_class_and_its_keyword_arguments(installed: Enviro
     assert ENVPOOL not in output
 
 
+def test_arguments_of_no_class_are_refused(installed: Environment):
+    train = zoo_command("train", "--algo", "vpg", "--env", "CartPole-v1", "-f", "no_class", *SHORT)
+    process = installed.run_warm(*train, "-params", "vec_env_kwargs:dict(num_threads=1)")
+    assert "ValueError: vec_env_kwargs has no effect without vec_env_class" in process.stderr
+
+
 def test_every_algorithm_trains_in_the_native_form(installed: Environment):
     train = ("-m", "sb3_vpg", "train", "--algo", "a2c", "--env", "CartPole-v1", "--vec-env=native", *SHORT, "-f", "native_a2c")
     output = output_of(installed.run_warm(*train))

@@ -86,6 +86,15 @@ def test_environments_without_masks_stay_as_they_are():
     evaluate_policy(VPG("MlpPolicy", env), env, n_eval_episodes=1, warn=False)
 
 
+def test_masks_of_another_form_do_not_matter_to_other_algorithms():
+    class Forms(RandomWalk):
+        def action_masks(self):
+            return "up to one"
+
+    env = attach_masks(DummyVecEnv([lambda: Forms(VECTOR, spaces.Box(-1, 1, (2,)))]))
+    evaluate_policy(VPG("MlpPolicy", env), env, n_eval_episodes=1, warn=False)
+
+
 @pytest.mark.parametrize("name", INVALID_ACTION_ENVS)
 def test_the_best_return_of_the_masked_tasks_is_100(name):
     register_invalid_action_envs()

@@ -29,7 +29,8 @@ class TrainedAgent:
             self.name, self.model_file, folder = get_model_path(args.exp_id, args.folder, args.algo, args.env, *which)
         except (AssertionError, ValueError) as error:
             raise ValueError(
-                f"{error}. -f names the folder with the agents. `python -m sb3_vpg train --algo {args.algo} --env {args.env}` "
+                f"{error}. -f names the folder with the agents. `python -m sb3_vpg train --algo {args.algo} "
+                f"--env {args.env.gym_id}` "
                 "trains one in the folder logs"
             ) from error
         self.folder = Path(folder)
