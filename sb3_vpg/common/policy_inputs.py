@@ -110,19 +110,18 @@ def checked_masks(masks: Sequence[Any], env: VecEnv, action_space: spaces.Space)
     :return: the masks, see :func:`action_masks_of`. All actions are allowed where the next step is spent on a reset
     """
     sizes = mask_sizes(action_space)
-    rows = []
-    for env_index, mask in enumerate(masks):
-        try:
-            row = np.asarray(mask, dtype=bool).ravel()
-        except ValueError:
-            # Lists of different lengths
-            row = np.concatenate([np.ravel(part) for part in mask]).astype(bool)
-        if row.size != sum(sizes):
-            raise ValueError(
-                f"action_masks() of environment {env_index} has {row.size} entries; {action_space} needs {sum(sizes)}"
-            )
-        rows.append(row)
-    checked = np.stack(rows) | np.reshape(getattr(env, "reset_is_due", False), (-1, 1))
+    try:
+        checked = np.array(masks, dtype=bool).reshape(len(masks), sum(sizes))
+    except ValueError:
+        # Lists of different lengths, or a wrong size
+        rows = [np.concatenate([np.ravel(part) for part in mask]).astype(bool) for mask in masks]
+        for env_index, row in enumerate(rows):
+            if len(row) != sum(sizes):
+                raise ValueError(
+                    f"action_masks() of environment {env_index} has {len(row)} entries; {action_space} needs {sum(sizes)}"
+                ) from None
+        checked = np.stack(rows)
+    checked |= np.reshape(getattr(env, "reset_is_due", False), (-1, 1))
     for part in np.split(checked, np.cumsum(sizes)[:-1], axis=1):
         allowed = part.any(axis=1)
         if not allowed.all():
