@@ -212,7 +212,10 @@ def draw_intervals(chart: Chart) -> Figure:
     axes.tick_params(axis="x", labelsize=SMALL)
     axes.set_xlabel(chart.x_label, fontsize=MEDIUM)
     axes.grid(axis="x", alpha=0.3)
+    lowest, highest = axes.get_xlim()
+    if lowest < 0 < highest:
+        axes.axvline(0, color="0.5", linewidth=0.8, zorder=0)
     if len(groups) > 1:
-        figure.legend(loc="outside upper right", ncols=min(len(groups), 5), fontsize=SMALL)
+        figure.legend(loc="outside lower center", ncols=min(len(groups), 5), fontsize=SMALL)
     figure.suptitle(chart.title, fontsize=MEDIUM + 1)
     return figure
