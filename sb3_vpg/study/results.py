@@ -22,7 +22,7 @@ N_POINTS = 50
 FORMAT = 2
 VERSIONS = ("sb3_vpg", "stable_baselines3", "sb3_contrib", "rl_zoo3", "torch", "gymnasium", "numpy", "envpool")
 #: Settings that may change within a folder: they add runs, or change only the report
-EXTENDABLE = ("seeds", "first_seed", "pairs", "gym_packages", "score_range")
+EXTENDABLE = ("seeds", "first_seed", "learning_rates", "pairs", "gym_packages", "score_range")
 #: Settings whose parts may be added or left out
 COLLECTIONS = ("environments", "algorithms", "settings")
 
@@ -165,8 +165,8 @@ class Results:
 def keep_settings(folder: Path, study: Mapping[str, Any], hyperparameters: Mapping[str, Any], write: bool = True) -> list[str]:
     """
     Write the settings of a study, its hyperparameters and the versions of packages into its folder. Compared with those that
-    the folder has, numbers of seeds, pairs and score ranges may differ, and environments, algorithms and settings may be added
-    or left out.
+    the folder has, numbers of seeds, learning rates of the search, pairs and score ranges may differ, and environments,
+    algorithms and settings may be added or left out.
 
     :param folder: the folder
     :param study: the settings

@@ -44,7 +44,7 @@ def chosen_learning_rates(study: Study, runs: pd.DataFrame) -> dict[Cell, float]
     :return: for each cell with a search, the learning rate with the highest mean score; the lowest one if several are equal.
         A rate with a failed run is chosen only if all have one.
     """
-    search = runs[runs.phase == "search"]
+    search = runs[(runs.phase == "search") & runs.learning_rate.isin(study.search.learning_rates)]
     search = search.assign(score=search[study.score].fillna(-np.inf))
     chosen = {}
     for key, rows in search.groupby(["environment", "algorithm", "setting"]):
@@ -76,14 +76,14 @@ class Findings:
         :param runs: the file "runs", see :data:`sb3_vpg.study.results.COLUMNS`
         :param points: the file "points"
         :param selection: the part of the study that is reported; None for all of it
-        :return: the results. Final runs count only with the learning rate that the search selects now.
+        :return: the results. Final runs and gradients count only with the learning rate that the search selects now.
         """
         selection = selection or Selection(list(study.environments), list(study.contestants))
         chosen = chosen_learning_rates(study, runs)
         rates = pd.Series(
             [chosen.get(cell, np.nan) for cell in zip(runs.environment, runs.algorithm, runs.setting)], runs.index
         )
-        runs = runs[(runs.phase != "final") | (runs.learning_rate == rates) | rates.isna()]
+        runs = runs[(runs.phase == "search") | (runs.learning_rate == rates) | rates.isna()]
         names = {cell: name for name, cell in study.contestants.items()}
         runs, points = (
             frame.assign(contestant=[names.get(cell) for cell in zip(frame.algorithm, frame.setting)])

@@ -54,7 +54,9 @@ def add_search(results: Results, environment: str, setting: str, scores: dict[fl
             results.add(Run("search", environment, "vpg", setting, 1000 + seed, rate), measures, [])
 
 
-def add_statistics(results: Results, environment: str, policy: str, metrics: dict[str, dict[str, list[list[float]]]]) -> None:
+def add_statistics(
+    results: Results, environment: str, policy: str, metrics: dict[str, dict[str, list[list[float]]]], **run: Any
+) -> None:
     """
     :param metrics: for each metric and measured setting the numbers of each seed at the start, in the middle and at the end
     """
@@ -68,4 +70,4 @@ def add_statistics(results: Results, environment: str, policy: str, metrics: dic
             for timesteps, value in zip((0, 520, 1010), seeds[seed] if seed < len(seeds) else ())
             for end, shift in (("", 0.0), ("_low", -0.1), ("_high", 0.1))
         ]
-        results.add(Run("statistics", environment, "vpg", policy, seed), Measures(1010, 10.0, 9.0), points)
+        results.add(Run("statistics", environment, "vpg", policy, seed, **run), Measures(1010, 10.0, 9.0), points)

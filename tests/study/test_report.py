@@ -32,7 +32,7 @@ def whole_study(folder: Path) -> Results:
     cosines = {"reward_to_go": [[0.25, 0.5, 0.5]], "gae": [[0.75, 0.25, 0.5]]}
     variances = {"reward_to_go": [[1, 2, 4]], "gae": [[2, 1, 1]]}
     metrics = {"variance": variances, "snr": cosines, **dict.fromkeys(COSINES, cosines)}
-    add_statistics(results, "CartPole-v1", "gae", metrics)
+    add_statistics(results, "CartPole-v1", "gae", metrics, learning_rate=0.001)
     return results
 
 

@@ -169,7 +169,7 @@ def test_a_file_of_something_else_is_not_taken_for_results(tmp_path: Path, name:
 
 def test_settings_are_kept_with_versions_and_a_study_may_grow(tmp_path: Path):
     assert keep_settings(tmp_path, SETTINGS, {"CartPole-v1, vpg": {"gamma": 0.9}}) == []
-    more = {**SETTINGS, "seeds": 10, "search": {**SETTINGS["search"], "seeds": 5}, "algorithms": ["ppo", "vpg"]}
+    more = {**SETTINGS, "seeds": 10, "search": {"learning_rates": [0.3, 0.1], "seeds": 5}, "algorithms": ["ppo", "vpg"]}
     more |= {key: {**SETTINGS[key], "Acrobot-v1": {"gamma": 0.9}} for key in ("environments", "settings")}
     more |= {"pairs": [["vpg", "ppo"]], "gym_packages": ["mine"]}
     more["environments"]["CartPole-v1"] = {"gamma": 0.9, "score_range": [0, 1]}

@@ -145,9 +145,13 @@ def test_the_search_selects_the_best_mean_and_failed_rates_last(tmp_path):
     }
 
 
-def test_final_runs_count_with_the_rate_that_is_selected_now(tmp_path):
+def test_runs_count_with_the_rate_that_is_selected_now(tmp_path):
     results = Results(tmp_path)
-    add_search(results, "CartPole-v1", "plain", {0.01: [1], 0.1: [2]})
+    # 0.5 is no longer a rate of the study
+    add_search(results, "CartPole-v1", "plain", {0.01: [1], 0.1: [2], 0.5: [3]})
+    for rate in (0.01, 0.1):
+        variances = {"plain": [[rate, rate, rate]]}
+        add_statistics(results, "CartPole-v1", "plain", {"variance": variances}, learning_rate=rate)
     add_final_runs(results, "CartPole-v1", ("vpg", "plain"), [7, 7], learning_rate=0.01)
     add_final_runs(results, "CartPole-v1", ("vpg", "plain"), [9], learning_rate=0.1)
     add_final_runs(results, "CartPole-v1", ("ppo", ""), [3])
@@ -156,7 +160,9 @@ def test_final_runs_count_with_the_rate_that_is_selected_now(tmp_path):
         "plain": [9],
         "ppo": [3],
     }
-    assert len(findings.points) == 4
+    assert (findings.points.metric == "return").sum() == 4
+    values = gradient_statistics(findings, "CartPole-v1", "plain")
+    assert of_seeds(values, "variance", "plain", "start").tolist() == [0.1]
 
 
 def test_variances_are_ratios_at_the_same_policy(tmp_path):
