@@ -59,7 +59,8 @@ def statistics_section(findings: Findings) -> Section:
     """Section with the gradient statistics at each policy: a table and a chart of both cosines."""
     parts: list[str | Table | Chart] = [
         "Gradients of the settings, measured with the same policies and episodes at the start, in the middle and at the end "
-        "of training: medians over seeds. Variance: trace of the covariance of the gradient of one update, as a ratio. It "
+        "of training: medians over seeds. The critic is that of these runs, and is not trained if their setting has none. "
+        "Variance: trace of the covariance of the gradient of one update, as a ratio. It "
         "depends on the scale of the weights of grad log pi; the other columns do not. It is 0 if the gradients are no more "
         "than rounding errors, as with a time baseline if all episodes have the same return; such gradients have no "
         "direction. SNR: signal-to-noise ratio. Pairwise cosine: between the gradients of two batches. Cosine with the "
