@@ -396,7 +396,7 @@ def test_a_rank_that_hangs_is_given_up_after_the_timeout(tmp_path):
     error, seconds, *_ = results[0]
     assert error.startswith("RuntimeError: Rank 0 of 2 lost the connection")
     assert "one took longer than the timeout" in error
-    assert 3 <= seconds < 9
+    assert 3 <= seconds < 60
 
 
 def learn_with_faulty_environment(rank: int) -> str:
