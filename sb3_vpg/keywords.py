@@ -171,23 +171,13 @@ def _resolve_partial_episodes(model: Any, formulation: Formulation) -> PartialEp
 
 def check_batch(model: Any) -> None:
     """
-    Check formulations with a single step or episode per update. Some need a second episode to compare with; others are zero at
-    every step. A model may be loaded with fewer environments than it needs for training.
+    Check formulations with a single episode per update. Some need a second episode to compare with; others are zero at every
+    step. A model may be loaded with fewer environments than it needs for training.
 
     :param model: VPG with its plan, environments and processes
     :raises ValueError: if the batch is too small
     """
     formulation, n_environments = model.plan.formulation, model.n_envs * model.processes.size
-    one_step = model.n_steps == 1 and not model.plan.partial_episodes.whole_episodes
-    normalization = formulation.normalize_advantage
-    if one_step and (
-        normalization == "episode" or (n_environments == 1 and (normalization or formulation.baseline == "mean"))
-    ):
-        raise ValueError(
-            f"n_steps=1 with normalize_advantage={model.normalize_advantage!r} and baseline={model.baseline!r} is zero at "
-            "every step, since there is nothing to compare with; allowed: a larger n_steps, or normalize_advantage=False "
-            "without this baseline"
-        )
     if model.n_episodes is None or model.n_episodes * n_environments > 1:
         return
     one = "n_episodes=1 with one environment gives one episode per update"

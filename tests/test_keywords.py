@@ -58,7 +58,7 @@ def test_a_bad_value_is_refused_by_name(keyword, value):
 
 GOOD_VALUES = {
     "normalize_advantage": [False, True, "batch", "episode"],
-    "n_steps": [2, np.int64(8)],
+    "n_steps": [1, np.int64(8)],
     "n_episodes": [None, 1],
     "critic_batch_size": [None, 1, np.int32(4)],
     "gamma": [0, 1, 0.0, 1.0, np.float32(0.5)],
@@ -222,20 +222,6 @@ def test_vpg_takes_the_arguments_of_a2c_in_the_same_order():
 
     theirs = [name for name in names(A2C) if name not in ("rms_prop_eps", "use_rms_prop")]
     assert names(VPG)[: len(theirs)] == theirs
-
-
-@pytest.mark.parametrize(
-    ("n_envs", "keywords"),
-    [(1, {}), (3, {"normalize_advantage": "episode"}), (1, {"normalize_advantage": False, "baseline": "mean"})],
-    ids=str,
-)
-def test_a_single_step_with_nothing_to_compare_with_is_refused(n_envs, keywords):
-    env = make_vec_env("CartPole-v1", n_envs)
-    if "baseline" in keywords:
-        keywords = {"estimator": "reward_to_go", "partial_episodes": "truncate", **keywords}
-    with pytest.raises(ValueError, match=r"n_steps=1 with normalize_advantage=.* is zero at every step"):
-        VPG("MlpPolicy", env, n_steps=1, **keywords)
-    VPG("MlpPolicy", env, n_steps=1, normalize_advantage=False).learn(4)
 
 
 def test_numbers_and_texts_of_numpy_are_numbers_and_texts():
