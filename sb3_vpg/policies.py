@@ -15,6 +15,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
 from sb3_vpg.common.checks import check_number
+from sb3_vpg.common.progress_bar import progress_of
 
 MlpPolicy = ActorCriticPolicy
 CnnPolicy = ActorCriticCnnPolicy
@@ -113,9 +114,7 @@ class LogStdSchedule(BaseCallback):
         self.log_std = log_std.requires_grad_(False)
 
     def _on_rollout_start(self) -> None:
-        # The model's own progress is still that of the training before, in the first rollout
-        progress_remaining = max(1.0 - self.model.num_timesteps / self.model._total_timesteps, 0.0)
-        self.log_std.fill_(self.final + progress_remaining * (self.initial - self.final))
+        self.log_std.fill_(self.final + (1.0 - progress_of(self.model)) * (self.initial - self.final))
 
     def _on_step(self) -> bool:
         return True

@@ -1,6 +1,16 @@
-"""Progress bar for data-parallel training."""
+"""Progress of a training, and a progress bar for data-parallel training."""
 
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import ProgressBarCallback
+
+
+def progress_of(model: BaseAlgorithm) -> float:
+    """
+    :param model: any algorithm of SB3, in a training
+    :return: the finished fraction of the training, from 0 to 1. In the first rollout, SB3's ``_current_progress_remaining`` is
+        still that of the training before
+    """
+    return min(model.num_timesteps / model._total_timesteps, 1.0)
 
 
 class AllRanksProgressBar(ProgressBarCallback):

@@ -8,6 +8,7 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_vpg.common.checks import check_number
+from sb3_vpg.common.progress_bar import progress_of
 from sb3_vpg.envs.cartpole_swingup import START_STD
 
 
@@ -54,9 +55,7 @@ class ExploringStarts(BaseCallback):
             raise ValueError("ExploringStarts needs environments with set_start_std(), as CartPoleSwingUp")
 
     def _on_rollout_start(self) -> None:
-        # The model's own progress is still that of the training before, in the first rollout
-        progress = self.model.num_timesteps / self.model._total_timesteps
-        self._set_start_std(np.interp(progress, [self.hold, self.end], [1.0, 0.0]))
+        self._set_start_std(np.interp(progress_of(self.model), [self.hold, self.end], [1.0, 0.0]))
 
     def _on_training_end(self) -> None:
         # The zoo calls this after an error, too: the processes may have exited, or the environments have no such start

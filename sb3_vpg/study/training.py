@@ -23,6 +23,7 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import sync_envs_normalization, unwrap_vec_normalize
 
 from sb3_vpg.common.checks import check_known
+from sb3_vpg.common.progress_bar import progress_of
 from sb3_vpg.diagnostics import UpdateSpec, gradient_statistics
 from sb3_vpg.diagnostics.gradients import check_updates
 from sb3_vpg.study.results import Measures, Point, learning_curve
@@ -86,7 +87,7 @@ class Episodes(BaseCallback):
     def _on_rollout_start(self) -> None:
         if time.perf_counter() > self.reported + 1:
             self.reported = time.perf_counter()
-            self.report(min(1.0, self.num_timesteps / self.model._total_timesteps))
+            self.report(progress_of(self.model))
 
 
 class StopAfterSeconds(BaseCallback):

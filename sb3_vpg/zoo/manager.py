@@ -94,7 +94,7 @@ class VPGExperimentManager(ExperimentManager):
             raise ValueError("vec_env_kwargs has no effect without vec_env_class")
         class_name, kwargs = hyperparams.pop("vec_env_class", None), hyperparams.pop("vec_env_kwargs", {})
         # The zoo's parsed arguments do not distinguish its default from `--vec-env dummy`
-        if not any(argument.startswith("--vec") for argument in sys.argv):
+        if not _is_given("--vec"):
             if class_name is not None:
                 self.vec_env_class = vec_env_class_by_name(class_name)
                 # As the zoo's other hyperparameters that are dicts, it can be the text "dict(...)"
@@ -181,7 +181,7 @@ class VPGExperimentManager(ExperimentManager):
         if isinstance(model, VPG):
             continue_in_place(model)
             # The zoo always passes a seed to `load`, which discards the random states
-            model._resumes = bool(model._random_states) and "--seed" not in sys.argv
+            model._resumes = bool(model._random_states) and not _is_given("--seed")
             print(f"Continuing after {model.num_timesteps} of {self.n_timesteps} timesteps")
         return model
 
@@ -213,6 +213,11 @@ class VPGExperimentManager(ExperimentManager):
         trial as failed.
         """
         return sigterm_as_ctrl_c() if self.is_vpg else nullcontext()
+
+
+def _is_given(option: str) -> bool:
+    """:return: whether an option that begins with this text is on the command line"""
+    return any(argument.startswith(option) for argument in sys.argv)
 
 
 def vec_env_class_by_name(name: str) -> type[VecEnv]:

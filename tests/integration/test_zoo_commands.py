@@ -76,7 +76,7 @@ def test_training_goes_on_until_the_budget_of_both_runs_is_used_up(installed: En
 
 def test_a_seed_precedes_the_random_states_of_the_run_that_goes_on(installed: Environment, trained: str):
     train = ("train", "--algo", "vpg", "--env", "CartPole-v1", "--eval-freq", "-1", "-n", "30000", "-f", "seeds")
-    for run, seed in enumerate(((), (), ("--seed", "7")), start=1):
+    for run, seed in enumerate(((), (), ("--seed=7",)), start=1):
         agent = "trained/vpg/CartPole-v1_1/CartPole-v1.zip"
         output_of(installed.run_warm(*zoo_command(*train, "-i", agent, *seed)))
         assert (installed.cwd / f"seeds/vpg/CartPole-v1_{run}/CartPole-v1.zip").is_file()

@@ -30,8 +30,7 @@ class TrainedAgent:
         except (AssertionError, ValueError) as error:
             raise ValueError(
                 f"{error}. -f names the folder with the agents. `python -m sb3_vpg train --algo {args.algo} "
-                f"--env {args.env.gym_id}` "
-                "trains one in the folder logs"
+                f"--env {args.env.gym_id}` trains one in the folder logs"
             ) from error
         self.folder = Path(folder)
         settings = self.folder / args.env
