@@ -60,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--vary", nargs="+", metavar="KEYWORD=VALUE,VALUE", help="settings of VPG: all combinations of values")
     parser.add_argument("--config", type=Path, help="YAML file of a study; docs/compare.md explains the keys")
+    parser.add_argument("--entries", help="file with VPG's hyperparameters, as the zoo's -conf (default: the zoo's entries)")
     parser.add_argument("--setting", nargs="+", help="some of the settings of the study")
     parser.add_argument("--seeds", type=int, help="number of runs of each algorithm and setting (default: 4)")
     parser.add_argument("--first-seed", type=int, help="seed of the first run (default: 0)")
@@ -94,7 +95,7 @@ def study_of(args: argparse.Namespace) -> tuple[Study, Selection]:
     if not args.config:
         given = {"environments": args.env, "algorithms": args.algo}
         settings |= {key: value for key, value in given.items() if value}
-    for key in ("seeds", "first_seed", "steps", "vec_env", "gym_packages"):
+    for key in ("entries", "seeds", "first_seed", "steps", "vec_env", "gym_packages"):
         if getattr(args, key) is not None:
             settings[key] = getattr(args, key)
     study = make_study(settings)

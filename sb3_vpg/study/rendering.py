@@ -53,7 +53,7 @@ class Chart:
     :param name: name of the picture, without special characters
     :param title: title
     :param x_label: label of the horizontal axis
-    :param lines: for each label x and y. The shape of y is (3, len(x)): the line, and the lower and upper ends of its band.
+    :param lines: for each label x and y, shape (3 + n, len(x)): the line, the lower and upper ends of its band, n thin lines.
     :param intervals: for each label, and each name of a group, a value and the ends of its interval
     """
 
@@ -193,6 +193,7 @@ def draw_lines(chart: Chart) -> Figure:
 
 def _draw_line(axes: Axes, x: np.ndarray, y: np.ndarray, color: str, label: str | None = None) -> None:
     axes.fill_between(x, y[1], y[2], color=color, alpha=0.2, linewidth=0)
+    axes.plot(x, y[3:].T, color=color, alpha=0.5, linewidth=0.5)
     axes.plot(x, y[0], color=color, linewidth=1.2, label=label)
 
 

@@ -136,12 +136,13 @@ def curves_section(findings: Findings) -> Section:
     """Section with learning curves by steps and by wall-clock time."""
     parts: list[str | Table | Chart] = [
         "Mean return of the training episodes, with stochastic actions: interquartile mean over seeds, with 95 % bands. "
-        "Returns are interpolated between the points of a run. The curve of a contestant ends with its median run."
+        "Returns are interpolated between the points of a run. The curve of a contestant ends with its median run. Thin "
+        "lines, where there is only one contestant, are its runs."
     ]
     for environment in findings.environments:
         for axis, label in (("timesteps", "timesteps"), ("seconds", "seconds of training")):
             curves = findings.curves(environment, axis)
-            lines = {name: (x, y) for name, (x, y, _) in curves.items()}
+            lines = {name: (x, y if len(curves) == 1 else y[:3]) for name, (x, y) in curves.items()}
             if lines:
                 title = f"{environment}: return by {label}"
                 parts.append(Chart(f"learning_curves_{environment}_{axis}", title, label, lines))

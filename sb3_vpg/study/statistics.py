@@ -144,13 +144,13 @@ class Findings:
         rows = self.points[self.points.environment == environment]
         return rows[(rows.metric == "return") & (rows.phase == "final")]
 
-    def curves(self, environment: str, axis: str, n_points: int = 60) -> dict[str, tuple[np.ndarray, np.ndarray, int]]:
+    def curves(self, environment: str, axis: str, n_points: int = 60) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """
         :param environment: id of the environment
         :param axis: "timesteps" or "seconds"
         :param n_points: number of points of each curve
-        :return: for each contestant x, the interquartile mean of the return with the ends of its interval, shape (3, points),
-            and the number of seeds. Between the points of a run, returns are interpolated linearly; after its last, they stay.
+        :return: for each contestant x and y, shape (3 + seeds, points): the interquartile mean of the return, the ends of its
+            interval, and the runs. Between the points of a run, returns are interpolated linearly; after its last, they stay.
         """
         lines = {}
         for name, of_contestant in self._returns(environment).groupby("contestant"):
@@ -158,7 +158,7 @@ class Findings:
             first, last = max(run[axis].iloc[0] for run in runs), np.median([run[axis].iloc[-1] for run in runs])
             x = np.linspace(first, max(first, last), n_points)
             y = np.stack([np.interp(x, run[axis], run["value"]) for run in runs])
-            lines[name] = (x, with_interval(iqm(y), iqm(resampled(y), axis=1)), len(runs))
+            lines[name] = (x, np.vstack([with_interval(iqm(y), iqm(resampled(y), axis=1)), y]))
         return {name: lines[name] for name in self.contestants if name in lines}
 
     def speeds(self, environment: str) -> dict[str, pd.DataFrame]:

@@ -118,7 +118,8 @@ class Study:
     :param algorithms: names of algorithms in the zoo
     :param settings: keywords of VPG by name of the setting; empty for VPG as it is
     :param common: keywords of VPG for all runs
-    :param entries: whether VPG starts from the zoo's entries. If False, the keywords named here are all there are.
+    :param entries: where VPG starts: True for the zoo's entries, a file of entries, or False for none (the keywords named
+        here are all there are)
     :param steps: number of timesteps of each run; None for the environment's ``n_timesteps`` or the entry's
     :param seeds: number of runs of each algorithm and setting in each environment, >= 1
     :param first_seed: seed of the first of these runs
@@ -138,7 +139,7 @@ class Study:
     algorithms: Sequence[str] = ("vpg", "a2c", "ppo")
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     common: Mapping[str, Any] = field(default_factory=dict)
-    entries: bool = True
+    entries: bool | str = True
     steps: int | None = None
     seeds: int = 4
     first_seed: int = 0
@@ -158,13 +159,17 @@ class Study:
         check_number("first_seed", self.first_seed, low=0, integer=True)
         check_number("evaluation_episodes", self.evaluation_episodes, low=1, integer=True)
         check_choice("score", self.score, SCORES)
-        check_choice("entries", self.entries, (True, False))
+        if not isinstance(self.entries, str):
+            check_choice("entries", self.entries, (True, False))
+        elif not Path(self.entries).is_file():
+            raise ValueError(f"entries={self.entries!r} is not allowed; there is no such file")
         check_choice("vec_env", self.vec_env, (None, *VEC_ENVS))
         register_environments()
         for name, environment in self.environments.items():
             self._check_environment(name, environment)
         keywords = {*self.common, *itertools.chain.from_iterable(self.environments.values())}
-        own = list(self.settings) or sorted(keywords.difference(ENVIRONMENT_KEYS, TASK_KEYS))
+        own = [*self.settings, *sorted(keywords.difference(ENVIRONMENT_KEYS, TASK_KEYS))]
+        own += ["entries"] if isinstance(self.entries, str) else []
         if own and not set(self.algorithms) & set(OWN_ALGORITHMS):
             raise ValueError(
                 f"{', '.join(own)}: settings and keywords are those of VPG; add one of "

@@ -175,9 +175,10 @@ def set_up(
     if run.learning_rate is not None:
         keywords["learning_rate"] = run.learning_rate
     config = None
-    if not study.entries and run.algorithm in OWN_ALGORITHMS:
-        config = str(folder / "entry.yml")
-        Path(config).write_text(yaml.safe_dump({run.environment: {"policy": "MlpPolicy", **keywords}}))
+    if study.entries is not True and run.algorithm in OWN_ALGORITHMS:
+        config = study.entries or str(folder / "entry.yml")
+        if not study.entries:
+            Path(config).write_text(yaml.safe_dump({run.environment: {"policy": "MlpPolicy", **keywords}}))
     settings: dict[str, Any] = {"config": config, "hyperparams": keywords, "seed": run.seed, "device": "cpu"}
     settings |= {"tensorboard_log": tensorboard_log, "eval_freq": -1, "log_interval": -1, "verbose": 0}
     manager = VPGExperimentManager(argparse.Namespace(), run.algorithm, run.environment, str(folder), **settings)
@@ -247,7 +248,8 @@ def execute(
     if gradients is not None:
         points = gradients.points
     else:
-        points, training_return = learning_curve(episodes.ended, manager.n_timesteps)
+        # A callback may have stopped the training
+        points, training_return = learning_curve(episodes.ended, min(manager.n_timesteps, model.num_timesteps))
         measures = measures._replace(training_return=training_return)
         if run.phase == "final" or study.score != "training_return":
             measures = measures._replace(**evaluate(study, run, manager, model))

@@ -209,6 +209,26 @@ def test_arguments_are_a_study_too_and_its_folder_is_its_own(installed: Environm
     assert f"error: {folder} has another study (steps is 300 there, 400 here): choose another --folder" in other.stderr
 
 
+def test_entries_may_be_those_of_a_file_and_their_callbacks_may_end_the_training(installed: Environment, tmp_path: Path):
+    stop = {"stable_baselines3.common.callbacks.StopTrainingOnMaxEpisodes": {"max_episodes": 9}}
+    entry = {"policy": "MlpPolicy", "n_timesteps": 10_000, "n_episodes": 1, "callback": [stop]}
+    file, folder = tmp_path / "mine.yml", tmp_path / "out"
+    file.write_text(yaml.safe_dump({"CartPole-v1": entry}))
+    arguments = ["--entries", str(file), "--seeds", "1", "-f", str(folder)]
+    output_of(installed.run_warm(*COMPARE, *arguments, "--vary", "gamma=0.9"))
+    (run,) = pd.read_csv(folder / "runs.csv").itertuples()
+    assert run.timesteps < 1000
+    points = pd.read_csv(folder / "points.csv")
+    assert run.training_return == pytest.approx(points.value[points.timesteps > 0.9 * run.timesteps].mean())
+    hyperparameters = yaml.safe_load((folder / "study.yml").read_text())["hyperparameters"]["CartPole-v1, vpg, gamma=0.9"]
+    assert hyperparameters == {**entry, "gamma": 0.9}
+    without = installed.run_warm(*COMPARE, *arguments, "--env", "Acrobot-v1")
+    assert without.returncode == 1
+    assert f"error: Acrobot-v1 vpg: Hyperparameters not found for vpg-Acrobot-v1 in {file}" in without.stderr
+    unused = installed.run_warm(*COMPARE, *arguments, "--algo", "a2c")
+    assert "error: entries: settings and keywords are those of VPG" in unused.stderr
+
+
 def test_an_estimator_of_ones_own_joins_a_study(installed: Environment, tmp_path: Path):
     folder = tmp_path / "out"
     (tmp_path / "my_estimators.py").write_text(MINE)

@@ -1,5 +1,6 @@
 """The report of a study: its numbers, its missing parts, and the HTML file in a browser."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -11,7 +12,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from sb3_vpg.study.gradient_report import COSINES
-from sb3_vpg.study.rendering import Chart, Section, Table, write_html, write_markdown
+from sb3_vpg.study.rendering import Chart, Section, Table, draw_lines, write_html, write_markdown
 from sb3_vpg.study.report import write_report
 from sb3_vpg.study.results import Measures, Results, keep_settings
 from sb3_vpg.study.study import Run, Selection, make_study
@@ -184,6 +185,21 @@ def test_texts_of_a_user_do_not_break_tables_and_lines_keep_their_colors(tmp_pat
         assert np.abs(colors - expected).max(axis=1).min() < 12
 
 
+def test_runs_are_thin_lines_if_there_is_one_contestant(tmp_path: Path):
+    results = whole_study(tmp_path)
+    keep_settings(tmp_path, SETTINGS, {})
+    for contestants, n_lines in ((["reward_to_go"], [3 + 4]), (["reward_to_go", "gae"], [3, 3])):
+        page = write_report(STUDY, results, tmp_path, Selection(["CartPole-v1"], contestants)).read_text()
+        charts = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+        (curves,) = (chart for chart in charts if chart["title"] == "CartPole-v1: return by timesteps")
+        assert [len(line["y"]) for line in curves["lines"]] == n_lines
+        assert [row[-1] for row in curves["lines"][0]["y"][3:]] in ([], [0, 100, 200, 500])
+    x = np.arange(3.0)
+    figure = draw_lines(Chart("one", "One line", "x", {"line": (x, np.arange(15.0).reshape(5, 3))}))
+    thin, other, line = figure.axes[0].lines
+    assert [one.get_ydata().tolist() for one in (thin, other, line)] == [[9, 10, 11], [12, 13, 14], [0, 1, 2]]
+
+
 def test_every_picture_is_shown_opens_and_is_small(folder: Path, text: str):
     pictures = re.findall(r"!\[.*\]\((.*)\)", text)
     assert sorted(pictures) == sorted(path.name for path in folder.glob("*.png"))
@@ -305,6 +321,17 @@ def test_a_curve_tells_its_numbers_where_one_points_and_can_be_hidden(page):
     assert [line.split(":")[0] for line in tip.locator("div").all_inner_texts()] == ["gae", "reward_to_go"]
     page.mouse.move(0, 0)
     assert tip.is_hidden()
+
+
+def test_thin_lines_belong_to_their_line(page, tmp_path: Path):
+    chart = Chart("thin", "Thin lines", "x", {"line": (np.arange(3.0), np.arange(15.0).reshape(5, 3))})
+    write_html("Thin", [Section("Curves", [chart])], tmp_path / "thin.html")
+    other = page.context.new_page()
+    other.goto((tmp_path / "thin.html").as_uri())
+    assert other.locator("svg g path[fill=none]").count() == 3
+    other.locator(".legend button").click()
+    assert not other.locator("svg g path").first.is_visible()
+    other.close()
 
 
 def test_the_legend_shows_which_of_many_lines_is_which(page, tmp_path: Path):

@@ -112,11 +112,11 @@ def test_learning_curves_by_steps_and_by_seconds(tmp_path):
     results = Results(tmp_path)
     add_final_runs(results, "CartPole-v1", ("ppo", ""), [10, 20])
     findings = findings_of(results)
-    x, y, n_seeds = findings.curves("CartPole-v1", "timesteps", n_points=3)["ppo"]
-    assert n_seeds == 2
+    x, y = findings.curves("CartPole-v1", "timesteps", n_points=3)["ppo"]
     assert x.tolist() == [500, 750, 1000]
     assert y[0].tolist() == [7.5, 11.25, 15]
-    x, y, _ = findings.curves("CartPole-v1", "seconds", n_points=3)["ppo"]
+    assert y[3:].tolist() == [[5, 7.5, 10], [10, 15, 20]]
+    x, y = findings.curves("CartPole-v1", "seconds", n_points=3)["ppo"]
     assert x.tolist() == [4, 7, 10]
     assert y[0].tolist() == [7.5, 11.25, 15]
     assert y[1].tolist() == [5, 7.5, 10]
@@ -127,7 +127,7 @@ def test_a_curve_begins_when_all_runs_have_points_and_ends_with_the_median_run(t
     for seed, (first, last) in enumerate([(1.0, 3.0), (2.0, 5.0), (1.0, 9.0)]):
         points = [Point(100, first, "return", "", 0.0), Point(200, last, "return", "", 1.0)]
         results.add(Run("final", "CartPole-v1", "ppo", "", seed), Measures(200, last, last, 1.0, 1.0, 1.0, 1.0), points)
-    x, y, _ = findings_of(results).curves("CartPole-v1", "seconds", n_points=4)["ppo"]
+    x, y = findings_of(results).curves("CartPole-v1", "seconds", n_points=4)["ppo"]
     assert x.tolist() == [2, 3, 4, 5]
     # At 3 seconds 1, 1/3, 1/4; after its end, a run keeps its return
     assert y[0][1] == pytest.approx((1 + 1 / 3 + 1 / 4) / 3)

@@ -159,12 +159,14 @@ def test_vary_names_what_it_cannot_read(text: str):
         ({"environments": ["CartPole-v1"]}, "CartPole-v1: n_timesteps is missing"),
         (
             {"algorithms": ["a2c"], "pairs": [], "statistics": {}},
-            "reward_to_go, gae, diverges: settings and keywords are those of VPG",
+            "reward_to_go, gae, diverges, gae_lambda, gamma, n_envs, n_episodes, policy_kwargs, vec_env_wrapper: settings and",
         ),
         (
             {"algorithms": ["a2c"], "pairs": [], "statistics": {}, "settings": {}, "common": {}, "entries": True},
             "gae_lambda, vec_env_wrapper: settings and keywords are those of VPG",
         ),
+        ({"entries": "nowhere.yml"}, "entries='nowhere.yml' is not allowed; there is no such file"),
+        ({"entries": 1}, "entries=1 is not allowed; choose one of True, False"),
         ({"algorithms": None}, "algorithms=None is not allowed; it must be a list"),
         ({"algorithms": "vpg"}, "algorithms='vpg' is not allowed; it must be a list"),
         ({"algorithms": []}, "algorithms is empty"),
