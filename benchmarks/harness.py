@@ -52,23 +52,6 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def result_line(
-    name: str, scores: Sequence[float], seconds: Sequence[float], threshold: float | None = None, details: str = ""
-) -> str:
-    """
-    :param scores: score of each seed
-    :param seconds: seconds of training of each seed
-    :param threshold: the number of seeds that reach it is shown
-    :param details: text between the scores and the seconds
-    :return: name, interquartile mean [interval], number of seeds that reach the threshold, details, median seconds, and the
-        score of each seed
-    """
-    reached = "" if threshold is None else f">= {threshold}: {sum(s >= threshold for s in scores)}/{len(scores)}"
-    each = " ".join(f"{score:.0f}" for score in scores)
-    columns = (f"{name:>28}", f"{interquartile_mean(scores):>24}", reached, details, f"{np.median(seconds):6.1f} s", each)
-    return "  ".join(filter(None, columns))
-
-
 def in_processes(function: Callable[[Any], T], jobs: list[Any], n_processes: int) -> Iterator[T]:
     """Yield the results of ``function`` for all jobs, in order. Each job runs in a new process."""
     with mp.get_context("spawn").Pool(n_processes, maxtasksperchild=1) as pool:

@@ -15,7 +15,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples, TensorDict
 
 from sb3_vpg.common.collectives import SINGLE_PROCESS, SingleProcess
-from sb3_vpg.common.policy_inputs import Samples, SamplesWithInputs, ValueSamples, map_obs, pinned_empty
+from sb3_vpg.common.policy_inputs import Samples, SamplesWithInputs, ValueSamples, map_obs, pinned_empty, stored_dtype
 from sb3_vpg.estimators import NORMALIZATIONS, Formulation, Rollout
 
 NumpyObs = np.ndarray | dict[str, np.ndarray]
@@ -72,6 +72,7 @@ class VPGBufferMixin(RolloutBuffer):
         self.first_steps = np.zeros(self.n_envs, dtype=np.int64)
         self._time_limits: list[tuple[int, int]] = []
         self._terminal_obs: list[NumpyObs] = []
+        self._terminal_values: np.ndarray | None = None
         self.inputs = {}
         self._allocate(self.buffer_size)
 
@@ -88,12 +89,12 @@ class VPGBufferMixin(RolloutBuffer):
 
         if isinstance(self.observation_space, spaces.Dict):
             self.observations = {  # type: ignore[assignment]
-                key: rows("observations", self.obs_shape[key], space.dtype, key)  # type: ignore[call-overload]
+                key: rows("observations", self.obs_shape[key], stored_dtype(space), key)  # type: ignore[call-overload]
                 for key, space in self.observation_space.spaces.items()
             }
         else:
-            self.observations = rows("observations", self.obs_shape, self.observation_space.dtype)
-        self.actions = rows("actions", (self.action_dim,), self.action_space.dtype)
+            self.observations = rows("observations", self.obs_shape, stored_dtype(self.observation_space))
+        self.actions = rows("actions", (self.action_dim,), stored_dtype(self.action_space))
         for name, dtype in PER_STEP.items():
             setattr(self, name, rows(name, (), dtype))
         self.values[self.pos :] = 0.0
@@ -223,7 +224,7 @@ class VPGBufferMixin(RolloutBuffer):
 
         :param last_values: V(s_T) of the observation after the last step, N elements; zeros for no bootstrapping
         :param dones: whether the last step ended an episode, shape (N,)
-        :param terminal_values: V of :meth:`terminal_observations`; None to treat time limits like termination
+        :param terminal_values: V of :meth:`terminal_observations`; None for those of the last call, or none (like termination)
         :param processes: the processes that share the batch
         """
         if not self.full:
@@ -235,8 +236,10 @@ class VPGBufferMixin(RolloutBuffer):
         next_values[:-1] = self.values[1:]
         next_values[-1] = last_values.detach().cpu().numpy().reshape(self.n_envs)
         next_values[self.ends] = 0.0
-        if terminal_values is not None and self._time_limits:
-            next_values[tuple(np.transpose(self._time_limits))] = terminal_values
+        if terminal_values is not None:
+            self._terminal_values = terminal_values
+        if self._terminal_values is not None:
+            next_values[tuple(np.transpose(self._time_limits))] = self._terminal_values
 
         rows = np.arange(self.buffer_size)[:, None]
         begins = np.maximum.accumulate(np.where(starts, rows, -1), axis=0)

@@ -161,10 +161,10 @@ class RolloutCollector(ResumableAlgorithm):
             n_finished += dones
             recording = self._still_recording(recording, n_steps, n_rollout_steps, n_finished, dones)
 
-        last_values = self._finish_recording(new_obs, dones, runner, values_at_each_step)
+        values = self._finish_recording(new_obs, dones, runner, values_at_each_step)
         if not self._end_rollout(True, n_steps * env.num_envs):
             return False
-        self._compute_advantages(last_values, dones, runner)
+        self._compute_advantages(values, dones, runner)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True

@@ -253,7 +253,7 @@ class VPG(RolloutCollector):
 
             # 3. Further passes of the value regression
             if self.n_critic_updates > 1 and self.plan.uses_value_function and any(p.requires_grad for p in groups.critic):
-                runner.set_training_mode(True)
+                runner.set_training_mode(True, groups.critic)
                 self._fit_critic(runner, n_steps)
                 runner.set_training_mode(False)
 

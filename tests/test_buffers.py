@@ -1,14 +1,55 @@
 """Rollout buffers: a user's own RolloutBuffer gives the same update as VPG's, which can be derived from."""
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from helpers.envs import OBSERVATION_SPACES, policy_for
-from helpers.models import ACTOR, CRITIC, SGD, assert_same_weights, changed, small_kwargs, small_model, spaces_envs, weights
+from gymnasium import spaces
+from helpers.envs import OBSERVATION_SPACES, CountingEnv, policy_for
+from helpers.models import (
+    ACTOR,
+    CRITIC,
+    SGD,
+    Spy,
+    assert_same_weights,
+    changed,
+    small_kwargs,
+    small_model,
+    spaces_envs,
+    weights,
+)
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_vpg import VPG
 from sb3_vpg.buffers import VPGDictRolloutBuffer, VPGRolloutBuffer
+
+INTEGERS = spaces.Box(0, 9, (3,), np.int64)
+
+
+@pytest.mark.parametrize("space", [INTEGERS, spaces.Box(0, 9, (3,), np.uint8), spaces.Dict({"a": INTEGERS})], ids=str)
+def test_normalized_observations_of_an_integer_space_are_stored_as_they_are(space: spaces.Space):
+    env = VecNormalize(spaces_envs(space))
+    model = VPG(policy_for(space), env, n_steps=10)
+    seen, stored = [], model.rollout_buffer
+    model.learn(20, callback=Spy(lambda spy: seen.append(spy.locals["obs_tensor"])))
+    for key in space.spaces if isinstance(space, spaces.Dict) else [...]:
+        observations = np.stack([one[key] for one in seen]).astype(np.float32)
+        np.testing.assert_array_equal(stored.observations[key], observations)
+        assert not np.array_equal(np.round(observations), observations)
+
+
+def test_samples_for_an_action_space_of_integers_are_stored_as_they_are():
+    space = spaces.Box(-5, 5, (1,), np.int64)
+
+    def make():
+        return gym.wrappers.TransformAction(CountingEnv(action_space=space), lambda action: action.round().astype(int), space)
+
+    model, seen = small_model(make_vec_env(make, 2)), []
+    model.learn(20, callback=Spy(lambda spy: seen.append(spy.locals["actions"].copy())))
+    np.testing.assert_array_equal(model.rollout_buffer.actions, np.stack(seen))
+    assert not np.array_equal(np.round(seen), seen)
 
 
 class TaggedBuffer(RolloutBuffer):

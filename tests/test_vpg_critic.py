@@ -5,6 +5,7 @@ import pytest
 import torch as th
 from helpers.envs import OBSERVATION_SPACES, policy_for
 from helpers.models import CRITIC, SGD, changed, small_kwargs, small_model, spaces_envs, weights
+from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_vpg import VPG
 
@@ -50,6 +51,33 @@ def test_further_critic_passes_move_only_what_the_actor_does_not_use(observation
     if share:
         critic = {name for name in critic if not name.startswith("vf_features_extractor.")}
     assert changed(weights(once), weights(often)) == critic
+
+
+class Normalized(FlattenExtractor):
+    """Batch normalization of the observations."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space)
+        self.norm = th.nn.BatchNorm1d(self.features_dim)
+
+    def forward(self, observations):
+        return self.norm(super().forward(observations))
+
+
+@pytest.mark.parametrize(("share", "moved"), [(True, set()), (False, {"vf_features_extractor"})])
+def test_further_critic_passes_move_only_statistics_that_the_actor_does_not_use(share, moved):
+    kwargs = {"features_extractor_class": Normalized, "share_features_extractor": share}
+    model = small_model(n_critic_updates=3, policy_kwargs=kwargs)
+    fit_critic, seen = model._fit_critic, []
+
+    def spied(*args):
+        before = {name: value.clone() for name, value in model.policy.named_buffers()}
+        fit_critic(*args)
+        seen.append({name.split(".")[0] for name, value in model.policy.named_buffers() if not th.equal(value, before[name])})
+
+    model._fit_critic = spied
+    model.learn(20)
+    assert seen == [moved]
 
 
 def test_the_critic_takes_as_many_steps_and_batches_as_asked():

@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from helpers.models import OwnForward
 from stable_baselines3 import A2C
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_vpg import VPG
@@ -76,7 +79,7 @@ CASES = {
 }
 
 
-def train(algorithm, policy, observation_space, action_space, wrap=lambda env: env, **kwargs):
+def train(algorithm, policy, observation_space, action_space, wrap=lambda env: env, callback=None, **kwargs):
     env = wrap(make_vec_env(lambda: RandomWalk(observation_space, action_space), n_envs=2, seed=1))
     n_steps = kwargs.pop("n_steps", 8)
     model = algorithm(
@@ -92,7 +95,7 @@ def train(algorithm, policy, observation_space, action_space, wrap=lambda env: e
         seed=3,
         device="cpu",
     )
-    return model.learn(N_UPDATES * n_steps * 2, log_interval=None)
+    return model.learn(N_UPDATES * n_steps * 2, callback, log_interval=None)
 
 
 def assert_same_weights(vpg, a2c):
@@ -131,6 +134,43 @@ def test_vpg_is_a2c_with_vec_normalize():
 
     a2c, vpg = (train(algorithm, "MlpPolicy", VECTOR, FORCE, wrap) for algorithm in (A2C, VPG))
     assert_same_weights(vpg, a2c)
+
+
+class Bonus(BaseCallback):
+    """A reward of one's own: it is added at the end of a rollout, and the advantages are computed again."""
+
+    def __init__(self, from_locals):
+        super().__init__()
+        self.from_locals = from_locals
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_end(self):
+        rollout, policy = self.model.rollout_buffer, self.model.policy
+        rollout.rewards += np.abs(rollout.observations).sum(axis=-1)
+        with th.no_grad():
+            own = policy.predict_values(policy.obs_to_tensor(self.locals["new_obs"])[0])
+        rollout.compute_returns_and_advantage(self.locals["values"] if self.from_locals else own, self.locals["dones"])
+
+
+@pytest.mark.parametrize("from_locals", [False, True])
+@pytest.mark.parametrize("policy", ["MlpPolicy", OwnForward])
+def test_vpg_is_a2c_with_a_callback_that_changes_rewards(policy, from_locals):
+    a2c, vpg = (train(algorithm, policy, VECTOR, FORCE, callback=Bonus(from_locals)) for algorithm in (A2C, VPG))
+    assert_same_weights(vpg, a2c)
+
+
+class MeanEntropy(ActorCriticPolicy):
+    def evaluate_actions(self, obs, actions):
+        values, log_prob, entropy = super().evaluate_actions(obs, actions)
+        return values, log_prob, entropy.mean()
+
+
+def test_vpg_is_a2c_with_a_policy_that_returns_the_mean_of_its_entropies():
+    a2c, vpg = (train(algorithm, MeanEntropy, VECTOR, FORCE, ent_coef=0.5) for algorithm in (A2C, VPG))
+    assert_same_weights(vpg, a2c)
+    assert_same_logs(vpg, a2c)
 
 
 @pytest.mark.parametrize("normalize_advantage", [False, True])

@@ -250,6 +250,9 @@ HEADS: dict[type[Distribution], type[Head]] = {
 def make_head(policy: ActorCriticPolicy) -> Head:
     """:return: the head for the policy's distribution"""
     distribution = type(policy.action_dist)
+    if any(hasattr(distribution, name) for name in vars(policy.action_dist)):
+        # A method of this object was replaced
+        return Head(policy)
     if distribution is DiagGaussianDistribution and policy.log_std.shape != (policy.action_dist.action_dim,):  # type: ignore
         return Head(policy)
     if distribution.__module__ == "sb3_contrib.common.maskable.distributions":

@@ -38,7 +38,7 @@ def critic_only_parameters(policy: ActorCriticPolicy) -> set[int]:
     :param policy: any actor-critic policy
     :return: ids of these parameters
     """
-    parameters = list(policy.parameters())
+    parameters = [p for p in policy.parameters() if p.is_floating_point()]
     obs = obs_as_tensor(_near_zero(policy.observation_space), policy.device)
 
     def depends(output: th.Tensor) -> list[bool]:
@@ -85,7 +85,7 @@ def without_validation() -> Iterator[None]:
 @contextmanager
 def unfrozen(parameters: Iterable[th.nn.Parameter]) -> Iterator[None]:
     """Context in which all parameters require gradients, including the frozen ones."""
-    frozen = [p for p in parameters if not p.requires_grad and p.is_floating_point()]
+    frozen = [p for p in parameters if not p.requires_grad]
     for p in frozen:
         p.requires_grad_(True)
     try:

@@ -7,6 +7,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import DictRolloutBufferSamples, RolloutBufferSamples, TensorDict
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -26,6 +27,15 @@ def pinned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """``numpy.empty`` in page-locked memory, from which a GPU copies faster. PyTorch keeps such memory and uses it again."""
     n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
     return th.empty(n_bytes, dtype=th.uint8, pin_memory=True).numpy().view(dtype).reshape(shape)
+
+
+def stored_dtype(space: spaces.Space) -> Any:
+    """
+    :return: dtype in which a buffer stores elements of the space: single precision for the integers of a Box that is no image.
+        VecNormalize and Gaussian policies make floats of them, and do not change the space
+    """
+    is_vector = isinstance(space, spaces.Box) and not is_image_space(space)
+    return np.float32 if is_vector and space.dtype.kind in "iu" else space.dtype  # type: ignore[union-attr]
 
 
 class SamplesWithInputs(NamedTuple):

@@ -179,9 +179,18 @@ class PolicyRunner:
     def __init__(self, policy: ActorCriticPolicy):
         self.policy = policy
 
-    def set_training_mode(self, mode: bool) -> None:
-        """Put the networks into training mode or evaluation mode, if it makes a difference."""
+    def set_training_mode(self, mode: bool, only: Collection[nn.Parameter] | None = None) -> None:
+        """
+        Put the networks into training mode or evaluation mode, if it makes a difference.
+
+        :param only: in training mode, only batch normalization with these parameters updates its statistics; None: all
+        """
         self.policy.set_training_mode(mode)
+        if only is not None:
+            trained = set(map(id, only))
+            for module in self.policy.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and not trained & set(map(id, module.parameters())):
+                    module.eval()
 
     @property
     def threads_per_operation(self) -> int:
@@ -206,6 +215,9 @@ class PolicyRunner:
         :return: values (None if not computed), log probabilities, entropies (None without an analytical form), shape (N,)
         """
         values, log_prob, entropy = self.policy.evaluate_actions(obs, self._actions(actions), **inputs)
+        log_prob = log_prob.flatten()
+        # With A2C, a policy may return the mean of the entropies
+        entropy = None if entropy is None else entropy.flatten().expand(len(log_prob))
         return values.flatten() if with_values else None, log_prob, entropy
 
     def evaluation(self, obs: PyTorchObs, actions: th.Tensor, with_values: bool, **inputs: th.Tensor) -> Any:
@@ -308,10 +320,10 @@ class FastPolicyRunner(PolicyRunner):
             return False
         return not any(map(has_gradient_hooks, parameters))
 
-    def set_training_mode(self, mode: bool) -> None:
+    def set_training_mode(self, mode: bool, only: Collection[nn.Parameter] | None = None) -> None:
         # Plain networks compute the same in both modes
         if not self._by_hand:
-            super().set_training_mode(mode)
+            super().set_training_mode(mode, only)
 
     def features(self, obs: PyTorchObs, extractor: BaseFeaturesExtractor) -> th.Tensor:
         if self._only_flatten:

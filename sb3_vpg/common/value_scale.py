@@ -72,6 +72,10 @@ class ValueScale:
                     vars(self).update(before)
                 else:
                     th._foreach_mul_(output_layer, self.sigma)
+                    for parameter, value in zip(output_layer, original):
+                        if not parameter.requires_grad:
+                            # Without rounding
+                            parameter.copy_(value)
 
 
 def scaled_values(model: Any) -> AbstractContextManager[None]:

@@ -68,7 +68,7 @@ def rollout_statistics(model: VPG, n_bootstrap: int = 0) -> GradientStatistics |
 
     :param model: VPG with a rollout, before its update
     :param n_bootstrap: number of bootstrap resamples for the intervals; 0 for no intervals
-    :return: the statistics; None if the rollout has fewer than two segments
+    :return: the statistics; None if the rollout has fewer than two segments, or the actor is frozen
     """
     buffer = model.rollout_buffer
     if not isinstance(buffer, VPGBufferMixin) or buffer.n_segments < 2:
@@ -82,6 +82,8 @@ def rollout_statistics(model: VPG, n_bootstrap: int = 0) -> GradientStatistics |
     gradients = []
     with gradients_in_evaluation_mode(model.policy):
         parameters = actor_parameters(runner, buffer)
+        if not parameters:
+            return None
         for group in groups:
             indices = np.concatenate([segments[segment] for segment in group])
             gradients.append(weighted_score(runner, parameters, buffer, indices, weights[:, indices])[0])

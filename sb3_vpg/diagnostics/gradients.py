@@ -26,6 +26,8 @@ def actor_parameters(runner: PolicyRunner, buffer: VPGBufferMixin) -> list[th.nn
     """:return: the policy's parameters on which the log probability of an action depends"""
     parameters = [p for p in runner.policy.parameters() if p.requires_grad]
     log_prob = log_probabilities(runner, buffer, np.arange(1))
+    if not log_prob.requires_grad:
+        return []
     gradients = th.autograd.grad(log_prob.sum(), parameters, allow_unused=True)
     return [p for p, gradient in zip(parameters, gradients) if gradient is not None]
 

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import math
 import os
 import shutil
 import sys
@@ -95,6 +96,9 @@ def study_of(args: argparse.Namespace) -> tuple[Study, Selection]:
     if not args.config:
         given = {"environments": args.env, "algorithms": args.algo}
         settings |= {key: value for key, value in given.items() if value}
+    if args.vec_env and isinstance(settings.get("environments"), dict):
+        environments = settings["environments"].items()
+        settings["environments"] = {name: {**(of or {}), "vec_env": args.vec_env} for name, of in environments}
     for key in ("entries", "seeds", "first_seed", "steps", "vec_env", "gym_packages"):
         if getattr(args, key) is not None:
             settings[key] = getattr(args, key)
@@ -110,6 +114,8 @@ def study_of(args: argparse.Namespace) -> tuple[Study, Selection]:
         for name, (algorithm, setting) in study.contestants.items()
         if algorithm in (args.algo or study.algorithms) and setting in (args.setting or ["", *study.settings])
     ]
+    if not contestants:
+        raise ValueError("--algo and --setting select nothing together: other algorithms than VPG have no settings")
     return study, Selection(list(dict.fromkeys(args.env or study.environments)), contestants)
 
 
@@ -129,7 +135,7 @@ def compare(args: argparse.Namespace) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         hyperparameters = check_cells(study, selection, Path(folder))
-        if args.dry_run and not args.folder.exists():
+        if args.dry_run and not (args.folder / "study.yml").exists():
             print_plan(plan(study, selection, hyperparameters, None, args.processes, Path(folder)), args.processes)
             return
         with folder_of(args.folder):
@@ -230,6 +236,9 @@ def plan(
     from sb3_vpg.study import training
 
     chosen = chosen_learning_rates(study, results.frame("runs")) if results else {}
+    if results is not None:
+        # The search has not selected their rates yet: all their final runs are missing
+        chosen |= {run.cell: math.nan for run in study.search_runs(*selection) if run not in results}
     phases = [
         study.search_runs(*selection),
         study.final_runs(*selection, chosen),

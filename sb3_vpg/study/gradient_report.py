@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import numpy as np
 import pandas as pd
 
 from sb3_vpg.study.rendering import Chart, Section, Table
@@ -26,13 +27,15 @@ def policies(findings: Findings) -> Iterator[tuple[str, str]]:
 
 def gradient_statistics(findings: Findings, environment: str, policy: str) -> pd.DataFrame:
     """
-    :return: the statistics (columns) of each measured setting, moment (the nearest of start, middle and end of training) and
+    :return: the statistics (columns) of each measured setting, moment (first, middle or last measurement of a run) and
         seed. If a setting's gradients consist of rounding errors, as those of a time baseline if all episodes have the same
         return, then its variance is 0 and its other statistics are missing.
     """
     rows = findings.points[(findings.points.phase == "statistics") & (findings.points.measured != "")]
     rows = rows[(rows.environment == environment) & (rows.setting == policy)]
-    moments = [MOMENTS[round(2 * timesteps / rows.timesteps.max())] for timesteps in rows.timesteps]
+    times = rows.groupby("seed").timesteps
+    is_start, is_end = rows.timesteps == times.transform("min"), rows.timesteps == times.transform("max")
+    moments = np.select([is_start, is_end], [MOMENTS[0], MOMENTS[2]], MOMENTS[1])
     index = ["measured", "moment", "seed"]
     values = rows.assign(moment=moments).pivot(index=index, columns="metric", values="value")
     rounding = values.variance <= ROUNDING * values.groupby(["moment", "seed"]).variance.transform("max")
@@ -145,7 +148,8 @@ def rank_section(findings: Findings) -> Section:
     """
     rows = []
     for environment, policy in policies(findings):
-        scores = findings.values(environment, findings.study.score)
+        of_contestants = findings.values(environment, findings.study.score)
+        scores = {setting: of_contestants[name] for setting, name in findings.study.measured.items() if name in of_contestants}
         values = gradient_statistics(findings, environment, policy)
         cosines = {metric: {name: of_seeds(values, metric, name, "middle") for name in scores} for metric in COSINES}
         both = [name for name in scores if all(len(of_metric[name]) for of_metric in cosines.values())]

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 #: Processes are forks of one that has imported these modules. Making an optimizer imports the second one, which takes seconds
 PRELOADED = ["sb3_vpg.study.training", "torch._dynamo"]
 
+#: Longest error in characters; output.log has all of it
+MAX_ERROR = 2000
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -105,7 +107,7 @@ def _result_of(function: Callable[..., Any], *arguments: Any) -> Event:
         if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
             raise
         traceback.print_exc()
-        return Event(None, error=" ".join(f"{type(error).__name__}: {error}".split()))
+        return Event(None, error=" ".join(f"{type(error).__name__}: {error}".split())[:MAX_ERROR])
 
 
 def _end_with_parent() -> None:

@@ -154,8 +154,8 @@ class Results:
         self._ended.add(_key(run))
 
     def frame(self, name: str) -> pd.DataFrame:
-        """:return: the rows of "runs" or "points", with exactly the numbers that were written"""
-        numbers = {column: [""] for column in COLUMNS[name] if column not in TEXTS}
+        """:return: the rows of "runs" or "points", with exactly the numbers that were written; NaN for infinite ones"""
+        numbers = {column: ["", "nan", "inf", "-inf"] for column in COLUMNS[name] if column not in TEXTS}
         texts = {column: str for column in COLUMNS[name] if column in TEXTS}
         return pd.read_csv(
             self.paths[name], dtype=texts, na_values=numbers, keep_default_na=False, float_precision="round_trip"
@@ -180,7 +180,10 @@ def keep_settings(folder: Path, study: Mapping[str, Any], hyperparameters: Mappi
     versions = {name: version for name in VERSIONS if (version := _version(name))}
     new = _plain({"format": FORMAT, "study": study, "hyperparameters": hyperparameters, "versions": versions})
     if path.is_file():
-        old = yaml.safe_load(path.read_text())
+        try:
+            old = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
         if not isinstance(old, dict) or old.get("format") != FORMAT:
             raise ValueError(f"{path} has another format than {FORMAT}, that of this version: choose another --folder")
         old_cells = {cell: old["hyperparameters"].get(cell, new["hyperparameters"][cell]) for cell in new["hyperparameters"]}
@@ -233,7 +236,7 @@ def _as_csv(rows: Iterable[Sequence[Any]]) -> bytes:
 def _complete_rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
     """:return: the rows of a file without its header, and without a last line that is not complete"""
     header = _as_csv([columns]).decode()
-    text = path.read_text() if path.is_file() else header
+    text = path.read_text(encoding="utf-8") if path.is_file() else header
     if not text.startswith(header):
         raise ValueError(f"{path} has another format: its first line is not {header.strip()!r}; choose another --folder")
     return list(csv.reader(text[: text.rindex("\n") + 1].splitlines()))[1:]

@@ -76,14 +76,18 @@ class Findings:
         :param runs: the file "runs", see :data:`sb3_vpg.study.results.COLUMNS`
         :param points: the file "points"
         :param selection: the part of the study that is reported; None for all of it
-        :return: the results. Final runs and gradients count only with the learning rate that the search selects now.
+        :return: the results. Final runs and gradients count only with the learning rate that the search selects now, and final
+            runs only with a seed that the study names.
         """
         selection = selection or Selection(list(study.environments), list(study.contestants))
         chosen = chosen_learning_rates(study, runs)
         rates = pd.Series(
             [chosen.get(cell, np.nan) for cell in zip(runs.environment, runs.algorithm, runs.setting)], runs.index
         )
-        runs = runs[(runs.phase == "search") | (runs.learning_rate == rates) | rates.isna()]
+        searched = (runs.phase == "search") & runs.learning_rate.isin(study.search.learning_rates)
+        selected = (runs.learning_rate == rates) | (rates.isna() & runs.learning_rate.isna())
+        named = (runs.phase != "final") | runs.seed.isin(range(study.first_seed, study.first_seed + study.seeds))
+        runs = runs[searched | (selected & named)]
         names = {cell: name for name, cell in study.contestants.items()}
         runs, points = (
             frame.assign(contestant=[names.get(cell) for cell in zip(frame.algorithm, frame.setting)])
@@ -142,7 +146,7 @@ class Findings:
     def _returns(self, environment: str) -> pd.DataFrame:
         """:return: the points of the learning curves of the final runs"""
         rows = self.points[self.points.environment == environment]
-        return rows[(rows.metric == "return") & (rows.phase == "final")]
+        return rows[(rows.metric == "return") & (rows.phase == "final")].dropna(subset="value")
 
     def curves(self, environment: str, axis: str, n_points: int = 60) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """

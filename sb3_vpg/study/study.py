@@ -179,7 +179,11 @@ class Study:
             if name in self.algorithms:
                 raise ValueError(f"settings: {name} is the name of an algorithm; choose another")
         for pair in self.pairs:
-            if isinstance(pair, str) or len(pair) not in (2, 3) or not all(isinstance(text, str) for text in pair):
+            if (
+                not isinstance(pair, (list, tuple))
+                or len(pair) not in (2, 3)
+                or not all(isinstance(text, str) for text in pair)
+            ):
                 raise ValueError(
                     f"pairs: {pair!r} is not allowed; it must be two contestants, and optionally a question in quotation marks"
                 )
@@ -193,6 +197,10 @@ class Study:
     def _check_types(self) -> None:
         for key in ("algorithms", "pairs", "gym_packages"):
             _check_type(key, getattr(self, key), Sequence)
+        for key in ("algorithms", "gym_packages"):
+            for name in getattr(self, key):
+                if not isinstance(name, str):
+                    raise ValueError(f"{key}: {name!r} is not allowed; it must be a name")
         for key in ("environments", "settings", "common"):
             _check_type(key, getattr(self, key), Mapping)
         for key in ("environments", "settings"):
@@ -211,6 +219,7 @@ class Study:
         if len(score_range) != 2:
             raise ValueError(f"{name}: score_range={score_range} is not allowed; it must be two returns")
         low, high = score_range
+        check_number(f"{name}: score_range", low)
         check_number(f"{name}: score_range", high, low=low, low_included=False)
         if not self.entries and self.steps is None and "n_timesteps" not in environment:
             raise ValueError(f"{name}: n_timesteps is missing; it is required with entries: false")
@@ -234,6 +243,12 @@ class Study:
                 named[name] = (algorithm, setting)
         return named
 
+    @property
+    def measured(self) -> dict[str, str]:
+        """Contestant of each setting, for the algorithm whose gradients are measured."""
+        own = next((algorithm for algorithm in self.algorithms if algorithm in OWN_ALGORITHMS), "")
+        return {setting: name for name, (algorithm, setting) in self.contestants.items() if algorithm == own}
+
     def keywords(self, environment: str, algorithm: str, setting: str) -> dict[str, Any]:
         """:return: hyperparameters that replace those of the zoo's entry"""
         of_environment = self.environments[environment]
@@ -248,7 +263,7 @@ class Study:
         keywords |= {key: task[key] for key in TASK_KEYS if key in task}
         if algorithm in OWN_ALGORITHMS:
             own = {key: value for key, value in of_environment.items() if key not in ENVIRONMENT_KEYS}
-            keywords = {**self.common, **own, **self.settings.get(setting, {}), **keywords}
+            keywords = {**self.common, **own, **keywords, **self.settings.get(setting, {})}
         return keywords
 
     def search_runs(self, environments: Iterable[str], contestants: Iterable[str]) -> Iterator[Run]:
@@ -256,7 +271,7 @@ class Study:
         for environment, name in itertools.product(environments, contestants):
             algorithm, setting = self.contestants[name]
             if algorithm in OWN_ALGORITHMS:
-                for rate, seed in itertools.product(self.search.learning_rates, range(self.search.seeds)):
+                for rate, seed in itertools.product(dict.fromkeys(self.search.learning_rates), range(self.search.seeds)):
                     yield Run("search", environment, algorithm, setting, FIRST_SEARCH_SEED + seed, rate)
 
     def final_runs(
@@ -277,11 +292,10 @@ class Study:
         self, environments: Iterable[str], contestants: Iterable[str], chosen: Mapping[Cell, float]
     ) -> Iterator[Run]:
         """:return: the runs that measure gradients, of the first algorithm that has settings; see :meth:`final_runs`"""
-        own = next((algorithm for algorithm in self.algorithms if algorithm in OWN_ALGORITHMS), "")
-        among = {self.contestants[name] for name in contestants}
-        policies = [(own, setting) for setting in self.statistics.policies if (own, setting) in among]
-        for seed, environment, policy in itertools.product(range(self.statistics.seeds), environments, policies):
-            run = Run("statistics", environment, *policy, seed)
+        measured, among = self.measured, set(contestants)
+        policies = [measured[setting] for setting in dict.fromkeys(self.statistics.policies) if measured.get(setting) in among]
+        for seed, environment, name in itertools.product(range(self.statistics.seeds), environments, policies):
+            run = Run("statistics", environment, *self.contestants[name], seed)
             yield run._replace(learning_rate=chosen.get(run.cell))
 
 
@@ -305,7 +319,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     :raises ValueError: if the file cannot be read or is not a mapping
     """
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
     if not isinstance(settings, dict):
@@ -324,6 +338,8 @@ def make_study(settings: Mapping[str, Any]) -> Study:
         if key in values:
             values[key] = _made(cls, values[key], f"{key}: key")
     if isinstance(values.get("environments"), list):
+        if any(isinstance(name, (dict, list)) for name in values["environments"]):
+            raise ValueError("environments: with keywords, write `name: {keywords}` without the hyphens of a list")
         values["environments"] = dict.fromkeys(values["environments"])
     # A key without a value is None in YAML
     for key in ("settings", "common"):
@@ -349,7 +365,7 @@ def varied(texts: Iterable[str]) -> dict[str, dict[str, Any]]:
     :return: a setting for each combination of values, by name
     :raises ValueError: if a text has another form
     """
-    choices = []
+    choices: dict[str, list[tuple[str, Any]]] = {}
     for text in texts:
         keyword, equals, values = text.partition("=")
         try:
@@ -358,8 +374,10 @@ def varied(texts: Iterable[str]) -> dict[str, dict[str, Any]]:
             raise ValueError(f"--vary {text!r}: {values!r} is not a list of values: {error}") from error
         if not (keyword and equals and parsed):
             raise ValueError(f"--vary {text!r} is not allowed; it must have the form keyword=value,value")
-        choices.append([(keyword, value) for value in _with_numbers(parsed)])
-    return {", ".join(f"{key}={value}" for key, value in one): dict(one) for one in itertools.product(*choices)}
+        if keyword in choices:
+            raise ValueError(f"--vary has {keyword} twice; name all of its values at once: {keyword}=value,value")
+        choices[keyword] = [(keyword, value) for value in _with_numbers(parsed)]
+    return {", ".join(f"{key}={value}" for key, value in one): dict(one) for one in itertools.product(*choices.values())}
 
 
 def _with_numbers(value: Any) -> Any:

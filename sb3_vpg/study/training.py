@@ -46,6 +46,8 @@ ZOO_KEYS = (
 EVALUATION_SEED = 10_000
 #: Fractions of the budget after which gradients are measured
 MEASURED_AT = (0.0, 0.5, 1.0)
+#: Longest episode of an evaluation. Without a time limit, a deterministic policy may never end one
+MAX_EPISODE_STEPS = 100_000
 #: Minimum duration of a measurement of speed, in seconds
 SECONDS_OF_SPEED = 2.0
 
@@ -76,6 +78,9 @@ class Episodes(BaseCallback):
         self.start = self.reported = time.perf_counter()
 
     def _on_step(self) -> bool:
+        if "dones" not in self.locals:
+            # ARS: callbacks see no episodes
+            return True
         # VPG does not use the episodes of environments that wait for others
         ended = self.locals["dones"] & self.locals.get("recording", True)
         for index in ended.nonzero()[0]:
@@ -277,9 +282,11 @@ def start_tracking(tracking: Tracking | None, study: Study, run: Run) -> Iterato
         wandb.init(
             name=name, project="sb3", group=tracking.folder.name, config=config, sync_tensorboard=True, dir=tracking.folder
         )
-    yield str(logs)
-    if tracking.service == "wandb":
-        wandb.finish()
+    try:
+        yield str(logs)
+    finally:
+        if tracking.service == "wandb":
+            wandb.finish()
 
 
 def evaluate(study: Study, run: Run, manager: VPGExperimentManager, model: Any) -> dict[str, Any]:
@@ -287,8 +294,18 @@ def evaluate(study: Study, run: Run, manager: VPGExperimentManager, model: Any) 
     env = manager.create_envs(study.evaluation_episodes, eval_env=True)
     env.seed(EVALUATION_SEED + run.seed)
     sync_envs_normalization(model.env, env)
+
+    def check_length(variables: dict[str, Any], _: Any) -> None:
+        if variables["current_lengths"].max() >= MAX_EPISODE_STEPS:
+            raise ValueError(
+                f"an evaluation episode has not ended after {MAX_EPISODE_STEPS} steps: {run.environment} has no time limit; "
+                "env_kwargs: {max_episode_steps: ...} sets one"
+            )
+
     (returns, lengths), (stochastic, _) = (
-        evaluate_policy(model, env, study.evaluation_episodes, deterministic, return_episode_rewards=True)
+        evaluate_policy(
+            model, env, study.evaluation_episodes, deterministic, callback=check_length, return_episode_rewards=True
+        )
         for deterministic in (True, False)
     )
     env.close()
@@ -308,6 +325,9 @@ def measure_speed(study: Study, run: Run, folder: Path, report: Callable[[float]
     """
     manager, model, _ = set_up(study, run, folder)
     callback = StopAfterSeconds()
+    if hasattr(model, "learning_starts"):
+        # Steps before the first update are much faster than the others
+        model.learning_starts = min(model.learning_starts, 100)
     model.learn(manager.n_timesteps, callback=[*manager.callbacks, callback])
     model.env.close()
     return callback.seconds_per_step

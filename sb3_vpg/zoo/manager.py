@@ -103,7 +103,11 @@ class VPGExperimentManager(ExperimentManager):
             elif self.vec_env_class is DummyVecEnv and uses_native_vec_env(self.algo, self.env_name.gym_id):
                 self.vec_env_class = self.eval_vec_env_class = NativeVecEnv
                 self._print("Using NativeVecEnv: all environments are stepped in one array (disable it with --vec-env dummy)")
-        return super()._preprocess_hyperparams(hyperparams)
+        processed = super()._preprocess_hyperparams(hyperparams)
+        if self._eval_env_kwargs_args is None:
+            # The zoo uses the file's env_kwargs for training only
+            self.eval_env_kwargs = self.env_kwargs
+        return processed
 
     def _print(self, text: str) -> None:
         if self.verbose > 0:

@@ -120,6 +120,14 @@ def test_a_policy_with_nothing_to_train_is_refused(formulation):
     assert model._n_updates == 0
 
 
+def test_parameters_of_integers_are_left_alone():
+    model = small_model(n_critic_updates=3)
+    model.policy.register_parameter("count", th.nn.Parameter(th.zeros(2, dtype=th.int64), requires_grad=False))
+    before = weights(model)
+    model.learn(40)
+    assert changed(before, weights(model)) == set(before) - {"count"}
+
+
 class FrozenCritic(ActorCriticPolicy):
     """Its critic is frozen at construction."""
 

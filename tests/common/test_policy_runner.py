@@ -485,6 +485,32 @@ def test_what_is_replaced_in_a_policy_after_construction_counts(replace):
         assert not th.allclose(ours, old)
 
 
+def test_what_is_replaced_in_a_distribution_after_construction_counts():
+    policy = POLICIES["Discrete"]()
+    x, actions = observations(MANY), stored_actions(policy, MANY)
+    _, before, _ = make_policy_runner(policy).evaluate(x, actions, with_values=True)
+    proba_distribution = policy.action_dist.proba_distribution
+    policy.action_dist.proba_distribution = lambda action_logits: proba_distribution(100 * action_logits)
+    expected = policy.evaluate_actions(x, actions.long().flatten())
+    after = make_policy_runner(policy).evaluate(x, actions, with_values=True)
+    for theirs, ours in zip(expected, after):
+        th.testing.assert_close(ours, theirs.flatten())
+    assert not th.allclose(after[1], before)
+
+
+class ColumnOfLogProbabilities(ActorCriticPolicy):
+    def evaluate_actions(self, obs, actions):
+        values, log_prob, entropy = super().evaluate_actions(obs, actions)
+        return values, log_prob[:, None], entropy
+
+
+def test_log_probabilities_may_be_a_column():
+    classes = (ActorCriticPolicy, ColumnOfLogProbabilities)
+    one, other = (VPG(cls, "CartPole-v1", n_steps=10, seed=0).learn(40) for cls in classes)
+    for ours, theirs in zip(one.policy.parameters(), other.policy.parameters()):
+        th.testing.assert_close(ours, theirs)
+
+
 def test_hooks_registered_at_the_start_of_a_rollout_are_called_in_it():
     calls = []
 

@@ -48,6 +48,15 @@ def test_the_network_predicts_v_over_sigma_within_the_update_and_v_outside():
         th.testing.assert_close(model.policy.predict_values(obs), before + 1)
 
 
+def test_a_frozen_output_layer_stays_as_it_is():
+    model = small_model(scale_value_targets=True, n_critic_updates=3)
+    model.policy.value_net.requires_grad_(False)
+    before = copy.deepcopy(weights(model, ("value_net",)))
+    model.learn(200)
+    for name, value in weights(model, ("value_net",)).items():
+        assert th.equal(value, before[name])
+
+
 def test_an_error_before_the_first_step_leaves_sigma_and_the_network_as_they_were():
     model = small_model(scale_value_targets=True).learn(20)
     before, sigma, targets = copy.deepcopy(weights(model)), model.value_scale.sigma, vars(model.value_scale.targets.copy())

@@ -80,6 +80,15 @@ def test_many_pieces_are_taken_together():
     assert statistics.noise_scale.value == pytest.approx(4 * MAX_GROUPS / statistics.snr.value)
 
 
+def test_a_frozen_actor_has_no_gradient_and_logs_nothing():
+    model = VPG("MlpPolicy", DummyVecEnv([lambda: CountingEnv([3])] * 2), n_steps=8, seed=0)
+    for name, parameter in model.policy.named_parameters():
+        parameter.requires_grad_("value" in name)
+    recorder = Recorder()
+    model.learn(64, callback=[recorder, GradientStatisticsCallback(1)])
+    assert not any(name.startswith("gradient/") for logged in recorder.logged for name in logged)
+
+
 def test_one_piece_logs_nothing():
     model = VPG("MlpPolicy", DummyVecEnv([lambda: CountingEnv([100])]), n_steps=16, seed=0)
     recorder = Recorder()

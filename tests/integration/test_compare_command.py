@@ -32,6 +32,31 @@ from sb3_vpg.estimators import ESTIMATORS
 
 ESTIMATORS["mine"] = ESTIMATORS["td_residual"]
 """
+#: Rewards that are a keyword, episodes of ten steps or without end, and a bound for evaluations that a test can wait for
+TASKS = """
+import gymnasium as gym
+import numpy as np
+from sb3_vpg.study import training
+
+training.MAX_EPISODE_STEPS = 50
+
+class Reward(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (2,))
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, reward=1.0):
+        self.reward = reward
+
+    def reset(self, **kwargs):
+        super().reset(**kwargs)
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(2, np.float32), self.reward, False, False, {}
+
+gym.register("Reward-v0", Reward, max_episode_steps=10)
+gym.register("Endless-v0", Reward)
+"""
 #: Columns that differ from run to run
 TIMES = ["wall_seconds", "processor_seconds", "seconds"]
 
@@ -229,6 +254,30 @@ def test_entries_may_be_those_of_a_file_and_their_callbacks_may_end_the_training
     assert "error: entries: settings and keywords are those of VPG" in unused.stderr
 
 
+def test_evaluations_are_of_the_task_that_was_trained_and_end(installed: Environment, tmp_path: Path):
+    (tmp_path / "my_tasks.py").write_text(TASKS)
+    study = {
+        "gym_packages": ["my_tasks"],
+        "environments": {
+            "Reward-v0": {"n_timesteps": 2000, "env_kwargs": {"reward": 5.0}},
+            "Endless-v0": {"n_timesteps": 100},
+        },
+        # Callbacks of ARS see no episodes, and it trains on whole ones
+        "algorithms": ["vpg", "a2c", "ars"],
+        "seeds": 1,
+        "evaluation_episodes": 2,
+    }
+    for selected in (["--algo", "vpg", "a2c"], ["--algo", "ars", "--env", "Reward-v0"]):
+        arguments = command(written(study, tmp_path), tmp_path / "out", *selected)
+        output_of(installed.run_warm(*arguments, env={"PYTHONPATH": str(tmp_path)}))
+    runs = pd.read_csv(tmp_path / "out" / "runs.csv", keep_default_na=False).set_index(["environment", "algorithm"])
+    assert runs.deterministic_return["Reward-v0"].tolist() == runs.stochastic_return["Reward-v0"].tolist() == ["50.0"] * 3
+    assert runs.training_return["Reward-v0"].to_dict() == {"vpg": "50.0", "a2c": "50.0", "ars": ""}
+    assert runs.error["Endless-v0", "vpg"].startswith(
+        "ValueError: an evaluation episode has not ended after 50 steps: Endless-v0 has no time limit"
+    )
+
+
 def test_an_estimator_of_ones_own_joins_a_study(installed: Environment, tmp_path: Path):
     folder = tmp_path / "out"
     (tmp_path / "my_estimators.py").write_text(MINE)
@@ -266,12 +315,17 @@ def test_statistics_that_cannot_be_measured_are_an_error_before_the_first_run(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_tells_the_cost_and_writes_nothing(installed: Environment, tmp_path: Path):
-    arguments = ("--env", "CartPole-v1", "--algo", "a2c", "--seeds", "3", "--steps", "200", "-f", str(tmp_path / "out"))
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_dry_run_tells_the_cost_and_writes_nothing(installed: Environment, exists: bool, tmp_path: Path):
+    folder = tmp_path / "out"
+    if exists:
+        folder.mkdir()
+    arguments = ("--env", "CartPole-v1", "--algo", "a2c", "--seeds", "3", "--steps", "200", "-f", str(folder))
     output = output_of(installed.run_warm(*COMPARE, *arguments, "--processes", "1", "--dry-run"))
     assert re.search(r"CartPole-v1 +a2c +3 runs +[\d,]+ steps/s", output)
     assert re.search(r"3 runs in 1 processes: about 00:0\d of training \(measured now, a few seconds each\)", output)
-    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.glob("out/**/*")) == []
+    assert folder.exists() == exists
 
 
 @pytest.mark.parametrize(

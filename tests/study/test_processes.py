@@ -23,6 +23,8 @@ def job(task: str, report) -> str:
     print("output of", task)
     if task == "raises":
         raise ValueError("in\ntwo lines")
+    if task == "raises a long text":
+        raise ValueError("long " * 100_000)
     if task == "crashes":
         os._exit(7)
     if task == "disk":
@@ -51,6 +53,12 @@ def test_each_job_reports_its_progress_and_ends_once(tmp_path: Path):
     output = (tmp_path / "output.log").read_text()
     assert "output of a\n" in output
     assert "Traceback" in output
+
+
+def test_the_text_of_an_error_has_an_end(tmp_path: Path):
+    (event,) = (event for event in events_of(tmp_path, "raises a long text") if event.progress == 1)
+    assert event.error.startswith("ValueError: long long")
+    assert len(event.error) == 2000
 
 
 def test_a_full_disk_is_not_an_error_of_the_job_but_the_end(tmp_path: Path):

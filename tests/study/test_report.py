@@ -1,6 +1,7 @@
 """The report of a study: its numbers, its missing parts, and the HTML file in a browser."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from sb3_vpg.study.report import write_report
 from sb3_vpg.study.results import Measures, Results, keep_settings
 from sb3_vpg.study.study import Run, Selection, make_study
 
-STUDY = make_study(SETTINGS)
+STUDY = make_study({**SETTINGS, "seeds": 5})
 
 
 def whole_study(folder: Path) -> Results:
@@ -137,7 +138,7 @@ def test_a_study_with_other_seeds_is_not_complete(tmp_path: Path):
     results = Results(tmp_path)
     for setting in ("reward_to_go", "gae", "diverges"):
         add_final_runs(results, "CartPole-v1", ("vpg", setting), [1, 2, 3, 4])
-    assert "10 of 16 runs have no score" in written(results, tmp_path)
+    assert "28 of 40 runs have no score" in written(results, tmp_path)
 
 
 def test_the_search_shows_what_is_selected_and_that_it_is_at_the_edge(text: str):
@@ -230,7 +231,8 @@ def test_a_part_of_a_study(tmp_path: Path):
     for left_out in ("reward_to_go", "Acrobot-v1", "diverges"):
         assert left_out not in text[: text.index("## Study")]
     assert "Failed runs" not in headings(text)
-    assert "not complete" not in text
+    # Of a2c, three
+    assert "The study is not complete: 3 of 10 runs have no score." in text
     # The mean of 450, 450 and 500
     assert cells(section(text, "Scores"), "gae")[0].startswith("467 [")
     assert "gae -> a2c" in section(text, "Pairs")
@@ -247,11 +249,44 @@ def test_many_contestants_have_a_panel_each(tmp_path: Path):
         assert image.width == 1000
 
 
+def test_with_two_algorithms_of_this_package_gradients_have_the_names_of_settings(tmp_path: Path):
+    names = ["a", "b", "c"]
+    settings = {"algorithms": ["vpg", "vpg_lstm"], "settings": {name: {} for name in names}, "pairs": [["vpg a", "vpg b"]]}
+    results = Results(tmp_path)
+    for name in names:
+        add_final_runs(results, "CartPole-v1", ("vpg", name), [1, 2])
+    add_final_runs(results, "CartPole-v1", ("vpg_lstm", "a"), [1, 2])
+    numbers = {name: [[i, i, i]] for i, name in enumerate(names, 1)}
+    add_statistics(results, "CartPole-v1", "a", dict.fromkeys(("variance", "snr", *COSINES), numbers))
+    keep_settings(tmp_path, settings, {})
+    study = make_study({**settings, "statistics": {"policies": ["a"]}})
+    write_report(study, results, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    pairs = section(text, "Pairs")
+    assert cells(pairs[pairs.index("Variance") :], "a -> b") == ["2 / 2 / 2"]
+    assert cells(section(text, "Do better gradients mean better returns?"), "CartPole-v1, a")[-1] == "3"
+
+
+def test_runs_whose_return_is_not_finite_have_no_score_and_do_not_break_the_page(tmp_path: Path):
+    results = Results(tmp_path)
+    add_final_runs(results, "CartPole-v1", ("a2c", ""), [100, 100, math.nan, math.inf])
+    keep_settings(tmp_path, SETTINGS, {})
+    page = write_report(STUDY, results, tmp_path).read_text()
+
+    def refuse(name: str) -> None:
+        raise AssertionError(name)
+
+    assert json.loads(re.search(r'id="data">(.*?)</script>', page)[1], parse_constant=refuse)
+    text = (tmp_path / "report.md").read_text()
+    assert "2 runs ended without a deterministic return: no episode ended in time, or it is not finite." in text
+    assert cells(section(text, "Scores"), "a2c")[0] == "100"
+
+
 def test_a_study_that_has_just_begun(tmp_path: Path):
     results = Results(tmp_path)
     begun = written(results, tmp_path)
     assert headings(begun) == ["How to read it", "Study"]
-    assert "The study is not complete: 16 of 16 runs have no score." in begun
+    assert "The study is not complete: 40 of 40 runs have no score." in begun
     add_final_runs(results, "CartPole-v1", ("a2c", ""), [1])
     one = written(results, tmp_path)
     expected = ["How to read it", "Scores", "Learning curves", "Speed of learning", "Performance profiles", "Runs", "Study"]

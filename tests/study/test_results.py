@@ -208,6 +208,12 @@ def test_settings_of_another_format_are_refused_by_name(tmp_path: Path, text: st
         keep_settings(tmp_path, SETTINGS, {})
 
 
+def test_damaged_settings_are_named(tmp_path: Path):
+    (tmp_path / "study.yml").write_text("format: [")
+    with pytest.raises(ValueError, match=r"study\.yml cannot be read"):
+        keep_settings(tmp_path, SETTINGS, {})
+
+
 def test_other_versions_are_reported_and_those_of_the_first_runs_are_kept(tmp_path: Path):
     keep_settings(tmp_path, SETTINGS, {})
     path = tmp_path / "study.yml"

@@ -1,5 +1,7 @@
 """Statistics of a study: numbers that can be checked by hand, and rliable's."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -10,7 +12,7 @@ from sb3_vpg.study import statistics
 from sb3_vpg.study.gradient_report import MOMENTS, gradient_statistics, of_seeds, variance_ratios
 from sb3_vpg.study.results import Measures, Point, Results
 from sb3_vpg.study.statistics import Findings
-from sb3_vpg.study.study import Run, make_study
+from sb3_vpg.study.study import Run, Search, make_study
 
 # "Acrobot-v1" first: the order of the report is the study's
 STUDY = make_study(
@@ -163,6 +165,29 @@ def test_runs_count_with_the_rate_that_is_selected_now(tmp_path):
     assert (findings.points.metric == "return").sum() == 4
     values = gradient_statistics(findings, "CartPole-v1", "plain")
     assert of_seeds(values, "variance", "plain", "start").tolist() == [0.1]
+
+
+def test_runs_of_left_out_rates_and_seeds_do_not_count(tmp_path):
+    results = Results(tmp_path)
+    add_search(results, "CartPole-v1", "plain", {0.01: [1], 0.1: [2]})
+    add_final_runs(results, "CartPole-v1", ("vpg", "plain"), [9, 8, 7], learning_rate=0.1)
+    add_final_runs(results, "CartPole-v1", ("vpg", "clever"), [5, 6, 7])
+    study = replace(STUDY, search=Search(), first_seed=1, seeds=2)
+    findings = Findings.of(study, results.frame("runs"), results.frame("points"))
+    assert findings.final.deterministic_return.tolist() == [6, 7]
+    assert not (findings.runs.phase == "search").any()
+
+
+@pytest.mark.parametrize("times", [[(0, 5200, 9000), (0, 5100, 16000)], [(0, 4000, 5000)]], ids=str)
+def test_each_run_has_a_start_a_middle_and_an_end(tmp_path, times: list[tuple[int, int, int]]):
+    results = Results(tmp_path)
+    for seed, of_seed in enumerate(times):
+        points = [Point(timesteps, 1.0, "variance", "plain", float(i)) for i, timesteps in enumerate(of_seed, 1)]
+        results.add(Run("statistics", "CartPole-v1", "vpg", "plain", seed), Measures(of_seed[-1], 1.0, 1.0), points)
+    values = gradient_statistics(findings_of(results), "CartPole-v1", "plain")
+    assert [of_seeds(values, "variance", "plain", moment).tolist() for moment in MOMENTS] == [
+        [i] * len(times) for i in (1, 2, 3)
+    ]
 
 
 def test_variances_are_ratios_at_the_same_policy(tmp_path):

@@ -1,6 +1,8 @@
 """The settings of a study and its runs."""
 
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -127,8 +129,32 @@ def test_arguments_select_a_part_of_a_study_each_once(tmp_path: Path, monkeypatc
     assert selected("--setting", "gae")[1] == ["gae"]
     with pytest.raises(ValueError, match="--algo='ppo' is not known"):
         selected("--algo", "ppo")
+    with pytest.raises(ValueError, match="--algo and --setting select nothing together"):
+        selected("--algo", "a2c", "--setting", "gae")
     with pytest.raises(ValueError, match="--vary is not allowed with the settings of"):
         selected("--vary", "gamma=1")
+
+
+def test_arguments_precede_what_a_study_says_of_its_environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    settings = {"environments": {"CartPole-v1": {"vec_env": "native", "n_timesteps": 9}, "Acrobot-v1": None}}
+    arguments = ["--vec-env", "envpool", "--steps", "7"]
+    monkeypatch.setattr("sys.argv", ["compare", "--config", str(written(settings, tmp_path)), *arguments])
+    study, _ = study_of(parse_arguments())
+    for environment in settings["environments"]:
+        keywords = study.keywords(environment, "a2c", "")
+        assert (keywords["vec_env_class"], keywords["n_timesteps"]) == ("sb3_vpg.envs.EnvPoolVecEnv", 7)
+
+
+def test_a_keyword_is_varied_once():
+    with pytest.raises(ValueError, match=r"--vary has gamma twice; name all of its values at once: gamma=value,value"):
+        varied(["gamma=0.9", "n_steps=8", "gamma=0.99"])
+
+
+def test_rates_and_policies_that_are_named_twice_run_once():
+    search = {"learning_rates": [1e-2, 0.01], "seeds": 1}
+    study = make_study({**SETTINGS, "search": search, "statistics": {"policies": ["gae", "gae"], "seeds": 1}})
+    assert len(list(study.search_runs(["CartPole-v1"], ["gae"]))) == 1
+    assert len(list(study.statistics_runs(["CartPole-v1"], ["gae"], {}))) == 1
 
 
 @pytest.mark.parametrize("text", ["gae_lambda", "=1", "gae_lambda=", "gae_lambda=]"])
@@ -181,6 +207,15 @@ def test_vary_names_what_it_cannot_read(text: str):
         ({"environments": {"CartPole-v1": {"n_timesteps": 1, "score_range": 3}}}, "CartPole-v1: score_range=3"),
         ({"environments": {"CartPole-v1": {"n_timesteps": 1, "score_range": [1, 2, 3]}}}, "it must be two returns"),
         ({"pairs": [["gae", "a2c", {"Expected": "worse"}]]}, "and optionally a question in quotation marks"),
+        ({"pairs": [1]}, "and optionally a question in quotation marks"),
+        ({"algorithms": [{"vpg": 1}]}, "algorithms: {'vpg': 1} is not allowed; it must be a name"),
+        ({"gym_packages": [1]}, "gym_packages: 1 is not allowed; it must be a name"),
+        ({"environments": [{"CartPole-v1": {}}]}, "environments: with keywords, write `name: {keywords}` without the hyphens"),
+        ({"environments": {"CartPole-v1": {"n_timesteps": 1, "score_range": ["a", 5]}}}, "CartPole-v1: score_range='a'"),
+        (
+            {"environments": {"CartPole-v1": {"n_timesteps": 1, "score_range": [-math.inf, 5]}}},
+            "CartPole-v1: score_range=-inf",
+        ),
         ({"pairs": ["gae"]}, "and optionally a question in quotation marks"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -202,6 +237,10 @@ def test_keywords_of_the_task_hold_for_all_algorithms():
     task = {"env_kwargs": {"g": 1.0}, "env_wrapper": "a.Wrapper"}
     assert study.keywords("Pendulum-v1", "ppo", "") == task
     assert study.keywords("Pendulum-v1", "vpg", "gae") == {**task, "gamma": 0.9, "n_envs": 3}
+    # A setting of VPG precedes all
+    study = replace(study, steps=100, settings={"longer": {"n_timesteps": 200, "env_kwargs": {}}})
+    longer = study.keywords("Pendulum-v1", "vpg", "longer")
+    assert (longer["n_timesteps"], longer["env_kwargs"]) == (200, {})
 
 
 def test_numbers_with_an_exponent_are_numbers_and_a_studys_own_file_is_read(tmp_path: Path):
