@@ -323,38 +323,26 @@ class EstimatorSpec(NamedTuple):
     discounted_from_start: bool = False
 
 
-def _target_reward_to_go(x: Rollout, gamma: float, gae_lambda: float, psi: Array) -> Array:
-    return reward_to_go(x.rewards, x.next_values, x.last, gamma)
-
-
-def _target_psi(x: Rollout, gamma: float, gae_lambda: float, psi: Array) -> Array:
-    return psi
-
-
-def _target_psi_plus_value(x: Rollout, gamma: float, gae_lambda: float, psi: Array) -> Array:
-    return psi + x.values
-
-
 ESTIMATORS: dict[str, EstimatorSpec] = {
     "total_return": EstimatorSpec(
         psi=lambda x, gamma, gae_lambda: total_return(x.rewards, x.last, gamma),
-        value_target=_target_reward_to_go,
+        value_target=lambda x, gamma, gae_lambda, psi: reward_to_go(x.rewards, x.next_values, x.last, gamma),
         needs_whole_episodes=True,
         constant_within_episode=True,
         discounted_from_start=True,
     ),
     "reward_to_go": EstimatorSpec(
         psi=lambda x, gamma, gae_lambda: reward_to_go(x.rewards, x.next_values, x.last, gamma),
-        value_target=_target_psi,
+        value_target=lambda x, gamma, gae_lambda, psi: psi,
     ),
     "td_residual": EstimatorSpec(
         psi=lambda x, gamma, gae_lambda: td_residual(x.rewards, x.values, x.next_values, gamma),
-        value_target=_target_psi_plus_value,
+        value_target=lambda x, gamma, gae_lambda, psi: psi + x.values,
         subtracts_value=True,
     ),
     "gae": EstimatorSpec(
         psi=lambda x, gamma, gae_lambda: gae(x.rewards, x.values, x.next_values, x.last, gamma, gae_lambda),
-        value_target=_target_psi_plus_value,
+        value_target=lambda x, gamma, gae_lambda, psi: psi + x.values,
         subtracts_value=True,
     ),
 }
