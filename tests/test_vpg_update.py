@@ -84,11 +84,15 @@ class Normalised(FlattenExtractor):
 
 def test_a_network_with_batch_normalisation_sees_the_whole_batch_at_once(monkeypatch):
     monkeypatch.setattr(sb3_vpg.buffers, "CPU_CHUNK", (2**21, 7, 7))
-    model = small_model(policy_kwargs={**SMALL, "features_extractor_class": Normalised}, n_critic_updates=2)
-    sizes = []
-    norm = model.policy.features_extractor.norm
-    norm.register_forward_hook(lambda module, args, output: sizes.append(len(output)) if module.training else None)
+    kwargs = {**SMALL, "features_extractor_class": Normalised, "share_features_extractor": False}
+    model = small_model(policy_kwargs=kwargs, n_critic_updates=2)
+    sizes = {"pi": [], "vf": []}
+    for name, of_network in sizes.items():
+        norm = getattr(model.policy, f"{name}_features_extractor").norm
+        norm.register_forward_hook(
+            lambda module, args, output, n=of_network: n.append(len(output)) if module.training else None
+        )
     before = norm.running_mean.clone()
     model.learn(20)
-    assert sizes == [20, 20]
+    assert sizes == {"pi": [20], "vf": [20, 20]}
     assert not th.equal(before, norm.running_mean)
