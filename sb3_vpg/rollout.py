@@ -161,6 +161,7 @@ class RolloutCollector(ResumableAlgorithm):
             n_finished += dones
             recording = self._still_recording(recording, n_steps, n_rollout_steps, n_finished, dones)
 
+        # The name by which A2C's callbacks find V of the last observation
         values = self._finish_recording(new_obs, dones, runner, values_at_each_step)
         if not self._end_rollout(True, n_steps * env.num_envs):
             return False

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch as th
 from helpers.envs import OBSERVATION_SPACES, policy_for
-from helpers.models import CRITIC, SGD, changed, small_kwargs, small_model, spaces_envs, weights
-from stable_baselines3.common.torch_layers import FlattenExtractor
+from helpers.models import CRITIC, SGD, Normalized, changed, small_kwargs, small_model, spaces_envs, weights
 
 from sb3_vpg import VPG
 
@@ -51,17 +50,6 @@ def test_further_critic_passes_move_only_what_the_actor_does_not_use(observation
     if share:
         critic = {name for name in critic if not name.startswith("vf_features_extractor.")}
     assert changed(weights(once), weights(often)) == critic
-
-
-class Normalized(FlattenExtractor):
-    """Batch normalization of the observations."""
-
-    def __init__(self, observation_space):
-        super().__init__(observation_space)
-        self.norm = th.nn.BatchNorm1d(self.features_dim)
-
-    def forward(self, observations):
-        return self.norm(super().forward(observations))
 
 
 @pytest.mark.parametrize(("share", "moved"), [(True, set()), (False, {"vf_features_extractor"})])

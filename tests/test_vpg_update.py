@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import torch as th
 from helpers.envs import BOX
-from helpers.models import ACTOR, CRITIC, SGD, SMALL, assert_same_weights, changed, small_model, weights
-from stable_baselines3.common.torch_layers import FlattenExtractor
-from torch import nn
+from helpers.models import ACTOR, CRITIC, SGD, SMALL, Normalized, assert_same_weights, changed, small_model, weights
 
 import sb3_vpg.buffers
 
@@ -73,18 +71,9 @@ def test_gradients_added_up_over_chunks_are_those_of_the_whole_batch(keywords, m
         assert logged[f"train/{name}"] == pytest.approx(expected[f"train/{name}"], rel=1e-4, abs=1e-6)
 
 
-class Normalised(FlattenExtractor):
-    def __init__(self, observation_space):
-        super().__init__(observation_space)
-        self.norm = nn.BatchNorm1d(self.features_dim)
-
-    def forward(self, observations):
-        return self.norm(super().forward(observations))
-
-
 def test_a_network_with_batch_normalisation_sees_the_whole_batch_at_once(monkeypatch):
     monkeypatch.setattr(sb3_vpg.buffers, "CPU_CHUNK", (2**21, 7, 7))
-    kwargs = {**SMALL, "features_extractor_class": Normalised, "share_features_extractor": False}
+    kwargs = {**SMALL, "features_extractor_class": Normalized, "share_features_extractor": False}
     model = small_model(policy_kwargs=kwargs, n_critic_updates=2)
     sizes = {"pi": [], "vf": []}
     for name, of_network in sizes.items():

@@ -29,13 +29,17 @@ def pinned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     return th.empty(n_bytes, dtype=th.uint8, pin_memory=True).numpy().view(dtype).reshape(shape)
 
 
+def is_vector_space(space: spaces.Space) -> bool:
+    """:return: whether elements of the space are numbers without a further meaning: a Box that is no image"""
+    return isinstance(space, spaces.Box) and not is_image_space(space)
+
+
 def stored_dtype(space: spaces.Space) -> Any:
     """
     :return: dtype in which a buffer stores elements of the space: single precision for the integers of a Box that is no image.
         VecNormalize and Gaussian policies make floats of them, and do not change the space
     """
-    is_vector = isinstance(space, spaces.Box) and not is_image_space(space)
-    return np.float32 if is_vector and space.dtype.kind in "iu" else space.dtype  # type: ignore[union-attr]
+    return np.float32 if is_vector_space(space) and space.dtype.kind in "iu" else space.dtype  # type: ignore[union-attr]
 
 
 class SamplesWithInputs(NamedTuple):

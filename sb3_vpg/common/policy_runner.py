@@ -15,7 +15,6 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel
-from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, MlpExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
@@ -23,6 +22,7 @@ from torch import nn
 from sb3_vpg.common.distribution_heads import NumPyHead, make_head
 from sb3_vpg.common.layers import Layer, has_hooks, is_plain, make_layers
 from sb3_vpg.common.plain_networks import PlainEvaluation, PlainNetwork, has_gradient_hooks, make_plain_network
+from sb3_vpg.common.policy_inputs import is_vector_space
 from sb3_vpg.common.threads import Gradient, one_thread
 
 #: Largest matrix product (number of multiplications) that OpenBLAS, the library behind NumPy, computes on a single thread.
@@ -265,9 +265,8 @@ class FastPolicyRunner(PolicyRunner):
     def __init__(self, policy: ActorCriticPolicy):
         super().__init__(policy)
         extractors = (policy.pi_features_extractor, policy.vf_features_extractor)
-        flat = isinstance(policy.observation_space, spaces.Box) and not is_image_space(policy.observation_space)
         #: Whether extract_features() only flattens the observation, the most common case
-        self._only_flatten = flat and all(map(_only_flattens, extractors))
+        self._only_flatten = is_vector_space(policy.observation_space) and all(map(_only_flattens, extractors))
         # Features that actor and critic share are costly to compute
         self.values_with_actions = policy.share_features_extractor and not self._only_flatten
         self.head = make_head(policy)

@@ -235,10 +235,11 @@ def plan(
     """:return: the runs that are missing, and speeds: of earlier runs, or measured now"""
     from sb3_vpg.study import training
 
-    chosen = chosen_learning_rates(study, results.frame("runs")) if results else {}
+    chosen = {}
     if results is not None:
-        # The search has not selected their rates yet: all their final runs are missing
-        chosen |= {run.cell: math.nan for run in study.search_runs(*selection) if run not in results}
+        # Where the search has not ended, all final runs are missing
+        unknown_rates = {run.cell: math.nan for run in study.search_runs(*selection) if run not in results}
+        chosen = chosen_learning_rates(study, results.frame("runs")) | unknown_rates
     phases = [
         study.search_runs(*selection),
         study.final_runs(*selection, chosen),

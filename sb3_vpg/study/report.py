@@ -23,7 +23,7 @@ from sb3_vpg.study.statistics import (
     performance_profiles,
     probability_of_improvement,
 )
-from sb3_vpg.study.study import Selection, Study
+from sb3_vpg.study.study import Selection, Study, read_yaml
 
 INTRODUCTION = (
     f"Numbers in brackets are 95 % percentile intervals of the bootstrap over seeds, with {REPETITIONS:,} repetitions. "
@@ -258,7 +258,7 @@ def failures_section(findings: Findings) -> Section:
 
 def settings_section(folder: Path) -> Section:
     """Section with the settings and versions of the study."""
-    settings = yaml.safe_load((folder / "study.yml").read_text(encoding="utf-8"))
+    settings = read_yaml(folder / "study.yml")
     shown = yaml.safe_dump({key: settings[key] for key in ("study", "versions")}, sort_keys=False, width=120)
     introduction = "Settings and versions. `study.yml` also has the hyperparameters of each environment and contestant."
     return Section("Study", [introduction, f"```yaml\n{shown.strip()}\n```"])

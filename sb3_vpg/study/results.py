@@ -14,7 +14,7 @@ import pandas as pd
 import yaml
 
 from sb3_vpg.common.checkpoint import atomic_write
-from sb3_vpg.study.study import Run
+from sb3_vpg.study.study import Run, read_yaml
 
 #: Number of points of a learning curve
 N_POINTS = 50
@@ -173,17 +173,14 @@ def keep_settings(folder: Path, study: Mapping[str, Any], hyperparameters: Mappi
     :param hyperparameters: hyperparameters of each cell
     :param write: False: only compare them
     :return: the packages whose versions differ from those that the folder has
-    :raises ValueError: if the folder belongs to another study, or has settings of another format
+    :raises ValueError: if the folder belongs to another study, or has settings of another format or that cannot be read
     :raises OSError: if the file cannot be written
     """
     path, changed = folder / "study.yml", []
     versions = {name: version for name in VERSIONS if (version := _version(name))}
     new = _plain({"format": FORMAT, "study": study, "hyperparameters": hyperparameters, "versions": versions})
     if path.is_file():
-        try:
-            old = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} cannot be read: {error}") from error
+        old = read_yaml(path)
         if not isinstance(old, dict) or old.get("format") != FORMAT:
             raise ValueError(f"{path} has another format than {FORMAT}, that of this version: choose another --folder")
         old_cells = {cell: old["hyperparameters"].get(cell, new["hyperparameters"][cell]) for cell in new["hyperparameters"]}

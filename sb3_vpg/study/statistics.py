@@ -37,6 +37,11 @@ class Estimate(NamedTuple):
         return cls(mean, low, high, n_seeds)
 
 
+def _searched(study: Study, runs: pd.DataFrame) -> pd.Series:
+    """:return: whether a run belongs to the search, with a rate that the study names"""
+    return (runs.phase == "search") & runs.learning_rate.isin(study.search.learning_rates)
+
+
 def chosen_learning_rates(study: Study, runs: pd.DataFrame) -> dict[Cell, float]:
     """
     :param study: the study
@@ -44,7 +49,7 @@ def chosen_learning_rates(study: Study, runs: pd.DataFrame) -> dict[Cell, float]
     :return: for each cell with a search, the learning rate with the highest mean score; the lowest one if several are equal.
         A rate with a failed run is chosen only if all have one.
     """
-    search = runs[(runs.phase == "search") & runs.learning_rate.isin(study.search.learning_rates)]
+    search = runs[_searched(study, runs)]
     search = search.assign(score=search[study.score].fillna(-np.inf))
     chosen = {}
     for key, rows in search.groupby(["environment", "algorithm", "setting"]):
@@ -84,10 +89,9 @@ class Findings:
         rates = pd.Series(
             [chosen.get(cell, np.nan) for cell in zip(runs.environment, runs.algorithm, runs.setting)], runs.index
         )
-        searched = (runs.phase == "search") & runs.learning_rate.isin(study.search.learning_rates)
         selected = (runs.learning_rate == rates) | (rates.isna() & runs.learning_rate.isna())
         named = (runs.phase != "final") | runs.seed.isin(range(study.first_seed, study.first_seed + study.seeds))
-        runs = runs[searched | (selected & named)]
+        runs = runs[_searched(study, runs) | (selected & named)]
         names = {cell: name for name, cell in study.contestants.items()}
         runs, points = (
             frame.assign(contestant=[names.get(cell) for cell in zip(frame.algorithm, frame.setting)])

@@ -311,6 +311,17 @@ class Selection(NamedTuple):
     contestants: Sequence[str]
 
 
+def read_yaml(path: Path) -> Any:
+    """
+    :return: the content of a YAML file
+    :raises ValueError: if it cannot be read
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """
     :param path: YAML file with the parameters of :class:`Study`; those that it omits have their defaults. The file study.yml
@@ -318,10 +329,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     :return: the settings
     :raises ValueError: if the file cannot be read or is not a mapping
     """
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    settings = read_yaml(path)
     if not isinstance(settings, dict):
         raise ValueError(f"{path}: expected keys and values, got {settings!r}")
     return _with_numbers(settings["study"] if settings.keys() >= {"format", "study"} else settings)

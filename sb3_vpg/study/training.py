@@ -296,7 +296,7 @@ def evaluate(study: Study, run: Run, manager: VPGExperimentManager, model: Any) 
     sync_envs_normalization(model.env, env)
 
     def check_length(variables: dict[str, Any], _: Any) -> None:
-        if variables["current_lengths"].max() >= MAX_EPISODE_STEPS:
+        if variables["current_lengths"][variables["i"]] >= MAX_EPISODE_STEPS:
             raise ValueError(
                 f"an evaluation episode has not ended after {MAX_EPISODE_STEPS} steps: {run.environment} has no time limit; "
                 "env_kwargs: {max_episode_steps: ...} sets one"

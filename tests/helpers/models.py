@@ -8,6 +8,7 @@ from stable_baselines3.common.callbacks import (
 )
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_vpg import VPG
 
@@ -101,6 +102,17 @@ class Spy(BaseCallback):
     def _on_rollout_end(self):
         if self.event == "rollout_end":
             self.function(self)
+
+
+class Normalized(FlattenExtractor):
+    """Batch normalization of the observations."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space)
+        self.norm = th.nn.BatchNorm1d(self.features_dim)
+
+    def forward(self, observations):
+        return self.norm(super().forward(observations))
 
 
 class OwnForward(ActorCriticPolicy):
