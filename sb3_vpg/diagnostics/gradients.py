@@ -220,7 +220,8 @@ def gradient_statistics(
     :param n_bootstrap: number of bootstrap resamples. Typical: 1000 to 10000. Larger: more accurate interval ends.
     :param max_bytes: approximate limit on the memory for gradients; formulations are processed in groups that fit
     :return: the statistics, by name
-    :raises ValueError: if ``reference`` is not in ``measured``, or ``n_episodes`` gives fewer than two batches of an update
+    :raises ValueError: if ``reference`` is not in ``measured``, ``n_episodes`` gives fewer than two batches of an update, or
+        all parameters of the actor are frozen
     """
     check_updates(measured, n_episodes, reference)
     devices = [model.device] if model.device.type == "cuda" else []
@@ -280,6 +281,8 @@ def batch_gradients(policy: ActorCriticPolicy, episodes: Episodes, measured: Seq
     gradients = []
     with gradients_in_evaluation_mode(policy):
         parameters = actor_parameters(runner, buffer)
+        if not parameters:
+            raise ValueError("All parameters of the actor are frozen (requires_grad=False), so there is no gradient to measure")
         for batch in range(n_batches):
             columns = slice(batch * size, (batch + 1) * size)
             rollout = Rollout(*(array[:, columns] for array in episodes.rollout))

@@ -279,6 +279,9 @@ def test_bad_input_is_named():
         GradientStatisticsCallback(0)
     with pytest.raises(ValueError, match="requires VPG"):
         A2C("MlpPolicy", env).learn(10, callback=GradientStatisticsCallback())
+    model.policy.requires_grad_(False)
+    with pytest.raises(ValueError, match="All parameters of the actor are frozen"):
+        gradient_statistics(model, env, measured, n_episodes=8)
 
 
 @pytest.mark.parametrize(
