@@ -87,7 +87,7 @@ class LogStdSchedule(BaseCallback):
 
     for all actions, where p is the remaining progress, from 1 to 0. With one policy step per rollout, the standard deviation
     that is learned hardly decreases. Then the actions of training and the deterministic ones of an evaluation differ much, and
-    so may their returns. Works with VPG, and without gSDE with other algorithms of SB3.
+    so may their returns. Works with VPG, and with SB3's other on-policy algorithms without gSDE.
 
     ``log_std`` is frozen until training ends. After an interruption (Ctrl-C, an error), it stays so until the end of a further
     training with this callback, or until ``model.policy.log_std.requires_grad_(True)``.

@@ -102,7 +102,7 @@ class Results:
 
     def __init__(self, folder: Path):
         if (folder / "results.csv").exists():
-            raise ValueError(f"{folder / 'results.csv'} has results of sb3_vpg 0.1, an older format: choose another --folder")
+            raise ValueError(f"{folder / 'results.csv'} has results of an older format: choose another --folder")
         self.paths = {name: folder / f"{name}.csv" for name in COLUMNS}
         self._keep(lambda row: True)
 
