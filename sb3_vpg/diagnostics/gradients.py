@@ -282,7 +282,9 @@ def batch_gradients(policy: ActorCriticPolicy, episodes: Episodes, measured: Seq
     with gradients_in_evaluation_mode(policy):
         parameters = actor_parameters(runner, buffer)
         if not parameters:
-            raise ValueError("All parameters of the actor are frozen (requires_grad=False), so there is no gradient to measure")
+            raise ValueError(
+                "All parameters of the actor are frozen (requires_grad=False), so there is no gradient to measure"
+            )
         for batch in range(n_batches):
             columns = slice(batch * size, (batch + 1) * size)
             rollout = Rollout(*(array[:, columns] for array in episodes.rollout))
