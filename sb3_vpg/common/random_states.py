@@ -7,7 +7,7 @@ The states are plain data (JSON). A run that resumes from them draws the same ra
 import base64
 import random
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -175,15 +175,11 @@ def _state_of(generator: np.random.Generator) -> State:
     return _to_plain(bit_generator.state)
 
 
-def _to_plain(state: Mapping[str, Any]) -> State:
+def _to_plain(state: Any) -> Any:
     """:return: the state of a NumPy bit generator, its arrays encoded as text"""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(part) for key, part in value.items()}
-        return encode(value) if isinstance(value, np.ndarray) else value
-
-    return plain(state)
+    if isinstance(state, dict):
+        return {key: _to_plain(part) for key, part in state.items()}
+    return encode(state) if isinstance(state, np.ndarray) else state
 
 
 def _from_plain(state: State) -> State:

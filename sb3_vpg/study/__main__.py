@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,19 +96,15 @@ def study_of(args: argparse.Namespace) -> tuple[Study, Selection]:
     if not args.config:
         given = {"environments": args.env, "algorithms": args.algo}
         settings |= {key: value for key, value in given.items() if value}
-    if args.vec_env and isinstance(settings.get("environments"), dict):
-        environments = settings["environments"].items()
-        settings["environments"] = {name: {**(of or {}), "vec_env": args.vec_env} for name, of in environments}
     for key in ("entries", "seeds", "first_seed", "steps", "vec_env", "gym_packages"):
         if getattr(args, key) is not None:
             settings[key] = getattr(args, key)
     study = make_study(settings)
-    for name in args.env or ():
-        check_known("--env", name, study.environments)
-    for name in args.algo or ():
-        check_known("--algo", name, study.algorithms)
-    for name in args.setting or ():
-        check_known("--setting", name, study.settings)
+    if args.vec_env and isinstance(settings.get("environments"), dict):
+        study = replace(study, environments={name: {**of, "vec_env": args.vec_env} for name, of in study.environments.items()})
+    for flag, known in (("env", study.environments), ("algo", study.algorithms), ("setting", study.settings)):
+        for name in getattr(args, flag) or ():
+            check_known(f"--{flag}", name, known)
     contestants = [
         name
         for name, (algorithm, setting) in study.contestants.items()
@@ -136,7 +132,8 @@ def compare(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         hyperparameters = check_cells(study, selection, Path(folder))
         if args.dry_run and not (args.folder / "study.yml").exists():
-            print_plan(plan(study, selection, hyperparameters, None, args.processes, Path(folder)), args.processes)
+            nothing = Results(Path(folder))
+            print_plan(plan(study, selection, hyperparameters, nothing, args.processes, Path(folder)), args.processes)
             return
         with folder_of(args.folder):
             cells = {", ".join(filter(None, cell)): of for cell, of in hyperparameters.items()}
@@ -145,7 +142,7 @@ def compare(args: argparse.Namespace) -> None:
                 print(f"Note: the folder has runs with other versions of {', '.join(changed)}")
             results = Results(args.folder)
             if args.retry_failed:
-                results.forget_failed(remove=not args.dry_run)
+                results.forget_failed(hyperparameters, remove=not args.dry_run)
             planned = plan(study, selection, hyperparameters, results, args.processes, Path(folder))
             print_plan(planned, args.processes)
             if args.dry_run:
@@ -175,16 +172,14 @@ def report(args: argparse.Namespace) -> None:
 def folder_of(folder: Path) -> Iterator[None]:
     """Context in which no other process uses the folder of a study."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        lock.acquire()
+        with FileLock(folder / ".lock", timeout=0):
+            try:
+                yield
+            finally:
+                shutil.rmtree(folder / ".running", ignore_errors=True)
     except Timeout as error:
         raise ValueError(f"{folder} is in use: a study runs there now") from error
-    try:
-        yield
-    finally:
-        shutil.rmtree(folder / ".running", ignore_errors=True)
-        lock.release()
 
 
 def check_cells(study: Study, selection: Selection, folder: Path) -> dict[Cell, dict[str, Any]]:
@@ -228,29 +223,21 @@ def plan(
     study: Study,
     selection: Selection,
     hyperparameters: Mapping[Cell, Mapping[str, Any]],
-    results: Results | None,
+    results: Results,
     n_processes: int,
     folder: Path,
 ) -> Plan:
     """:return: the runs that are missing, and speeds: of earlier runs, or measured now"""
     from sb3_vpg.study import training
 
-    chosen = {}
-    if results is not None:
-        # Where the search has not ended, all final runs are missing
-        unknown_rates = {run.cell: math.nan for run in study.search_runs(*selection) if run not in results}
-        chosen = chosen_learning_rates(study, results.frame("runs")) | unknown_rates
-    phases = [
-        study.search_runs(*selection),
-        study.final_runs(*selection, chosen),
-        study.statistics_runs(*selection, chosen),
-    ]
-    runs = [run for phase in phases for run in phase if results is None or run not in results]
-    speeds = {}
-    if results is not None:
-        ended = results.frame("runs").dropna(subset="timesteps")
-        for key, rows in ended[ended.phase == "final"].groupby(["environment", "algorithm"]):
-            speeds[key] = rows.wall_seconds.sum() / rows.timesteps.sum()
+    # Where the search has not ended, all final runs are missing
+    unknown_rates = {run.cell: math.nan for run in study.search_runs(*selection) if run not in results}
+    chosen = chosen_learning_rates(study, results.frame("runs")) | unknown_rates
+    phases = [study.search_runs(*selection), study.final_runs(*selection, chosen), study.statistics_runs(*selection, chosen)]
+    runs = [run for phase in phases for run in phase if run not in results]
+    ended = results.frame("runs").dropna(subset="timesteps")
+    ended = ended[ended.phase == "final"].groupby(["environment", "algorithm"])
+    speeds = {key: rows.wall_seconds.sum() / rows.timesteps.sum() for key, rows in ended}
     unknown = {run.cell[:2]: run for run in reversed(runs) if run.cell[:2] not in speeds}
     source = "speeds of the runs in the folder" if not unknown else "measured now, a few seconds each"
     jobs = [
@@ -265,14 +252,10 @@ def plan(
 
 def print_plan(planned: Plan, n_processes: int) -> None:
     """Print the missing runs and their cost."""
-    groups: dict[tuple[str, str], list[Run]] = {}
-    for run in planned.runs:
-        groups.setdefault(run.cell[:2], []).append(run)
-    for (environment, algorithm), runs in groups.items():
-        seconds = sum(map(planned.seconds, runs))
-        seconds_per_step = planned.seconds_per_step[environment, algorithm]
-        speed = f"{1 / seconds_per_step:9,.0f}" if seconds_per_step else "  unknown"
-        print(f"{environment:24} {algorithm:9} {len(runs):4} runs {speed} steps/s {tqdm.format_interval(seconds):>8}")
+    for key in dict.fromkeys(run.cell[:2] for run in planned.runs):
+        seconds = [planned.seconds(run) for run in planned.runs if run.cell[:2] == key]
+        speed = f"{1 / planned.seconds_per_step[key]:9,.0f}" if planned.seconds_per_step[key] else "  unknown"
+        print(f"{key[0]:24} {key[1]:9} {len(seconds):4} runs {speed} steps/s {tqdm.format_interval(sum(seconds)):>8}")
     costs = sorted(map(planned.seconds, planned.runs))
     if costs:
         duration = max(sum(costs) / n_processes, costs[-1])
@@ -286,7 +269,7 @@ def execute_all(study: Study, selection: Selection, results: Results, planned: P
     """Execute the runs that are missing: the search, then the final runs, then the gradient statistics."""
     from sb3_vpg.study import training
 
-    n_ended, tracking = 0, training.Tracking(args.track, args.folder) if args.track else None
+    n_ended, tracking = 0, (args.track, args.folder) if args.track else None
     bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left"
     total = sum(map(planned.seconds, planned.runs))
     with sigterm_as_ctrl_c(), tqdm(total=total, bar_format=bar_format, smoothing=0) as bar:

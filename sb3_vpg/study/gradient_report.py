@@ -53,9 +53,10 @@ def variance_ratios(values: pd.DataFrame, before: str, after: str, moment: str) 
     return (second / first[first > 0]).dropna()
 
 
-def median(values: pd.Series, shape: str) -> str:
-    """:return: the median as text, with this format; zero without a minus sign"""
-    return re.sub(r"^-(?=[0.]+$)", "+" if "+" in shape else "", format(values.median(), shape)) if len(values) else EMPTY_CELL
+def medians(at_moment: Callable[[str], pd.Series], shape: str) -> str:
+    """:return: the medians at all moments as text, with this format; zero without a minus sign"""
+    texts = (format(values.median(), shape) if len(values) else EMPTY_CELL for values in map(at_moment, MOMENTS))
+    return " / ".join(re.sub(r"^-(?=[0.]+$)", "+" if "+" in shape else "", text) for text in texts)
 
 
 def statistics_section(findings: Findings) -> Section:
@@ -81,7 +82,7 @@ def statistics_section(findings: Findings) -> Section:
         rows = [
             [
                 name,
-                *(" / ".join(median(column(name, moment), shape) for moment in MOMENTS) for column, shape in columns.values()),
+                *(medians(partial(column, name), shape) for column, shape in columns.values()),
                 str(values.loc[name].index.unique("seed").size),
             ]
             for name in measured
@@ -116,13 +117,7 @@ def steps_of_gradients(findings: Findings, pairs: list[tuple[str, str]]) -> Iter
 
     def changes(of_pair: Callable[[pd.DataFrame, str, str, str], pd.Series], shape: str) -> Table:
         rows = [
-            [
-                f"{before} -> {after}",
-                *(
-                    " / ".join(median(of_pair(values, before, after, moment), shape) for moment in MOMENTS)
-                    for values in tables.values()
-                ),
-            ]
+            [f"{before} -> {after}", *(medians(partial(of_pair, values, before, after), shape) for values in tables.values())]
             for before, after in pairs
         ]
         return Table(["pair", *tables], rows)

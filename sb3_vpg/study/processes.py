@@ -71,7 +71,7 @@ def in_processes(
                 process, key = running[ready]
                 try:
                     event = ready.recv()
-                except EOFError:
+                except (EOFError, OSError):
                     process.join()
                     event = Event(None, error=f"the process ended with exit code {process.exitcode}")
                 if isinstance(event, OSError):
@@ -93,21 +93,18 @@ def _work(function: Callable[..., Any], arguments: tuple, sender: Connection, ou
     try:
         with output.open("a", buffering=1) as sys.stdout:
             sys.stderr = sys.stdout
-            # A finished job is reported with its result
-            news = _result_of(function, *arguments, lambda progress: sender.send(Event(None, min(progress, 0.99))))
+            try:
+                # A finished job is reported with its result
+                result = function(*arguments, lambda progress: sender.send(Event(None, min(progress, 0.99))))
+                news = Event(None, result=result)
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
+                    raise
+                traceback.print_exc()
+                news = Event(None, error=" ".join(f"{type(error).__name__}: {error}".split())[:MAX_ERROR])
     except OSError as error:
         news = error
     sender.send(news)
-
-
-def _result_of(function: Callable[..., Any], *arguments: Any) -> Event:
-    try:
-        return Event(None, result=function(*arguments))
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno in DISK_IS_FULL:
-            raise
-        traceback.print_exc()
-        return Event(None, error=" ".join(f"{type(error).__name__}: {error}".split())[:MAX_ERROR])
 
 
 def _end_with_parent() -> None:

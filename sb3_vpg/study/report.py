@@ -48,14 +48,6 @@ def format_number(value: float, digits: int) -> str:
     return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
-def digits_for(scale: float) -> int:
-    """
-    :param scale: the width of the range of scores
-    :return: number of digits after the point that shows about a hundredth of the range
-    """
-    return max(0, 2 - math.floor(math.log10(scale)))
-
-
 def format_estimate(estimate: Estimate | None, digits: int, most_seeds: int = 0) -> str:
     """
     :param estimate: the estimate; None if there is none
@@ -71,8 +63,9 @@ def format_estimate(estimate: Estimate | None, digits: int, most_seeds: int = 0)
 
 
 def digits_of(findings: Findings, environment: str) -> int:
+    """:return: number of digits after the point that shows about a hundredth of the range of scores"""
     low, high = findings.score_range(environment)
-    return digits_for(high - low)
+    return max(0, 2 - math.floor(math.log10(high - low)))
 
 
 def scores_section(findings: Findings, aggregate_scores: dict[str, Estimate]) -> Section:
@@ -83,11 +76,9 @@ def scores_section(findings: Findings, aggregate_scores: dict[str, Estimate]) ->
         for environment in findings.environments
     }
     for name in findings.contestants:
-        row = [estimates[environment].get(name) for environment in findings.environments]
-        n_seeds = max(one.n_seeds for one in row if one)
+        n_seeds = max(of[name].n_seeds for of in estimates.values() if name in of)
         cells = [
-            format_estimate(one, digits_of(findings, environment), n_seeds)
-            for environment, one in zip(findings.environments, row)
+            format_estimate(of.get(name), digits_of(findings, environment), n_seeds) for environment, of in estimates.items()
         ]
         rows.append([name, *cells, format_estimate(aggregate_scores.get(name), 2, n_seeds), str(n_seeds)])
     ranges = ", ".join("{} {:g} to {:g}".format(name, *findings.score_range(name)) for name in findings.environments)
@@ -105,25 +96,22 @@ def scores_section(findings: Findings, aggregate_scores: dict[str, Estimate]) ->
 
 def runs_section(findings: Findings) -> Section:
     """Section with all measures, for each environment and contestant."""
-    returns, rows = list(SCORE_TEXTS), []
+    rows = []
     rates = chosen_learning_rates(findings.study, findings.runs)
     for environment in findings.environments:
-        for name in findings.contestants:
+        digits = digits_of(findings, environment)
+        for name in findings.values(environment, findings.study.score):
             runs = findings.final[(findings.final.environment == environment) & (findings.final.contestant == name)]
-            if len(runs):
-                digits = digits_of(findings, environment)
-                means = [
-                    format_estimate(estimate(runs[column].dropna()), digits, len(runs))
-                    if runs[column].notna().any()
-                    else EMPTY_CELL
-                    for column in returns
-                ]
-                times = [f"{runs[column].median():,.1f}" for column in ("wall_seconds", "processor_seconds")]
-                rate = rates.get((environment, *findings.study.contestants[name]))
-                shown = [] if not rates else [EMPTY_CELL if rate is None else f"{rate:g}"]
-                steps, length = f"{runs.timesteps.median():,.0f}", f"{runs.episode_length.median():.0f}"
-                rows.append([environment, name, *means, length, steps, *times, *shown, str(len(runs))])
-    names = [name.replace("_", " ") for name in returns]
+            means = [
+                format_estimate(estimate(values) if len(values) else None, digits, len(runs))
+                for values in (runs[column].dropna() for column in SCORE_TEXTS)
+            ]
+            times = [f"{runs[column].median():,.1f}" for column in ("wall_seconds", "processor_seconds")]
+            rate = rates.get((environment, *findings.study.contestants[name]))
+            shown = [] if not rates else [EMPTY_CELL if rate is None else f"{rate:g}"]
+            steps, length = f"{runs.timesteps.median():,.0f}", f"{runs.episode_length.median():.0f}"
+            rows.append([environment, name, *means, length, steps, *times, *shown, str(len(runs))])
+    names = [name.replace("_", " ") for name in SCORE_TEXTS]
     header = ["environment", "contestant", *names, "length", "steps", "seconds", "processor seconds"]
     text = (
         "Length: median length of the deterministic episodes. Steps, wall-clock seconds and processor seconds: medians of the "
@@ -183,8 +171,8 @@ def profiles_section(normalized: dict[str, np.ndarray]) -> Section:
 def pairs_section(findings: Findings, normalized: dict[str, np.ndarray]) -> Section:
     """Section that compares pairs of contestants: differences of scores, probabilities of improvement, gradients."""
     study, names = findings.study, findings.contestants
-    named = [(pair[0], pair[1]) for pair in study.pairs] or [(names[0], name) for name in names[1:]]
-    pairs = [pair for pair in named if set(pair) <= set(names)]
+    named = [(pair[0], pair[1]) for pair in study.pairs]
+    pairs = [pair for pair in named if set(pair) <= set(names)] or [(names[0], name) for name in names[1:]]
     questions = {(pair[0], pair[1]): pair[2] for pair in study.pairs if len(pair) == 3}
     rows, intervals = [], dict[str, dict[str, tuple[float, float, float]]]()
     for before, after in pairs:
@@ -227,7 +215,7 @@ def search_section(findings: Findings) -> Section:
     """Section with the results of the search for learning rates."""
     study, runs = findings.study, findings.runs[findings.runs.phase == "search"]
     chosen = chosen_learning_rates(study, findings.runs)
-    rates = sorted(study.search.learning_rates)
+    rates = sorted(set(study.search.learning_rates))
     parts: list[str | Table | Chart] = [
         "Mean score over the seeds of the search, for each learning rate. Bold: the one that is selected. *: it is the lowest "
         "or the highest of all, so that a better one may be outside."
@@ -275,7 +263,7 @@ def write_report(study: Study, results: Results, folder: Path, selection: Select
     :return: path of report.html
     :raises ValueError: if no final run has a score
     """
-    findings = Findings.of(study, results.frame("runs"), results.frame("points"), selection)
+    findings = Findings(study, results.frame("runs"), results.frame("points"), selection)
     sections = []
     if findings.contestants:
         normalized = findings.normalized()

@@ -4,7 +4,8 @@ import csv
 import importlib.metadata
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ import pandas as pd
 import yaml
 
 from sb3_vpg.common.checkpoint import atomic_write
-from sb3_vpg.study.study import Run, read_yaml
+from sb3_vpg.study.study import Cell, Run, read_yaml
 
 #: Number of points of a learning curve
 N_POINTS = 50
@@ -106,28 +107,24 @@ class Results:
         self.paths = {name: folder / f"{name}.csv" for name in COLUMNS}
         self._keep(lambda row: True)
 
-    def _keep(self, wanted: Any) -> None:
-        """Keep the wanted rows of runs.csv, and their points."""
+    def _keep(self, wanted: Any, write: bool = True) -> None:
+        """Keep the wanted rows of runs.csv, and their points; without ``write``, in memory only."""
         rows = {name: _complete_rows(path, COLUMNS[name]) for name, path in self.paths.items()}
         rows["runs"] = [row for row in rows["runs"] if wanted(row)]
         self._ended = {_key(row) for row in rows["runs"]}
         rows["points"] = [row for row in rows["points"] if _key(row) in self._ended]
         for name, path in self.paths.items():
             content = _as_csv([COLUMNS[name], *rows[name]])
-            if not path.is_file() or path.read_bytes() != content:
+            if write and (not path.is_file() or path.read_bytes() != content):
                 with atomic_write(path) as file:
                     file.write(content)
 
     def __contains__(self, run: Run) -> bool:
         return _key(run) in self._ended
 
-    def forget_failed(self, remove: bool) -> None:
-        """Do not count the runs that have failed, and ``remove`` them from the files."""
-        if remove:
-            self._keep(lambda row: not row[-1])
-        else:
-            rows = _complete_rows(self.paths["runs"], COLUMNS["runs"])
-            self._ended -= {_key(row) for row in rows if row[-1]}
+    def forget_failed(self, cells: Container[Cell], remove: bool) -> None:
+        """Do not count the runs of these cells that have failed, and ``remove`` them from the files."""
+        self._keep(lambda row: not row[-1] or tuple(row[1:4]) not in cells, write=remove)
 
     def add(self, run: Run, measures: Measures, points: Iterable[Point], error: str = "") -> None:
         """
@@ -139,14 +136,12 @@ class Results:
         :param error: its error, if it has failed
         :raises OSError: if the files cannot be written; the run does not count then
         """
-        rows: dict[str, list[Sequence[Any]]] = {
-            "points": [(*run, *point) for point in points],
-            "runs": [(*run, *measures, error)],
-        }
-        for name, path in self.paths.items():
+        # In this order: the row in runs.csv makes the run count
+        for name, rows in (("points", [(*run, *point) for point in points]), ("runs", [(*run, *measures, error)])):
+            path = self.paths[name]
             try:
                 with path.open("ab") as file:
-                    file.write(_as_csv(rows[name]))
+                    file.write(_as_csv(rows))
                     file.flush()
                     os.fsync(file.fileno())
             except OSError as error:
@@ -177,11 +172,16 @@ def keep_settings(folder: Path, study: Mapping[str, Any], hyperparameters: Mappi
     :raises OSError: if the file cannot be written
     """
     path, changed = folder / "study.yml", []
-    versions = {name: version for name in VERSIONS if (version := _version(name))}
-    new = _plain({"format": FORMAT, "study": study, "hyperparameters": hyperparameters, "versions": versions})
+    versions = {}
+    for name in VERSIONS:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    new = {"format": FORMAT, "study": study, "hyperparameters": hyperparameters, "versions": versions}
+    # As YAML gives it back
+    new = yaml.safe_load(yaml.safe_dump(new, sort_keys=False))
     if path.is_file():
         old = read_yaml(path)
-        if not isinstance(old, dict) or old.get("format") != FORMAT:
+        if not isinstance(old, dict) or old.get("format") != FORMAT or not new.keys() <= old.keys():
             raise ValueError(f"{path} has another format than {FORMAT}, that of this version: choose another --folder")
         old_cells = {cell: old["hyperparameters"].get(cell, new["hyperparameters"][cell]) for cell in new["hyperparameters"]}
         differences = [*_differences(old["study"], new["study"]), *_differences(old_cells, new["hyperparameters"])]
@@ -194,20 +194,6 @@ def keep_settings(folder: Path, study: Mapping[str, Any], hyperparameters: Mappi
         with atomic_write(path) as file:
             file.write(yaml.safe_dump(new, sort_keys=False).encode())
     return changed
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _plain(value: Any) -> Any:
-    """:return: the value as YAML gives it back"""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -236,4 +222,4 @@ def _complete_rows(path: Path, columns: Sequence[str]) -> list[list[str]]:
     text = path.read_text(encoding="utf-8") if path.is_file() else header
     if not text.startswith(header):
         raise ValueError(f"{path} has another format: its first line is not {header.strip()!r}; choose another --folder")
-    return list(csv.reader(text[: text.rindex("\n") + 1].splitlines()))[1:]
+    return list(csv.reader(io.StringIO(text[: text.rindex("\n") + 1], newline="")))[1:]

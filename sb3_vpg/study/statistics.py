@@ -4,8 +4,7 @@ over seeds, probabilities of improvement and performance profiles, with stratifi
 authors' library rliable, computed for all resamples at once.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import cached_property
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import trim_mean
 
-from sb3_vpg.study.study import Cell, Selection, Study
+from sb3_vpg.study.study import FIRST_SEARCH_SEED, Cell, Selection, Study
 
 # Number of bootstrap resamples
 REPETITIONS = 2000
@@ -30,16 +29,11 @@ class Estimate(NamedTuple):
     high: float
     n_seeds: int
 
-    @classmethod
-    def of(cls, mean_low_high: Iterable[float], n_seeds: int) -> "Estimate":
-        """:return: an estimate with these numbers"""
-        mean, low, high = map(float, mean_low_high)
-        return cls(mean, low, high, n_seeds)
-
 
 def _searched(study: Study, runs: pd.DataFrame) -> pd.Series:
-    """:return: whether a run belongs to the search, with a rate that the study names"""
-    return (runs.phase == "search") & runs.learning_rate.isin(study.search.learning_rates)
+    """:return: whether a run belongs to the search, with a rate and a seed that the study names"""
+    seeds = range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + study.search.seeds)
+    return (runs.phase == "search") & runs.learning_rate.isin(study.search.learning_rates) & runs.seed.isin(seeds)
 
 
 def chosen_learning_rates(study: Study, runs: pd.DataFrame) -> dict[Cell, float]:
@@ -51,46 +45,30 @@ def chosen_learning_rates(study: Study, runs: pd.DataFrame) -> dict[Cell, float]
     """
     search = runs[_searched(study, runs)]
     search = search.assign(score=search[study.score].fillna(-np.inf))
-    chosen = {}
-    for key, rows in search.groupby(["environment", "algorithm", "setting"]):
-        means = rows.groupby("learning_rate").score.mean()
-        chosen[key] = float(means.idxmax())
-    return chosen
+    cells = search.groupby(["environment", "algorithm", "setting"])
+    return {cell: float(rows.groupby("learning_rate").score.mean().idxmax()) for cell, rows in cells}
 
 
-@dataclass(frozen=True)
 class Findings:
     """
-    The results as the sections of a report read them.
+    The results as the sections of a report read them: runs and points, with the name of the contestant. Final runs and
+    gradients count only with the learning rate that the search selects now, and final runs only with a seed of the study.
 
     :param study: the study
-    :param selection: the part of it that is reported
-    :param runs: the runs, with the name of the contestant
-    :param points: the points, with the name of the contestant
+    :param runs: the file "runs", see :data:`sb3_vpg.study.results.COLUMNS`
+    :param points: the file "points"
+    :param selection: the part of the study that is reported; None for all of it
     """
 
-    study: Study
-    selection: Selection
-    runs: pd.DataFrame
-    points: pd.DataFrame
-
-    @classmethod
-    def of(cls, study: Study, runs: pd.DataFrame, points: pd.DataFrame, selection: Selection | None = None) -> "Findings":
-        """
-        :param study: the study
-        :param runs: the file "runs", see :data:`sb3_vpg.study.results.COLUMNS`
-        :param points: the file "points"
-        :param selection: the part of the study that is reported; None for all of it
-        :return: the results. Final runs and gradients count only with the learning rate that the search selects now, and final
-            runs only with a seed that the study names.
-        """
+    def __init__(self, study: Study, runs: pd.DataFrame, points: pd.DataFrame, selection: Selection | None = None):
         selection = selection or Selection(list(study.environments), list(study.contestants))
         chosen = chosen_learning_rates(study, runs)
         rates = pd.Series(
             [chosen.get(cell, np.nan) for cell in zip(runs.environment, runs.algorithm, runs.setting)], runs.index
         )
         selected = (runs.learning_rate == rates) | (rates.isna() & runs.learning_rate.isna())
-        named = (runs.phase != "final") | runs.seed.isin(range(study.first_seed, study.first_seed + study.seeds))
+        final_seeds, statistics_seeds = range(study.first_seed, study.first_seed + study.seeds), range(study.statistics.seeds)
+        named = runs.seed.isin(final_seeds).where(runs.phase == "final", runs.seed.isin(statistics_seeds))
         runs = runs[_searched(study, runs) | (selected & named)]
         names = {cell: name for name, cell in study.contestants.items()}
         runs, points = (
@@ -100,7 +78,8 @@ class Findings:
         runs = runs[runs.environment.isin(selection.environments) & runs.contestant.isin(selection.contestants)]
         settings = {study.contestants[name][1] for name in selection.contestants}
         points = points[points.measured.isin({"", *settings})]
-        return cls(study, selection, runs, points.merge(runs[list(runs.columns[:6])]))
+        self.study, self.selection = study, selection
+        self.runs, self.points = runs, points.merge(runs[list(runs.columns[:6])])
 
     @cached_property
     def environments(self) -> list[str]:
@@ -213,29 +192,34 @@ def with_interval(value: np.ndarray, resamples: np.ndarray) -> np.ndarray:
     return np.vstack([value, np.quantile(resamples, [0.025, 0.975], axis=0)])
 
 
+def _estimate(value: np.ndarray, resamples: np.ndarray, n_seeds: int) -> Estimate:
+    """:return: an estimate, with the interval of its bootstrap resamples, shape (repetitions,)"""
+    mean, low, high = with_interval(value, resamples[:, None])[:, 0].tolist()
+    return Estimate(mean, low, high, n_seeds)
+
+
 def estimate(values: pd.Series) -> Estimate:
     """:return: interquartile mean and interval of one value for each seed"""
-    column = values.to_numpy()[:, None]
-    return Estimate.of(with_interval(iqm(column), iqm(resampled(column), axis=1))[:, 0], len(values))
+    x = values.to_numpy()
+    return _estimate(iqm(x), iqm(resampled(x), axis=1), len(x))
 
 
 def difference(before: pd.Series, after: pd.Series) -> Estimate | None:
     """:return: difference of the interquartile means, with its interval; None with fewer than two seeds"""
     if min(len(before), len(after)) < 2:
         return None
-    x, y = before.to_numpy()[:, None], after.to_numpy()[:, None]
+    x, y = before.to_numpy(), after.to_numpy()
     # The runs of both are independent
     resamples = iqm(resampled(y, seed=1), axis=1) - iqm(resampled(x, seed=2), axis=1)
-    return Estimate.of(with_interval(iqm(y) - iqm(x), resamples)[:, 0], min(len(x), len(y)))
+    return _estimate(iqm(y) - iqm(x), resamples, min(len(x), len(y)))
 
 
 def aggregates(normalized: Mapping[str, np.ndarray]) -> dict[str, Estimate]:
     """:return: interquartile mean over environments and seeds of each contestant's normalized scores"""
-    estimates = {}
-    for name, scores in normalized.items():
-        means = iqm(resampled(scores).reshape(REPETITIONS, -1), axis=1)
-        estimates[name] = Estimate.of(with_interval(iqm(scores, axis=None), means[:, None])[:, 0], len(scores))
-    return estimates
+    return {
+        name: _estimate(iqm(scores, axis=None), iqm(resampled(scores).reshape(REPETITIONS, -1), axis=1), len(scores))
+        for name, scores in normalized.items()
+    }
 
 
 def probability_of_improvement(before: np.ndarray, after: np.ndarray) -> Estimate:
@@ -252,7 +236,7 @@ def probability_of_improvement(before: np.ndarray, after: np.ndarray) -> Estimat
 
     # The runs of both are independent
     resamples = probability(resampled(before, seed=1), resampled(after, seed=2))
-    return Estimate.of(with_interval(probability(before, after), resamples[:, None])[:, 0], min(len(before), len(after)))
+    return _estimate(probability(before, after), resamples, min(len(before), len(after)))
 
 
 def performance_profiles(normalized: Mapping[str, np.ndarray]) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -179,11 +179,8 @@ class Study:
             if name in self.algorithms:
                 raise ValueError(f"settings: {name} is the name of an algorithm; choose another")
         for pair in self.pairs:
-            if (
-                not isinstance(pair, (list, tuple))
-                or len(pair) not in (2, 3)
-                or not all(isinstance(text, str) for text in pair)
-            ):
+            are_texts = isinstance(pair, (list, tuple)) and all(isinstance(text, str) for text in pair)
+            if not are_texts or len(pair) not in (2, 3):
                 raise ValueError(
                     f"pairs: {pair!r} is not allowed; it must be two contestants, and optionally a question in quotation marks"
                 )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import yaml
@@ -50,16 +50,6 @@ MEASURED_AT = (0.0, 0.5, 1.0)
 MAX_EPISODE_STEPS = 100_000
 #: Minimum duration of a measurement of speed, in seconds
 SECONDS_OF_SPEED = 2.0
-
-
-class Tracking(NamedTuple):
-    """
-    :param service: "tensorboard" or "wandb"
-    :param folder: folder of the study
-    """
-
-    service: str
-    folder: Path
 
 
 class Episodes(BaseCallback):
@@ -227,7 +217,7 @@ def check_statistics(study: Study, environment: str, contestants: Sequence[str],
 
 
 def execute(
-    study: Study, run: Run, folder: Path, tracking: Tracking | None, report: Callable[[float], None]
+    study: Study, run: Run, folder: Path, tracking: tuple[str, Path] | None, report: Callable[[float], None]
 ) -> tuple[Measures, list[Point]]:
     """
     Train the model of a run, and evaluate it or measure gradients.
@@ -235,7 +225,7 @@ def execute(
     :param study: the study
     :param run: one of its runs
     :param folder: folder for the run's own files
-    :param tracking: where the logs of training go; None for nowhere
+    :param tracking: "tensorboard" or "wandb", and the folder of the study; None for no logs of training
     :param report: called with the finished fraction of the run
     :return: measures and points
     """
@@ -263,7 +253,7 @@ def execute(
 
 
 @contextmanager
-def start_tracking(tracking: Tracking | None, study: Study, run: Run) -> Iterator[str]:
+def start_tracking(tracking: tuple[str, Path] | None, study: Study, run: Run) -> Iterator[str]:
     """
     Context of a training that is tracked as by the zoo's ``--track``.
 
@@ -272,20 +262,19 @@ def start_tracking(tracking: Tracking | None, study: Study, run: Run) -> Iterato
     if tracking is None:
         yield ""
         return
+    service, folder = tracking
     name = "__".join(str(part) for part in run if part not in ("", None)).replace("/", "_")
-    logs = tracking.folder / "tensorboard" / name
+    logs = folder / "tensorboard" / name
     shutil.rmtree(logs, ignore_errors=True)
-    if tracking.service == "wandb":
+    if service == "wandb":
         import wandb
 
         config = {**run._asdict(), **study.keywords(*run.cell)}
-        wandb.init(
-            name=name, project="sb3", group=tracking.folder.name, config=config, sync_tensorboard=True, dir=tracking.folder
-        )
+        wandb.init(name=name, project="sb3", group=folder.name, config=config, sync_tensorboard=True, dir=folder)
     try:
         yield str(logs)
     finally:
-        if tracking.service == "wandb":
+        if service == "wandb":
             wandb.finish()
 
 

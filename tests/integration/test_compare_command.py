@@ -203,7 +203,7 @@ def test_nothing_is_run_again_but_what_has_failed_if_asked_for(installed: Enviro
         r"^4 runs in 2 processes: about \d\d:\d\d of training \(speeds of the runs in the folder\)", output, re.MULTILINE
     )
     assert output.count("FAILED") == 4
-    assert "4 runs have failed: the report and output.log have their errors, --retry-failed repeats them" in output
+    assert "8 runs have failed: the report and output.log have their errors, --retry-failed repeats them" in output
 
 
 def test_arguments_are_a_study_too_and_its_folder_is_its_own(installed: Environment, tmp_path: Path):

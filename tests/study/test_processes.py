@@ -27,6 +27,10 @@ def job(task: str, report) -> str:
         raise ValueError("long " * 100_000)
     if task == "crashes":
         os._exit(7)
+    if task == "is killed in a message":
+        # The first half of the length of a message, to the only pipe of the process
+        os.write(report.__closure__[0].cell_contents.fileno(), b"\0\0")
+        os._exit(7)
     if task == "disk":
         raise OSError(errno.ENOSPC, "No space left on device")
     if task == "sleeps":
@@ -53,6 +57,14 @@ def test_each_job_reports_its_progress_and_ends_once(tmp_path: Path):
     output = (tmp_path / "output.log").read_text()
     assert "output of a\n" in output
     assert "Traceback" in output
+
+
+def test_a_job_that_is_killed_in_the_middle_of_a_message_is_an_error_of_that_job(tmp_path: Path):
+    ended = [event for event in events_of(tmp_path, "is killed in a message", "a") if event.progress == 1]
+    assert {event.key: event.error for event in ended} == {
+        "is killed in a message": "the process ended with exit code 7",
+        "a": None,
+    }
 
 
 def test_the_text_of_an_error_has_an_end(tmp_path: Path):

@@ -236,6 +236,9 @@ def test_a_part_of_a_study(tmp_path: Path):
     # The mean of 450, 450 and 500
     assert cells(section(text, "Scores"), "gae")[0].startswith("467 [")
     assert "gae -> a2c" in section(text, "Pairs")
+    # Without a whole pair of the study, all are compared with the first one
+    write_report(STUDY, results, tmp_path, Selection(["CartPole-v1"], ["reward_to_go", "a2c"]))
+    assert "reward_to_go -> a2c" in section((tmp_path / "report.md").read_text(), "Pairs")
 
 
 def test_many_contestants_have_a_panel_each(tmp_path: Path):

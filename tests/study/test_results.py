@@ -111,11 +111,14 @@ def test_failed_runs_have_ended_until_they_are_forgotten(tmp_path: Path):
     assert results.frame("runs").error.tolist() == ["", 'ValueError: a, "b"']
     assert RUNS[1] in Results(tmp_path)
     # A dry run only says what would be executed
-    results.forget_failed(remove=False)
+    results.forget_failed([RUNS[1].cell], remove=False)
     assert RUNS[1] not in results
     assert len(results.frame("runs")) == 2
     results = Results(tmp_path)
-    results.forget_failed(remove=True)
+    # Those of other cells are kept
+    results.forget_failed([RUNS[0].cell], remove=True)
+    assert RUNS[1] in results
+    results.forget_failed([RUNS[1].cell], remove=True)
     assert RUNS[1] not in results
     assert RUNS[0] in results
     assert len(results.frame("runs")) == 1
@@ -148,6 +151,27 @@ def test_a_full_disk_is_an_error_that_loses_nothing(tmp_path: Path):
     again = Results(tmp_path)
     assert RUNS[0] in again
     assert len(again.frame("points")) == len(POINTS) * len(again.frame("runs"))
+
+
+def test_a_run_without_all_of_its_points_does_not_count(tmp_path: Path):
+    results = Results(tmp_path)
+    points = [POINTS[0]] * 100
+    # The row in runs.csv is shorter than 400 bytes
+    with small_files(), pytest.raises(OSError, match=r"points\.csv cannot be written"):
+        results.add(RUNS[0], MEASURES, points)
+    again = Results(tmp_path)
+    assert RUNS[0] not in again
+    assert len(again.frame("points")) == 0
+
+
+@pytest.mark.parametrize("name", ["two\nlines", "a\u2028b", "a\x0bb", 'with "quotes", and a comma'])
+def test_any_name_of_a_setting_comes_back(tmp_path: Path, name: str):
+    run = RUNS[0]._replace(setting=name)
+    Results(tmp_path).add(run, MEASURES, POINTS)
+    again = Results(tmp_path)
+    assert run in again
+    assert again.frame("runs").setting.tolist() == [name]
+    assert again.frame("points").setting.tolist() == [name] * len(POINTS)
 
 
 def test_older_results_are_refused_by_name(tmp_path: Path):
@@ -201,7 +225,7 @@ def test_a_folder_of_another_study_is_refused_by_name(tmp_path: Path, settings: 
     assert (tmp_path / "study.yml").read_text() == before
 
 
-@pytest.mark.parametrize("text", ["learning_rates: [0.1]\n", "format: 1\n", "3\n"])
+@pytest.mark.parametrize("text", ["learning_rates: [0.1]\n", "format: 1\n", "format: 2\nstudy: {}\n", "3\n"])
 def test_settings_of_another_format_are_refused_by_name(tmp_path: Path, text: str):
     (tmp_path / "study.yml").write_text(text)
     with pytest.raises(ValueError, match=r"study\.yml has another format"):

@@ -27,7 +27,7 @@ STUDY = make_study(
 
 
 def findings_of(results: Results) -> Findings:
-    return Findings.of(STUDY, results.frame("runs"), results.frame("points"))
+    return Findings(STUDY, results.frame("runs"), results.frame("points"))
 
 
 def test_interquartile_mean_leaves_out_a_quarter_at_each_end():
@@ -173,9 +173,22 @@ def test_runs_of_left_out_rates_and_seeds_do_not_count(tmp_path):
     add_final_runs(results, "CartPole-v1", ("vpg", "plain"), [9, 8, 7], learning_rate=0.1)
     add_final_runs(results, "CartPole-v1", ("vpg", "clever"), [5, 6, 7])
     study = replace(STUDY, search=Search(), first_seed=1, seeds=2)
-    findings = Findings.of(study, results.frame("runs"), results.frame("points"))
+    findings = Findings(study, results.frame("runs"), results.frame("points"))
     assert findings.final.deterministic_return.tolist() == [6, 7]
     assert not (findings.runs.phase == "search").any()
+
+
+def test_seeds_of_search_and_statistics_that_are_left_out_do_not_count(tmp_path):
+    results = Results(tmp_path)
+    # The second seed would select 0.01
+    add_search(results, "CartPole-v1", "plain", {0.01: [1, 9], 0.1: [2, 3]})
+    variances = {"plain": [[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]]}
+    add_statistics(results, "CartPole-v1", "plain", {"variance": variances}, learning_rate=0.1)
+    study = replace(STUDY, search=replace(STUDY.search, seeds=1), statistics=replace(STUDY.statistics, seeds=1))
+    assert set(statistics.chosen_learning_rates(study, results.frame("runs")).values()) == {0.1}
+    findings = Findings(study, results.frame("runs"), results.frame("points"))
+    assert set(findings.runs[findings.runs.phase == "statistics"].seed) == {0}
+    assert (findings.runs.phase == "search").sum() == 2
 
 
 @pytest.mark.parametrize("times", [[(0, 5200, 9000), (0, 5100, 16000)], [(0, 4000, 5000)]], ids=str)

@@ -143,6 +143,9 @@ def test_arguments_precede_what_a_study_says_of_its_environments(tmp_path: Path,
     for environment in settings["environments"]:
         keywords = study.keywords(environment, "a2c", "")
         assert (keywords["vec_env_class"], keywords["n_timesteps"]) == ("sb3_vpg.envs.EnvPoolVecEnv", 7)
+    monkeypatch.setattr("sys.argv", ["compare", "--config", str(written({"environments": {"a": 2}}, tmp_path)), *arguments])
+    with pytest.raises(ValueError, match="environments: a=2 is not allowed"):
+        study_of(parse_arguments())
 
 
 def test_a_keyword_is_varied_once():
