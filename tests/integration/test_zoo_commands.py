@@ -134,16 +134,16 @@ def test_a_run_that_is_interrupted_is_saved_and_goes_on(installed: Environment, 
         return tuple(json.loads(done.stdout))
 
     timesteps, n_updates, n_observations, rates = counters(1)
-    assert timesteps >= 800
+    assert timesteps >= 3200
     # So that the run that goes on ends with an update at its very end, where the schedule is at 0
-    total = timesteps + 640
+    total = timesteps + 2560
     output_of(installed.run_warm(*zoo_command(*pendulum, "-n", str(total), "-i", str(folder / "Pendulum-v1.zip"))))
     timesteps_then, n_updates_then, n_observations_then, rates_then = counters(2)
     assert timesteps_then == total
-    # Four environments x 16 steps for each update
+    # Sixteen environments x 16 steps for each update
     assert n_updates_then == n_updates + 10
     assert n_observations_then > n_observations
-    assert 0.0 == rates_then["actor"] < rates["actor"] == pytest.approx(0.002, rel=0.1)
+    assert 0.0 == rates_then["actor"] < rates["actor"] == pytest.approx(0.003, rel=0.1)
 
 
 @pytest.mark.parametrize("command", ["train", "enjoy", "record_video", "record_training", "push_to_hub", "load_from_hub"])
