@@ -230,13 +230,13 @@ def plan(
     """:return: the runs that are missing, and speeds: of earlier runs, or measured now"""
     from sb3_vpg.study import training
 
+    known = results.frame("runs")
     # Where the search has not ended, all final runs are missing
     unknown_rates = {run.cell: math.nan for run in study.search_runs(*selection) if run not in results}
-    chosen = chosen_learning_rates(study, results.frame("runs")) | unknown_rates
+    chosen = chosen_learning_rates(study, known) | unknown_rates
     phases = [study.search_runs(*selection), study.final_runs(*selection, chosen), study.statistics_runs(*selection, chosen)]
     runs = [run for phase in phases for run in phase if run not in results]
-    ended = results.frame("runs").dropna(subset="timesteps")
-    ended = ended[ended.phase == "final"].groupby(["environment", "algorithm"])
+    ended = known[known.phase == "final"].dropna(subset="timesteps").groupby(["environment", "algorithm"])
     speeds = {key: rows.wall_seconds.sum() / rows.timesteps.sum() for key, rows in ended}
     unknown = {run.cell[:2]: run for run in reversed(runs) if run.cell[:2] not in speeds}
     source = "speeds of the runs in the folder" if not unknown else "measured now, a few seconds each"

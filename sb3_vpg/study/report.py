@@ -282,8 +282,7 @@ def write_report(study: Study, results: Results, folder: Path, selection: Select
             sections.append(rank_section(findings))
     if (findings.runs.error != "").any():
         sections.append(failures_section(findings))
-    seeds = range(study.first_seed, study.first_seed + study.seeds)
-    expected = set(itertools.product(*findings.selection, seeds))
+    expected = set(itertools.product(*findings.selection, study.seeds_of("final")))
     missing = len(expected.difference(zip(findings.final.environment, findings.final.contestant, findings.final.seed)))
     introduction = INTRODUCTION + FEW_SEEDS * (study.seeds < 10)
     if missing:

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import trim_mean
 
-from sb3_vpg.study.study import FIRST_SEARCH_SEED, Cell, Selection, Study
+from sb3_vpg.study.study import Cell, Selection, Study
 
 # Number of bootstrap resamples
 REPETITIONS = 2000
@@ -32,8 +32,8 @@ class Estimate(NamedTuple):
 
 def _searched(study: Study, runs: pd.DataFrame) -> pd.Series:
     """:return: whether a run belongs to the search, with a rate and a seed that the study names"""
-    seeds = range(FIRST_SEARCH_SEED, FIRST_SEARCH_SEED + study.search.seeds)
-    return (runs.phase == "search") & runs.learning_rate.isin(study.search.learning_rates) & runs.seed.isin(seeds)
+    rates, seeds = study.search.learning_rates, study.seeds_of("search")
+    return (runs.phase == "search") & runs.learning_rate.isin(rates) & runs.seed.isin(seeds)
 
 
 def chosen_learning_rates(study: Study, runs: pd.DataFrame) -> dict[Cell, float]:
@@ -51,8 +51,8 @@ def chosen_learning_rates(study: Study, runs: pd.DataFrame) -> dict[Cell, float]
 
 class Findings:
     """
-    The results as the sections of a report read them: runs and points, with the name of the contestant. Final runs and
-    gradients count only with the learning rate that the search selects now, and final runs only with a seed of the study.
+    The results as the sections of a report read them: runs and points, with the name of the contestant. Runs count only with
+    seeds and learning rates that the study names, and after the search only with the rate that it selects now.
 
     :param study: the study
     :param runs: the file "runs", see :data:`sb3_vpg.study.results.COLUMNS`
@@ -67,8 +67,7 @@ class Findings:
             [chosen.get(cell, np.nan) for cell in zip(runs.environment, runs.algorithm, runs.setting)], runs.index
         )
         selected = (runs.learning_rate == rates) | (rates.isna() & runs.learning_rate.isna())
-        final_seeds, statistics_seeds = range(study.first_seed, study.first_seed + study.seeds), range(study.statistics.seeds)
-        named = runs.seed.isin(final_seeds).where(runs.phase == "final", runs.seed.isin(statistics_seeds))
+        named = np.array([seed in study.seeds_of(phase) for phase, seed in zip(runs.phase, runs.seed)], dtype=bool)
         runs = runs[_searched(study, runs) | (selected & named)]
         names = {cell: name for name, cell in study.contestants.items()}
         runs, points = (

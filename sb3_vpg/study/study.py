@@ -263,13 +263,22 @@ class Study:
             keywords = {**self.common, **own, **keywords, **self.settings.get(setting, {})}
         return keywords
 
+    def seeds_of(self, phase: str) -> range:
+        """:return: the seeds of the runs of one of :data:`PHASES`"""
+        first, number = {
+            "search": (FIRST_SEARCH_SEED, self.search.seeds),
+            "final": (self.first_seed, self.seeds),
+            "statistics": (0, self.statistics.seeds),
+        }[phase]
+        return range(first, first + number)
+
     def search_runs(self, environments: Iterable[str], contestants: Iterable[str]) -> Iterator[Run]:
         """:return: the runs of the search"""
         for environment, name in itertools.product(environments, contestants):
             algorithm, setting = self.contestants[name]
             if algorithm in OWN_ALGORITHMS:
-                for rate, seed in itertools.product(dict.fromkeys(self.search.learning_rates), range(self.search.seeds)):
-                    yield Run("search", environment, algorithm, setting, FIRST_SEARCH_SEED + seed, rate)
+                for rate, seed in itertools.product(dict.fromkeys(self.search.learning_rates), self.seeds_of("search")):
+                    yield Run("search", environment, algorithm, setting, seed, rate)
 
     def final_runs(
         self, environments: Iterable[str], contestants: Iterable[str], chosen: Mapping[Cell, float]
@@ -280,8 +289,7 @@ class Study:
         :param chosen: learning rates that the search has selected
         :return: the final runs, seed by seed
         """
-        seeds = range(self.first_seed, self.first_seed + self.seeds)
-        for seed, environment, name in itertools.product(seeds, environments, contestants):
+        for seed, environment, name in itertools.product(self.seeds_of("final"), environments, contestants):
             run = Run("final", environment, *self.contestants[name], seed)
             yield run._replace(learning_rate=chosen.get(run.cell))
 
@@ -291,7 +299,7 @@ class Study:
         """:return: the runs that measure gradients, of the first algorithm that has settings; see :meth:`final_runs`"""
         measured, among = self.measured, set(contestants)
         policies = [measured[setting] for setting in dict.fromkeys(self.statistics.policies) if measured.get(setting) in among]
-        for seed, environment, name in itertools.product(range(self.statistics.seeds), environments, policies):
+        for seed, environment, name in itertools.product(self.seeds_of("statistics"), environments, policies):
             run = Run("statistics", environment, *self.contestants[name], seed)
             yield run._replace(learning_rate=chosen.get(run.cell))
 
