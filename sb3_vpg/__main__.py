@@ -102,17 +102,13 @@ def translate_vec_env(arguments: list[str]) -> list[str]:
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--vec-env")
+    parser.add_argument("-params", "--hyperparams", nargs="+", default=[])
     given, others = parser.parse_known_args(arguments)
     if given.vec_env not in VEC_ENVS:
         return arguments
     if given.vec_env == "envpool" and importlib.util.find_spec("envpool") is None:
         sys.exit("--vec-env envpool needs EnvPool: pip install 'sb3_vpg[envpool]' (Linux or macOS, Python 3.11 or newer)")
-    parameter = f"vec_env_class:'{VEC_ENVS[given.vec_env]}'"
-    for flag in ("-params", "--hyperparams"):
-        if flag in others:
-            place = others.index(flag) + 1
-            return [*others[:place], parameter, *others[place:]]
-    return [*others, "-params", parameter]
+    return [*others, "-params", f"vec_env_class:'{VEC_ENVS[given.vec_env]}'", *given.hyperparams]
 
 
 def run(module: str) -> None:

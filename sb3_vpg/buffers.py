@@ -68,7 +68,6 @@ class VPGBufferMixin(RolloutBuffer):
             self.formulation = Formulation(gamma=self.gamma, gae_lambda=self.gae_lambda)
         self.pos = 0
         self.full = False
-        self.generator_ready = False
         self.first_steps = np.zeros(self.n_envs, dtype=np.int64)
         self._time_limits: list[tuple[int, int]] = []
         self._terminal_obs: list[NumpyObs] = []

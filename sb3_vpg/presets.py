@@ -44,7 +44,7 @@ SPINNING_UP: dict[str, Any] = {
     "gamma": 0.99,
     "gae_lambda": 0.97,
     "max_grad_norm": None,
-    "policy_kwargs": {"net_arch": [64, 64], "activation_fn": th.nn.Tanh, "ortho_init": False},
+    "policy_kwargs": {"net_arch": [64, 64], "activation_fn": th.nn.Tanh, "ortho_init": False, "log_std_init": -0.5},
 }
 
 #: A2C (Mnih et al., 2016) as in Stable-Baselines3, with one difference: A2C clips the gradients of actor and critic together,

@@ -27,7 +27,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
 from sb3_vpg.buffers import Recorder, VPGBufferMixin, adapt_buffer
 from sb3_vpg.common.checkpoint import ResumableAlgorithm
 from sb3_vpg.common.collectives import SINGLE_PROCESS, SingleProcess
-from sb3_vpg.common.faults import LOST_WORKER_ERRORS, find_failed_environment
+from sb3_vpg.common.faults import LOST_WORKER_ERRORS, find_failed_environment, is_raised_by
 from sb3_vpg.common.policy_inputs import METHOD, checked_masks
 from sb3_vpg.common.policy_runner import PolicyRunner, make_policy_runner
 from sb3_vpg.common.recurrent_runner import States, is_finite, make_recurrent_runner, zero_states
@@ -70,9 +70,11 @@ class RolloutCollector(ResumableAlgorithm):
         try:
             total_timesteps, callback = super()._setup_learn(*args, **kwargs)
         except LOST_WORKER_ERRORS as error:
-            self._raise_environment_error(self.env, error)  # type: ignore[arg-type]
-        if self._last_obs is not before:
-            self._stepped_since_reset = False
+            # A callback may have lost a connection of its own
+            if is_raised_by(self.env, error):  # type: ignore[arg-type]
+                self._raise_environment_error(self.env, error)  # type: ignore[arg-type]
+            raise
+        self._stepped_since_reset &= self._last_obs is before
         return total_timesteps, callback
 
     def collect_rollouts(
@@ -425,10 +427,8 @@ class RolloutCollector(ResumableAlgorithm):
         step = "" if index is None else f" at step {self._episode_steps[index]} of its episode"
         # If training continues, the environments must be reset
         self._last_obs = None
-        raise RuntimeError(
-            f"{which} failed{step} (timestep {self.num_timesteps}): {cause}. "
-            "No weight was changed, and the model can be saved."
-        ) from error
+        failed = f"{which} failed{step} (timestep {self.num_timesteps})"
+        raise RuntimeError(f"{failed}: {cause}. No weight was changed, and the model can be saved.") from error
 
     def _check_episode_length(self, recording: np.ndarray) -> None:
         """:raises RuntimeError: if a recorded episode is longer than ``max_episode_steps``"""

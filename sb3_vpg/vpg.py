@@ -22,7 +22,7 @@ from sb3_vpg.common.collectives import current_processes
 from sb3_vpg.common.optimization import ParameterGroups, check_trainable, fuse_adam, n_parts, set_learning_rates
 from sb3_vpg.common.policy_inputs import Samples, ValueSamples, inputs_of, map_obs
 from sb3_vpg.common.policy_runner import PolicyRunner
-from sb3_vpg.common.progress_bar import AllRanksProgressBar
+from sb3_vpg.common.progress_bar import with_progress_of_all_ranks
 from sb3_vpg.common.random_states import set_random_states
 from sb3_vpg.common.threads import accumulate_gradients
 from sb3_vpg.common.value_scale import ValueScale, check_linear_value_net, scaled_values
@@ -441,7 +441,7 @@ class VPG(RolloutCollector):
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         if progress_bar and self.processes.size > 1:
             # SB3's progress bar counts the steps of one process only
-            callback, progress_bar = [super()._init_callback(callback), AllRanksProgressBar()], False
+            callback, progress_bar = with_progress_of_all_ranks(callback), False
         return super()._init_callback(callback, progress_bar)
 
     def set_random_seed(self, seed: int | None = None) -> None:

@@ -22,8 +22,11 @@ def pretend_installed(monkeypatch, package: str, installed: bool) -> None:
     [
         ("--env Ant-v5 --vec-env envpool -n 9", f"--env Ant-v5 -n 9 -params {ENVPOOL}"),
         ("--vec-env=native --env Ant-v5", f"--env Ant-v5 -params {NATIVE}"),
-        ("--vec-env envpool -params n_envs:2 -n 9", f"-params {ENVPOOL} n_envs:2 -n 9"),
-        ("--hyperparams n_envs:2 --vec-env envpool", f"--hyperparams {ENVPOOL} n_envs:2"),
+        ("--vec-env envpool -params n_envs:2 gamma:1 -n 9", f"-n 9 -params {ENVPOOL} n_envs:2 gamma:1"),
+        ("--hyperparams n_envs:2 --vec-env envpool", f"-params {ENVPOOL} n_envs:2"),
+        ("-params=n_envs:2 --vec-env envpool -P", f"-P -params {ENVPOOL} n_envs:2"),
+        # The zoo uses the last ones, too
+        ("--vec-env native -params n_envs:2 -params n_envs:3", f"-params {NATIVE} n_envs:3"),
         ("--vec-env subproc -n 9", "--vec-env subproc -n 9"),
         ("-n 9", "-n 9"),
     ],

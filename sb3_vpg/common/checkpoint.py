@@ -13,6 +13,7 @@ import json
 import os
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from numbers import Real
@@ -186,7 +187,7 @@ def check_model_file(path: str | Path | io.BufferedIOBase, keyword: str) -> None
                     f"{path} was saved by another algorithm: it has no {keyword!r}. Load it with that algorithm, and copy its "
                     "weights with set_parameters(other.get_parameters())"
                 )
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         # The last sentence is the message of SB3
         raise ValueError(f"{path} is not a zip file, or is incomplete. Error: the file {path} wasn't a zip-file") from error
     finally:

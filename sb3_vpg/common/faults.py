@@ -10,6 +10,11 @@ LOST_WORKER_ERRORS = (EOFError, ConnectionError)
 EXIT_TIMEOUT = 2.0
 
 
+def is_raised_by(env: VecEnv, error: Exception) -> bool:
+    """:return: whether a method of the environments raised the error"""
+    return any(frame.f_locals.get("self") is env.unwrapped for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
 def find_failed_environment(env: VecEnv, error: Exception) -> tuple[int | None, str]:
     """
     Find the environment that failed. If a worker process of a ``SubprocVecEnv`` has exited, the other workers are terminated

@@ -1,7 +1,8 @@
 """Progress of a training, and a progress bar for data-parallel training."""
 
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import ProgressBarCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback, ProgressBarCallback
+from stable_baselines3.common.type_aliases import MaybeCallback
 
 
 def progress_of(model: BaseAlgorithm) -> float:
@@ -27,3 +28,10 @@ class AllRanksProgressBar(ProgressBarCallback):
     def _on_training_end(self) -> None:
         self._on_step()
         super()._on_training_end()
+
+
+def with_progress_of_all_ranks(callback: MaybeCallback) -> list[BaseCallback]:
+    """:return: the callbacks that ``learn`` was given, and a progress bar"""
+    if not isinstance(callback, list):
+        callback = [callback if isinstance(callback, BaseCallback) else ConvertCallback(callback)]
+    return [*callback, AllRanksProgressBar()]

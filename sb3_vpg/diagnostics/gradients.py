@@ -216,14 +216,16 @@ def gradient_statistics(
     :param reference: name of the update with whose gradient over all other batches directions are compared; None to compare
         each gradient with its own formulation
     :param seed: seed of environments, sampled actions and bootstrap
-    :param confidence: confidence level of the bootstrap intervals, in (0, 1)
+    :param confidence: confidence level of the bootstrap intervals, in (0, 1]
     :param n_bootstrap: number of bootstrap resamples. Typical: 1000 to 10000. Larger: more accurate interval ends.
     :param max_bytes: approximate limit on the memory for gradients; formulations are processed in groups that fit
     :return: the statistics, by name
-    :raises ValueError: if ``reference`` is not in ``measured``, ``n_episodes`` gives fewer than two batches of an update, or
-        all parameters of the actor are frozen
+    :raises ValueError: if a number is outside its range, ``reference`` is not in ``measured``, ``n_episodes`` gives fewer than
+        two batches of an update, or all parameters of the actor are frozen
     """
     check_updates(measured, n_episodes, reference)
+    check_number("confidence", confidence, low=0, high=1, low_included=False)
+    check_number("n_bootstrap", n_bootstrap, low=1, integer=True)
     devices = [model.device] if model.device.type == "cuda" else []
     # With a seed, the random numbers of training go on where they were
     with th.random.fork_rng(devices, enabled=seed is not None):
@@ -256,6 +258,7 @@ def check_updates(measured: Mapping[str, UpdateSpec], n_episodes: int, reference
 
     :raises ValueError: see there
     """
+    check_number("n_episodes", n_episodes, low=1, integer=True)
     if reference is not None:
         check_choice("reference", reference, measured)
     for name, update in measured.items():

@@ -68,7 +68,8 @@ def autoreset_of(vector_env: VectorEnv) -> Autoreset:
     :return: the function that resets the environments whose episodes have ended
     :raises ValueError: if the vectorized environment does not say when it resets
     """
-    mode = vector_env.metadata.get("autoreset_mode")
+    # The metadata of ALE belong to the class: they have the mode of the environment that was made last
+    mode = getattr(vector_env.unwrapped, "autoreset_mode", vector_env.metadata.get("autoreset_mode"))
     allowed = {AutoresetMode.SAME_STEP: already_reset, AutoresetMode.DISABLED: reset_by_mask}
     allowed[AutoresetMode.NEXT_STEP] = reset_by_mask if has_partial_resets(vector_env) else reset_in_next_step
     if mode not in allowed:

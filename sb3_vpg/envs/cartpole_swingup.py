@@ -32,7 +32,7 @@ def _to_four_numbers(name: str, value: Any, *, negative: bool = True) -> Array:
     :raises ValueError: if the value is neither one number nor four, not finite, or negative where that is not allowed
     """
     try:
-        four = np.broadcast_to(np.asarray(value, dtype=np.float64), (4,))
+        four = np.broadcast_to(np.array(value, dtype=np.float64), (4,))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}={value!r} is neither one number nor four (x, v, theta, w)") from error
     if not np.isfinite(four).all() or (not negative and (four < 0).any()):

@@ -66,28 +66,33 @@ def find_equivalent(envs: Sequence[gym.Env]) -> Equivalent:
     spec = env.unwrapped.spec
     if spec is None:
         raise ValueError(f"EnvPool cannot replace {env.unwrapped}: it is not registered with gymnasium")
+    if spec.kwargs.get("render_mode") == "human":
+        raise ValueError("EnvPool has no equivalent of render_mode='human'")
     for other in envs[1:]:
         if describe(other) != describe(env):
             raise ValueError(f"EnvPool cannot replace different environments: {describe(env)}, {describe(other)}")
     if (change := change_of(envs)) is not None:
         raise ValueError(f"EnvPool cannot replace an environment that was changed after gym.make(): {change}")
     wrappers = list(wrappers_of(env))
-    known = (*KNOWN_WRAPPERS, *ATARI_OPTIONS, *time_limit_classes(), *map(type, observation_wrappers_of(env)))
+    # rl_zoo3 replaces gymnasium's TimeLimit by a class of its own, possibly after KNOWN_WRAPPERS was defined
+    known = (*KNOWN_WRAPPERS, *ATARI_OPTIONS, gym.wrappers.TimeLimit, *map(type, observation_wrappers_of(env)))
     for wrapper in wrappers:
         if type(wrapper) not in known:
             raise ValueError(f"EnvPool has no equivalent of the wrapper {type(wrapper).__name__} around {spec.id}")
         if isinstance(wrapper, Monitor) and wrapper.reset_keywords:
             raise ValueError("EnvPool has no equivalent of Monitor(reset_keywords=...)")
-    if spec.kwargs.get("render_mode") == "human":
-        raise ValueError("EnvPool has no equivalent of render_mode='human'")
     if "game" in spec.kwargs:
         return find_atari_equivalent(envs, spec, wrappers)
     options = translate_keywords(spec)
     if has_text(env.observation_space):
         raise ValueError(f"SB3 does not support texts in observations, as {spec.id} has: use an observation wrapper")
-    limits = [limit_of(wrapper) for wrapper in wrappers if isinstance(wrapper, time_limit_classes())]
-    # MiniGrid's own limit, by which its rewards are scaled, or else none
-    options["max_episode_steps"] = own_limit = getattr(env.unwrapped, "max_steps", NO_LIMIT)
+    limits = [wrapper._max_episode_steps for wrapper in wrappers if isinstance(wrapper, TimeLimit)]
+    # MiniGrid's own limit, by which its rewards are scaled, or else none. In BabyAI, it is 0 until a mission sets it
+    own_limit = getattr(env.unwrapped, "max_steps", NO_LIMIT)
+    if own_limit > 0:
+        options["max_episode_steps"] = own_limit
+    elif limits:
+        raise ValueError(f"EnvPool has no equivalent of a TimeLimit around {spec.id}, whose missions have their own")
     return Equivalent(
         spec.id,
         options,
@@ -117,10 +122,14 @@ def find_atari_equivalent(envs: Sequence[gym.Env], spec: Any, wrappers: Sequence
         if type(wrapper) in ATARI_OPTIONS:
             options |= ATARI_OPTIONS[type(wrapper)](wrapper)
     # Limits are numbers of frames. Around the wrappers that skip frames, they would be numbers of steps
-    limits = [i for i, wrapper in enumerate(wrappers) if isinstance(wrapper, time_limit_classes())]
+    limits = [i for i, wrapper in enumerate(wrappers) if isinstance(wrapper, TimeLimit)]
     if any(any(is_atari[i:]) for i in limits):
         raise ValueError(f"EnvPool has no equivalent of a TimeLimit around SB3's Atari wrappers of {spec.id}")
-    n_frames = min(spec.kwargs["max_num_frames_per_episode"], *(limit_of(wrappers[i]) for i in limits), NO_LIMIT)
+    n_frames = min(
+        spec.kwargs["max_num_frames_per_episode"],
+        *(w._max_episode_steps for w in wrappers if isinstance(w, TimeLimit)),
+        NO_LIMIT,
+    )
     options["max_episode_steps"] = -(-n_frames // options["frame_skip"])
     monitors = [i for i, wrapper in enumerate(wrappers) if isinstance(wrapper, Monitor)]
     return Equivalent(
@@ -157,15 +166,6 @@ def translate_keywords(spec: Any) -> dict[str, Any]:
                 f"EnvPool's {spec.id} has no equivalent of {name}={value!r}; it has {', '.join(sorted(known - {'xml_file'}))}"
             )
     return options
-
-
-def limit_of(wrapper: Any) -> int:
-    return wrapper._max_episode_steps
-
-
-def time_limit_classes() -> tuple[type[TimeLimit], ...]:
-    # rl_zoo3 replaces gymnasium's TimeLimit by its own class, possibly after this module was imported
-    return TimeLimit, gym.wrappers.TimeLimit
 
 
 def observation_wrappers_of(env: gym.Env) -> Iterator[gym.ObservationWrapper]:

@@ -8,7 +8,7 @@ import numpy as np
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_vpg.envs.envpool_equivalent import find_equivalent
-from sb3_vpg.envs.envpool_vector import EnvPoolVectorEnv, check_seed, make_vector_env
+from sb3_vpg.envs.envpool_vector import EnvPoolVectorEnv, check_options, check_seed, make_vector_env
 from sb3_vpg.envs.native_vec_env import NativeVecEnv, StandInEnv
 
 
@@ -37,7 +37,7 @@ class EnvPoolVecEnv(NativeVecEnv):
     wrappers, and observation wrappers (which are applied to each environment in Python). All else is an error.
 
     :param env_fns: functions that return the environments, as for ``DummyVecEnv``; or an id, such as "HalfCheetah-v5". If
-        EnvPool and gymnasium know the id, spaces and time limit are gymnasium's.
+        EnvPool and gymnasium know the id, time limit and, where EnvPool's fit, spaces are gymnasium's.
     :param n_envs: number of environments, with an id only. Typical range: 8 to 256
     :param seed: seed of the first reset, at least 0; environment i gets ``(seed + i) % 2**31``. None: random, or the one given
         to ``seed()``
@@ -64,7 +64,7 @@ class EnvPoolVecEnv(NativeVecEnv):
         if isinstance(env_fns, str):
             self.vector_env = make_vector_env(env_fns, 1 if n_envs is None else n_envs, num_threads, **options)
             self.envs = [Monitor(StandInEnv(self.vector_env)) for _ in range(self.vector_env.num_envs)]
-            self._raw_game_in_monitor = "episodic_life" in self.vector_env.defaults
+            self._raw_game_in_monitor = {"reward", "terminated"} <= self.vector_env.available_infos
         elif n_envs is not None:
             raise ValueError(f"n_envs={n_envs} is allowed with an id only, not with functions that return environments")
         elif not env_fns:
@@ -72,6 +72,7 @@ class EnvPoolVecEnv(NativeVecEnv):
         else:
             self.envs = [fn() for fn in env_fns]
             task = find_equivalent(self.envs)
+            check_options(task.task_id, options)
             self.vector_env = EnvPoolVectorEnv(
                 task.task_id,
                 len(self.envs),

@@ -111,6 +111,7 @@ class EnvPoolVectorEnv(VectorEnv[Any, Any, npt.NDArray[Any]]):
     """
 
     metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
+    _pool: Any = None
 
     def __init__(
         self,
@@ -134,11 +135,14 @@ class EnvPoolVectorEnv(VectorEnv[Any, Any, npt.NDArray[Any]]):
             options, time_limit = {**options, "max_episode_steps": time_limit}, None
         if time_limit is not None:
             # EnvPool does not tell whether the step at its own limit has terminated the episode
+            time_limit = min(time_limit, options.get("max_episode_steps", time_limit))
             options = {"max_episode_steps": self.defaults["max_episode_steps"], **options}
             options["max_episode_steps"] = max(options["max_episode_steps"], time_limit + 1)
         self.task_id, self.num_envs, self.time_limit = task_id, num_envs, time_limit
         self.options = {**options, "num_envs": num_envs, "num_threads": num_threads or 0}
         envpool_spec = import_envpool().make_spec(task_id, **self.options)
+        if envpool_spec.config.max_num_players != 1:
+            raise ValueError(f"EnvPool's {task_id} has several players; SB3 supports one")
         own_observation_space, own_action_space = spaces_of(envpool_spec)
         self._base_space = self._choose_space("observations", own_observation_space, observation_space)
         self._wrappers = observation_wrappers if any(observation_wrappers) else ()
@@ -148,12 +152,9 @@ class EnvPoolVectorEnv(VectorEnv[Any, Any, npt.NDArray[Any]]):
         self.action_space = batch_space(self.single_action_space, num_envs)
         #: EnvPool's infos of the last step, arrays of shape (N, ...)
         self.last_infos: dict[str, Any] = {}
-        self._available_infos = {
-            key.split(":")[1].split(".")[0] for key in envpool_spec._state_keys if key.startswith("info:")
-        }
+        #: Names of all infos that EnvPool has
+        self.available_infos = {key.split(":")[1].split(".")[0] for key in envpool_spec._state_keys if key.startswith("info:")}
         self._info_keys: tuple[str, ...] = ()
-        self._pool: Any = None
-        self._closed = False
 
     def return_infos(self, keys: Iterable[str]) -> None:
         """
@@ -161,8 +162,8 @@ class EnvPoolVectorEnv(VectorEnv[Any, Any, npt.NDArray[Any]]):
         :raises ValueError: if the environment has no such info
         """
         for key in keys:
-            if key not in self._available_infos:
-                raise ValueError(f"EnvPool's {self.task_id} has no info {key!r}; it has {sorted(self._available_infos)}")
+            if key not in self.available_infos:
+                raise ValueError(f"EnvPool's {self.task_id} has no info {key!r}; it has {sorted(self.available_infos)}")
         self._info_keys = tuple(keys)
 
     def _choose_space(self, kind: str, own: spaces.Space, given: spaces.Space | None) -> spaces.Space:
@@ -184,7 +185,7 @@ class EnvPoolVectorEnv(VectorEnv[Any, Any, npt.NDArray[Any]]):
         """
         if options:
             raise ValueError(f"EnvPool's environments have no reset options: {options}")
-        if self._pool is not None or self._closed:
+        if self._pool is not None or self.closed:
             self._check_pool()
         if seed is None and self._pool is None:
             seed = int(np.random.SeedSequence().generate_state(1)[0])
@@ -211,7 +212,8 @@ class EnvPoolVectorEnv(VectorEnv[Any, Any, npt.NDArray[Any]]):
         :param actions: shape (N, ...)
         :return: observations, rewards, whether episodes have terminated, whether they were truncated, infos. The observation
             of an episode that has ended is the first one of the next episode; the last one is ``infos["final_obs"]``.
-        :raises ValueError: if actions have another shape or type than the action space, are not finite, or out of range
+        :raises ValueError: if actions have another shape or type than the action space, are not finite, or not in a
+            ``Discrete`` space
         :raises RuntimeError: if there are no environments, or if they belong to another process
         """
         self._check_pool()
@@ -237,7 +239,7 @@ class EnvPoolVectorEnv(VectorEnv[Any, Any, npt.NDArray[Any]]):
         return observations, rewards, terminated, truncated, infos
 
     def _check_pool(self) -> None:
-        if self._closed:
+        if self.closed:
             raise RuntimeError("The environments are closed")
         if self._pool is None:
             raise RuntimeError("Tried to step environments that need a reset: call reset() first")
@@ -290,9 +292,8 @@ class EnvPoolVectorEnv(VectorEnv[Any, Any, npt.NDArray[Any]]):
         out = create_empty_array(self.single_observation_space, len(converted))
         return concatenate(self.single_observation_space, converted, out)  # type: ignore[arg-type]
 
-    def close(self, **kwargs: Any) -> None:
-        """Stop the threads. The environments cannot be used afterward."""
-        self._closed = True
+    def close_extras(self, **kwargs: Any) -> None:
+        """Stop the threads."""
         # In a forked process there are no threads to stop
         if self._pool is not None and self._process == os.getpid():
             self._pool = None
@@ -329,7 +330,7 @@ def make_vector_env(env_id: str, num_envs: int, num_threads: int | None = None, 
     check_options(env_id, options)
     try:
         env = gym.make(env_id)
-    except gym.error.Error:
+    except (gym.error.Error, ImportError):
         # Not registered, or its dependencies are not installed
         return EnvPoolVectorEnv(env_id, num_envs, num_threads, **options)
     own_observation_space, own_action_space = spaces_of(import_envpool().make_spec(env_id, **options))
@@ -394,7 +395,7 @@ def single_observation(space: spaces.Space, observations: Any, k: int) -> Any:
         return {key: single_observation(part, observations[key], k) for key, part in space.spaces.items()}
     if space.dtype is None or space.shape is None:
         return observations[k].tobytes().rstrip(b"\0").decode()
-    return observation_of(observations, k)
+    return int(observations[k]) if isinstance(space, spaces.Discrete) else observation_of(observations, k)
 
 
 def put(observations: Any, indices: npt.NDArray[np.integer[Any]], values: Any) -> None:

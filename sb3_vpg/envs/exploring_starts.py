@@ -40,7 +40,7 @@ class ExploringStarts(BaseCallback):
         verbose: int = 0,
     ):
         super().__init__(verbose)
-        if len(std) != 4:
+        if np.shape(std) != (4,):
             raise ValueError(f"std={std!r} is not allowed; it must be four numbers >= 0")
         for number in std:
             check_number("std", number, low=0)

@@ -241,15 +241,16 @@ class NativeVecEnv(VecEnv):
         Get an attribute of the vectorized environment that has one value for all environments, or "np_random", the random
         generators of the environments.
 
-        :raises AttributeError: if there is no such attribute, or if it is one array or generator for all environments
+        :raises AttributeError: if there is no such attribute, or if it is one array, generator or seed for all environments
         """
         if attr_name == "np_random" and isinstance(self.vector_env, SeparatelySeededVectorEnv):
             return [self.vector_env.generators[i] for i in self._get_indices(indices)]
         # `observation_space` and `action_space` of a vectorized environment are for all environments together
         prefix = "single_" if attr_name in ("observation_space", "action_space") else ""
         value = getattr(self.vector_env, prefix + attr_name)
-        if isinstance(value, np.ndarray | np.random.Generator):
-            kind = "array" if isinstance(value, np.ndarray) else "generator"
+        kinds = {np.ndarray: "array", np.random.Generator: "generator"}
+        kind = "seed" if attr_name == "np_random_seed" else kinds.get(type(value))
+        if kind is not None:
             raise AttributeError(
                 f"{attr_name!r} is one {kind} for all environments: read `vector_env.{attr_name}` of NativeVecEnv instead"
             )
@@ -352,13 +353,13 @@ def make_vector_form(envs: Sequence[gym.Env]) -> VectorEnv:
                 raise NoVectorFormError(f"the wrapper {type(wrapper).__name__} has no vectorized form")
             if isinstance(wrapper, Monitor) and wrapper.reset_keywords:
                 raise NoVectorFormError("Monitor(reset_keywords=...) has no vectorized form")
+    if spec.kwargs.get("render_mode") == "human":
+        raise NoVectorFormError("render_mode='human' needs single environments")
     if (change := change_of(envs)) is not None:
         raise NoVectorFormError(f"an environment was changed after gym.make(): {change}")
     limits = {tuple(w._max_episode_steps for w in wrappers_of(env) if isinstance(w, TimeLimit)) for env in envs}
     if len(limits) > 1 or len(limit := limits.pop()) != 1:
         raise NoVectorFormError("the environments must have the same time limit")
-    if spec.kwargs.get("render_mode") == "human":
-        raise NoVectorFormError("render_mode='human' needs single environments")
 
     entry_point = spec.vector_entry_point
     creator: Any = entry_point

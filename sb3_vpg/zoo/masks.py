@@ -84,7 +84,7 @@ class MiniGridActionMasks(gym.Wrapper):
     """
     Masks for MiniGrid: an action is allowed if it changes something. Turning always is. Moving needs a free cell ahead,
     picking up an object and an empty hand, dropping the opposite, toggling a box or a door that is not locked or whose key is
-    carried. "Done" is never allowed.
+    carried. "Done" is never allowed: not for tasks that end with it, such as GoToDoor and GoToObject.
 
     :param env: an environment of MiniGrid
     """

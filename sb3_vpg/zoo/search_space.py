@@ -27,8 +27,8 @@ LSTM_KWARGS: dict[str, list[int]] = {"enable_critic_lstm": [False, True], "lstm_
 def sample_vpg_params(trial: optuna.Trial, n_envs: int, n_timesteps: int | None = None) -> dict[str, Any]:
     """
     Sample hyperparameters of VPG and MaskableVPG. Estimator and baseline are sampled together, so that every sample is a valid
-    combination. The batch size, ``n_envs * n_steps``, is 32 to 16384 steps and less than an eighth of the budget. If no
-    ``n_steps`` satisfies this, ``n_steps`` is 1.
+    combination. The batch size, ``n_envs * n_steps``, is 32 to 16384 steps and less than an eighth of the budget: if that is
+    impossible, smaller than 32, or larger with ``n_steps=1``.
 
     :param trial: the trial
     :param n_envs: number of environments of the trial

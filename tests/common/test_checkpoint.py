@@ -154,6 +154,16 @@ def test_a_byte_that_has_changed_is_noticed(saved, tmp_path):
         VPG.load(tmp_path / "model.zip")
 
 
+# Of the last entry in the directory: version, flags (encrypted)
+@pytest.mark.parametrize(("offset", "mask"), [(6, 0x40), (8, 0x01)])
+def test_a_damaged_directory_is_noticed(saved, tmp_path, offset, mask):
+    content = bytearray(saved.read_bytes())
+    content[content.rindex(b"PK\x01\x02") + offset] ^= mask
+    (tmp_path / "model.zip").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.zip is not a zip file, or is incomplete"):
+        VPG.load(tmp_path / "model.zip")
+
+
 def test_the_model_of_another_algorithm_is_refused_and_its_weights_can_be_had(tmp_path):
     other = PPO("MlpPolicy", "CartPole-v1", n_steps=64, seed=3, policy_kwargs=SMALL)
     other.save(tmp_path / "ppo")

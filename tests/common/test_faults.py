@@ -10,6 +10,7 @@ import pytest
 import torch as th
 from helpers.envs import CountingEnv
 from helpers.models import flat_weights
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
@@ -137,6 +138,21 @@ def test_processes_that_are_killed_before_training_are_named(killed, message):
     with pytest.raises(RuntimeError, match=message):
         model.learn(100)
     assert not any(process.is_alive() for process in env.processes)
+
+
+def test_a_connection_that_a_callback_loses_is_not_that_of_an_environment():
+    class Disconnected(BaseCallback):
+        def _init_callback(self):
+            raise ConnectionRefusedError("the logger's")
+
+        def _on_step(self):
+            return True
+
+    env = environments(SubprocVecEnv, "never")
+    with pytest.raises(ConnectionRefusedError, match="the logger's"):
+        VPG("MlpPolicy", env, n_steps=6).learn(100, Disconnected())
+    assert all(process.is_alive() for process in env.processes)
+    env.close()
 
 
 def test_an_interruption_is_not_an_error_of_the_environment():

@@ -269,6 +269,9 @@ def test_bad_input_is_named():
     measured = {"rtg": as_measured({"estimator": "reward_to_go"}, 4)}
     with pytest.raises(ValueError, match=r"reference='gae'.*'rtg'"):
         gradient_statistics(model, env, measured, reference="gae")
+    for keyword, bad in (("n_episodes", 1e1), ("confidence", 95), ("n_bootstrap", -1)):
+        with pytest.raises(ValueError, match=f"{keyword}={bad}"):
+            gradient_statistics(model, env, measured, **{"n_episodes": 8, keyword: bad})
     with pytest.raises(ValueError, match=r"n_episodes=7 .*4 episodes of 'rtg'"):
         gradient_statistics(model, env, measured, n_episodes=7)
     with pytest.raises(ValueError, match="episodes_per_batch=0"):

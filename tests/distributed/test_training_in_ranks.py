@@ -179,9 +179,16 @@ def test_ranks_hold_the_same_weights_bit_by_bit_after_many_updates(tmp_path, env
     assert len({rank.n_own_steps for rank in ranks}) == (1 if "n_steps" in kwargs else 3)
 
 
-def length_of_progress_bar() -> tuple[float, int, list[str]]:
-    """:return: what the bar shows at the end, timesteps, values that are logged"""
-    lengths = []
+def length_of_progress_bar() -> tuple[float, int, list[str], int]:
+    """:return: what the bar shows at the end, timesteps, values that are logged, how often a callback was initialized"""
+    lengths, initialized = [], []
+
+    class Counting(BaseCallback):
+        def _init_callback(self) -> None:
+            initialized.append(self.model)
+
+        def _on_step(self) -> bool:
+            return True
 
     class Spy(AllRanksProgressBar):
         def _on_training_end(self) -> None:
@@ -191,17 +198,19 @@ def length_of_progress_bar() -> tuple[float, int, list[str]]:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         # SB3's progress bar
         warnings.filterwarnings("ignore", "rich is experimental")
-        patch.setattr("sb3_vpg.vpg.AllRanksProgressBar", Spy)
+        patch.setattr("sb3_vpg.common.progress_bar.AllRanksProgressBar", Spy)
         model = VPG("MlpPolicy", make_vec_env("CartPole-v1", n_envs=2), n_episodes=2, verbose=1, tensorboard_log=".", **SMALL)
-        model.learn(500, progress_bar=True)
-    return sum(lengths), model.num_timesteps, [type(output).__name__ for output in model.logger.output_formats]
+        model.learn(500, Counting(), progress_bar=True)
+    outputs = [type(output).__name__ for output in model.logger.output_formats]
+    return sum(lengths), model.num_timesteps, outputs, len(initialized)
 
 
 def test_rank_0_alone_shows_the_progress_of_all(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first, second = in_ranks(length_of_progress_bar, folder=tmp_path / "ranks")
     assert first[0] == first[1] >= 500
-    assert second == (0, first[1], [])
+    assert second == (0, first[1], [], 1)
+    assert first[3] == 1
     assert len(list(tmp_path.glob("VPG_*"))) == 1
 
 

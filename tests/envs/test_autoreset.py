@@ -1,6 +1,7 @@
 """NativeVecEnv of any vectorized environment does what DummyVecEnv does, whenever that environment resets."""
 
 import copy
+import itertools
 
 import gymnasium as gym
 import numpy as np
@@ -259,8 +260,11 @@ def test_games_of_ale_are_the_same_whenever_they_reset():
     vector_env = pytest.importorskip("ale_py.vector_env")
     kwargs = {"num_envs": 2, "max_num_frames_per_episode": 160, "img_width": 16, "img_height": 16, "num_threads": 1}
     plays = []
-    for mode in (AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP):
-        env = NativeVecEnv(vector_env.AtariVectorEnv("breakout", autoreset_mode=mode, **kwargs))
+    for mode, other in itertools.permutations((AutoresetMode.SAME_STEP, AutoresetMode.NEXT_STEP)):
+        games = vector_env.AtariVectorEnv("breakout", autoreset_mode=mode, **kwargs)
+        # Has the same metadata
+        vector_env.AtariVectorEnv("breakout", autoreset_mode=other, **kwargs).close()
+        env = NativeVecEnv(games)
         assert env.reset_steps is None
         env.seed(3)
         rng = np.random.default_rng(0)

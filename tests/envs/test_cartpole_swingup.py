@@ -175,6 +175,14 @@ def test_starts_spread_as_they_are_told_to(mode):
     np.testing.assert_array_equal(envs.unwrapped.state, 0)
 
 
+@one_and_many
+def test_a_spread_is_copied(num_envs):
+    env, std = make(V0, num_envs).unwrapped, np.zeros(4)
+    env.set_start_std(std)
+    std[:] = 9
+    np.testing.assert_array_equal(env._start_std, 0)
+
+
 @pytest.mark.parametrize("std", [-1.0, np.nan, [1, 2], "wide"])
 @one_and_many
 def test_a_spread_that_is_none_is_refused(num_envs, std):

@@ -99,8 +99,7 @@ def test_default_values_need_no_equivalent():
         ("ALE/Pong-v5", {}, "EnvPool resizes the pictures of ALE/Pong-v5: use make_atari_env"),
     ],
 )
-def test_what_envpool_lacks_is_refused_by_name(env_id, kwargs, message, monkeypatch):
-    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+def test_what_envpool_lacks_is_refused_by_name(env_id, kwargs, message):
     with pytest.raises(ValueError, match=message):
         make(env_id, **kwargs)
 
@@ -111,6 +110,17 @@ def test_the_time_limit_is_that_of_the_environment(limit):
     steps = play(env, np.zeros((301, 2, 1), dtype=np.float32))
     lengths = [infos[0]["episode"]["l"] for *_, infos in steps[1:] if "episode" in infos[0]]
     assert lengths == ([] if limit == -1 else [limit] * (301 // limit))
+
+
+def test_missions_have_time_limits_of_their_own():
+    mission = "BabyAI-GoToLocal-v0"
+    env = make(mission, 1, wrapper_class=wrappers.ImgObsWrapper)
+    # Turns left all the time
+    *_, (_, _, done, infos) = play(env, np.zeros((64, 1), dtype=int))
+    assert done.all()
+    assert (infos[0]["episode"]["l"], infos[0]["TimeLimit.truncated"]) == (64, True)
+    with pytest.raises(ValueError, match=f"no equivalent of a TimeLimit around {mission}, whose missions have their own"):
+        make(mission, 1, wrapper_class=wrappers.ImgObsWrapper, max_episode_steps=5)
 
 
 def test_of_two_time_limits_the_shorter_one_holds():
@@ -172,6 +182,22 @@ def test_other_wrappers_are_refused_by_name(env_id, wrap):
     env = wrap(gym.make(env_id, render_mode="rgb_array"))
     with pytest.raises(ValueError, match=f"no equivalent of the wrapper {type(env).__name__} around {env_id}"):
         EnvPoolVecEnv([lambda: env])
+
+
+class LookedUp(gym.ObservationWrapper):
+    def __init__(self, env):
+        super().__init__(env)
+        self.numbers = {i: 2 * i for i in range(16)}
+        self.observation_space = gym.spaces.Discrete(32)
+
+    def observation(self, observation):
+        return self.numbers[observation]
+
+
+def test_wrappers_take_discrete_observations_as_numbers():
+    env = make("FrozenLake-v1", wrapper_class=LookedUp)
+    assert (env.reset() == 0).all()
+    env.step(np.ones(2, dtype=int))
 
 
 def test_wrappers_that_know_the_spaces_only_are_applied():

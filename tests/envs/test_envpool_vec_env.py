@@ -127,6 +127,41 @@ def test_a_time_limit_in_the_step_that_terminates_is_no_truncation(create, short
     assert endings(play(limited, ones))[0] == (bool(shorter), length - shorter)
 
 
+@pytest.mark.parametrize(
+    "env",
+    [
+        lambda: EnvPoolVecEnv(PENDULUM, 1, max_episode_steps=3),
+        lambda: make_vec_env(PENDULUM, 1, vec_env_cls=EnvPoolVecEnv, vec_env_kwargs={"max_episode_steps": 3}),
+        lambda: make_vec_env(
+            PENDULUM,
+            1,
+            vec_env_cls=EnvPoolVecEnv,
+            env_kwargs={"max_episode_steps": 3},
+            vec_env_kwargs={"max_episode_steps": 5},
+        ),
+    ],
+    ids=["id", "functions", "both"],
+)
+def test_the_shortest_time_limit_counts(env):
+    assert endings(play(env(), np.zeros((7, 1, 1)))) == [(True, 3)] * 2
+
+
+@pytest.mark.filterwarnings("ignore:.*is out of date:DeprecationWarning")
+def test_ids_that_gymnasium_knows_but_does_not_create():
+    with pytest.raises(ImportError):
+        gym.make("Ant-v3")
+    env = EnvPoolVecEnv("Ant-v3", 2)
+    assert env.reset().shape == env.step(np.zeros((2, 8)))[0].shape
+
+
+def test_a_game_without_raw_rewards(tmp_path, monkeypatch):
+    # VizDoom writes a file there
+    monkeypatch.chdir(tmp_path)
+    env = EnvPoolVecEnv("D1Basic-v1", 2)
+    env.reset()
+    assert env.step(np.zeros((2, 3)))[1].shape == (2,)
+
+
 @pytest.mark.parametrize("env_id", [CARTPOLE, PENDULUM, HOPPER, "FrozenLake-v1"])
 def test_spaces_and_types_are_those_of_dummy_vec_env(env_id):
     envs = [make(env_id, 2), make_vec_env(env_id, 2, seed=0)]
@@ -255,6 +290,7 @@ def test_a_closed_environment_cannot_be_used(was_reset):
     for use in (env.reset, lambda: env.vector_env.step([0, 1, 0]), lambda: env.seed(1) and env.reset()):
         with pytest.raises(RuntimeError, match="The environments are closed"):
             use()
+    assert env.vector_env.closed
 
 
 def test_options_of_a_reset_are_refused():
@@ -320,6 +356,8 @@ def test_an_action_that_is_not_finite_is_refused(bad):
         ((CARTPOLE, 2), {"batch_size": 1}, "CartPole-v1 has no option 'batch_size'"),
         ((HOPPER, 2), {"frame_skip": 1.5}, "frame_skip=1.5 is not allowed; allowed: int, such as 4"),
         ((HOPPER, 2), {"ctrl_cost_weight": "much"}, "ctrl_cost_weight='much' is not allowed; allowed: float"),
+        (("Go9x9-v1", 2), {}, "EnvPool's Go9x9-v1 has several players; SB3 supports one"),
+        (([lambda: gym.make(PENDULUM)],), {"time_limit": 5}, "EnvPool's Pendulum-v1 has no option 'time_limit'"),
         (([],), {}, "There are no environments"),
         (([lambda: gym.make(CARTPOLE)], 1), {}, "n_envs=1 is allowed with an id only"),
         (([CountingEnv],), {}, "EnvPool cannot replace <CountingEnv.*: it is not registered"),

@@ -85,6 +85,7 @@ def test_a_second_training_begins_with_the_first_fraction():
         ({"hold": float("nan")}, "hold=nan"),
         ({"hold": "0.4"}, "hold='0.4'"),
         ({"std": (1, 2)}, "std=.1, 2. .* four numbers"),
+        ({"std": 0.5}, "std=0.5 .* four numbers"),
         ({"std": (0.2, 0.2, -1, 0.2)}, "std=-1"),
     ],
 )

@@ -343,6 +343,8 @@ def test_an_attribute_of_single_environments_is_refused():
     assert not env.has_attr("state")
     with pytest.raises(AttributeError, match=r"'state' is one array for all environments: read `vector_env\.state`"):
         env.get_attr("state")
+    with pytest.raises(AttributeError, match="'np_random_seed' is one seed for all environments"):
+        env.get_attr("np_random_seed")
     assert not env.has_attr("colour")
     with pytest.raises(AttributeError, match="colour"):
         env.get_attr("colour")
@@ -470,6 +472,14 @@ def test_without_a_vectorised_form_it_is_a_dummy_vec_env(others, make_env, reaso
     for one in (env, expected):
         assert one.num_envs == 2
         assert [type(single.unwrapped) for single in one.envs] == [type(single.unwrapped) for single in expected.envs]
+
+
+def test_a_window_is_refused_before_it_opens(monkeypatch):
+    env = gym.make(V0, render_mode="human")
+    # That of the comparison with a new environment
+    monkeypatch.setattr(gym, "make", None)
+    with pytest.warns(UserWarning, match="render_mode='human' needs single environments"):
+        NativeVecEnv([lambda: env])
 
 
 def test_the_dummy_vec_env_works():

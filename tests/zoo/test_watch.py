@@ -1,5 +1,7 @@
 """``watch``: the panels show the numbers of the model itself, the keys work, and films have their frames."""
 
+import signal
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -338,10 +340,12 @@ def test_ctrl_c_ends_a_film_and_keeps_it(tmp_path, monkeypatch):
     steps = [session.advance() for _ in range(3)]
 
     def advance(n_steps):
-        if not steps:
-            raise KeyboardInterrupt
+        if len(steps) == 1:
+            signal.raise_signal(signal.SIGINT)
         return steps.pop(0)
 
     monkeypatch.setattr(session, "advance", advance)
     write_film(tmp_path / "film.gif", session, Screen("VPG", "V(s)", GAMMA, False, False), 25, n_steps=10)
     assert len(read_film(tmp_path / "film.gif")) == 3
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import gymnasium as gym
@@ -75,7 +76,8 @@ def watch(trained: TrainedAgent, args: argparse.Namespace, film: Path | None) ->
     session = Session(agent, env, gamma, args.seed)
     fps = env.get_attr("metadata")[0].get("render_fps", 30)
     if film is None:
-        Window(session, screen, fps).run(args.n_timesteps)
+        with suppress(KeyboardInterrupt):
+            Window(session, screen, fps).run(args.n_timesteps)
     else:
         write_film(film, session, screen, fps, args.n_timesteps or N_STEPS_OF_FILM)
         print(f"Saved {film.resolve()}")
@@ -104,7 +106,9 @@ def parse_arguments() -> argparse.Namespace:
         type=positive,
         help=f"number of steps (default: until the window is closed; {N_STEPS_OF_FILM} for a film)",
     )
-    parser.add_argument("-o", "--output", type=Path, help="write a film instead of opening a window: a .gif or .mp4 file")
+    parser.add_argument(
+        "-o", "--output", type=Path, help="write a film instead of opening a window: a .gif, or an .mp4, which may be long"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed (default: 0)")
     actions = parser.add_mutually_exclusive_group()
     actions.add_argument("--deterministic", action="store_true", help="deterministic actions, the default except for Atari")

@@ -188,7 +188,7 @@ class Screen:
             else:
                 # An arrow points to a mean that is far outside
                 tip, y = x_of(mean), baseline - height / 2
-                base = tip - math.copysign(10, mean)
+                base = tip - math.copysign(10, mean - low)
                 pygame.draw.polygon(self.surface, POLE, [(tip, y), (base, y - 6), (base, y + 6)])
         pygame.draw.line(self.surface, TRACK, (row.left, baseline), (row.right - 1, baseline))
         for bound in (low, high):

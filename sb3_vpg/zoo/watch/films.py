@@ -1,6 +1,7 @@
 """Write a session as a film: an animated GIF, or an MP4."""
 
 import math
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,21 +49,27 @@ def write_film(path: Path, session: Session, screen: Screen, fps: float, n_steps
     """
     steps_per_frame = math.ceil(fps / MAX_FPS[path.suffix])
 
-    def images() -> Images:
-        try:
-            for i in trange(0, n_steps, steps_per_frame, unit="frame"):
-                screen.draw(session.advance(min(steps_per_frame, n_steps - i)))
-                yield screen.image()
-        except KeyboardInterrupt:
-            return
+    interrupts: list[int] = []
 
-    WRITERS[path.suffix](path, images(), fps / steps_per_frame)
+    def images() -> Images:
+        for i in trange(0, n_steps, steps_per_frame, unit="frame"):
+            screen.draw(session.advance(min(steps_per_frame, n_steps - i)))
+            yield screen.image()
+            if interrupts:
+                return
+
+    # An exception within the writers would lose the film
+    handler = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    try:
+        WRITERS[path.suffix](path, images(), fps / steps_per_frame)
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _write_gif(path: Path, images: Images, fps: float) -> None:
     from PIL import Image
 
-    # Pillow takes the frames one by one
+    # Pillow keeps all frames, about 0.6 MiB each, until the film ends
     first, others = Image.fromarray(next(images)), map(Image.fromarray, images)
     first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
 
