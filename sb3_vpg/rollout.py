@@ -70,11 +70,11 @@ class RolloutCollector(ResumableAlgorithm):
         try:
             total_timesteps, callback = super()._setup_learn(*args, **kwargs)
         except LOST_WORKER_ERRORS as error:
-            # A callback may have lost a connection of its own
             if is_raised_by(self.env, error):  # type: ignore[arg-type]
                 self._raise_environment_error(self.env, error)  # type: ignore[arg-type]
             raise
-        self._stepped_since_reset &= self._last_obs is before
+        if self._last_obs is not before:
+            self._stepped_since_reset = False
         return total_timesteps, callback
 
     def collect_rollouts(

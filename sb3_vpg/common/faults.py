@@ -11,7 +11,7 @@ EXIT_TIMEOUT = 2.0
 
 
 def is_raised_by(env: VecEnv, error: Exception) -> bool:
-    """:return: whether a method of the environments raised the error"""
+    """:return: whether a method of the environments raised the error: a callback may lose a connection of its own"""
     return any(frame.f_locals.get("self") is env.unwrapped for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
