@@ -225,7 +225,7 @@ def gradient_statistics(
     """
     check_updates(measured, n_episodes, reference)
     check_number("confidence", confidence, low=0, high=1, low_included=False)
-    check_number("n_bootstrap", n_bootstrap, low=1, integer=True)
+    check_number("n_bootstrap", n_bootstrap, low=0, integer=True)
     devices = [model.device] if model.device.type == "cuda" else []
     # With a seed, the random numbers of training go on where they were
     with th.random.fork_rng(devices, enabled=seed is not None):
