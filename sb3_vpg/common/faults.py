@@ -1,6 +1,7 @@
 """Identify the environment that failed, and terminate the remaining worker processes."""
 
 import traceback
+from types import FrameType
 
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
@@ -12,7 +13,13 @@ EXIT_TIMEOUT = 2.0
 
 def is_raised_by(env: VecEnv, error: Exception) -> bool:
     """:return: whether a method of the environments raised the error: a callback may lose a connection of its own"""
-    return any(frame.f_locals.get("self") is env.unwrapped for frame, _ in traceback.walk_tb(error.__traceback__))
+    return bool(_frames_within(env, error))
+
+
+def _frames_within(env: VecEnv, error: Exception) -> list[FrameType]:
+    """:return: the frames of the error's traceback that are methods of the environments"""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    return [frame for frame in frames if frame.f_locals.get("self") is env.unwrapped]
 
 
 def find_failed_environment(env: VecEnv, error: Exception) -> tuple[int | None, str]:
@@ -29,8 +36,8 @@ def find_failed_environment(env: VecEnv, error: Exception) -> tuple[int | None, 
         return _find_lost_worker(base)
     index = None
     if isinstance(base, DummyVecEnv):
-        for frame, _ in traceback.walk_tb(error.__traceback__):
-            if frame.f_locals.get("self") is base and "env_idx" in frame.f_locals:
+        for frame in _frames_within(env, error):
+            if "env_idx" in frame.f_locals:
                 index = frame.f_locals["env_idx"]
     return index, f"{type(error).__name__}: {error}"
 

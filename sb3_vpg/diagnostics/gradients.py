@@ -218,6 +218,7 @@ def gradient_statistics(
     :param seed: seed of environments, sampled actions and bootstrap
     :param confidence: confidence level of the bootstrap intervals, in (0, 1]
     :param n_bootstrap: number of bootstrap resamples. Typical: 1000 to 10000. Larger: more accurate interval ends.
+        0: no intervals
     :param max_bytes: approximate limit on the memory for gradients; formulations are processed in groups that fit
     :return: the statistics, by name
     :raises ValueError: if a number is outside its range, ``reference`` is not in ``measured``, ``n_episodes`` gives fewer than

@@ -13,7 +13,7 @@ from stable_baselines3.common import atari_wrappers as atari
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_vpg.envs.envpool_vector import envpool_options, has_text
-from sb3_vpg.envs.native_vec_env import KNOWN_WRAPPERS, change_of, wrappers_of
+from sb3_vpg.envs.native_vec_env import KNOWN_WRAPPERS, change_of, time_limits_of, wrappers_of
 
 # EnvPool's options for each of SB3's Atari wrappers
 ATARI_OPTIONS: dict[type[gym.Wrapper], Callable[[Any], dict[str, Any]]] = {
@@ -86,7 +86,7 @@ def find_equivalent(envs: Sequence[gym.Env]) -> Equivalent:
     options = translate_keywords(spec)
     if has_text(env.observation_space):
         raise ValueError(f"SB3 does not support texts in observations, as {spec.id} has: use an observation wrapper")
-    limits = [wrapper._max_episode_steps for wrapper in wrappers if isinstance(wrapper, TimeLimit)]
+    limits = time_limits_of(env)
     # MiniGrid's own limit, by which its rewards are scaled, or else none. In BabyAI, it is 0 until a mission sets it
     own_limit = getattr(env.unwrapped, "max_steps", NO_LIMIT)
     if own_limit > 0:
@@ -122,14 +122,9 @@ def find_atari_equivalent(envs: Sequence[gym.Env], spec: Any, wrappers: Sequence
         if type(wrapper) in ATARI_OPTIONS:
             options |= ATARI_OPTIONS[type(wrapper)](wrapper)
     # Limits are numbers of frames. Around the wrappers that skip frames, they would be numbers of steps
-    limits = [i for i, wrapper in enumerate(wrappers) if isinstance(wrapper, TimeLimit)]
-    if any(any(is_atari[i:]) for i in limits):
+    if any(isinstance(wrapper, TimeLimit) and any(is_atari[i:]) for i, wrapper in enumerate(wrappers)):
         raise ValueError(f"EnvPool has no equivalent of a TimeLimit around SB3's Atari wrappers of {spec.id}")
-    n_frames = min(
-        spec.kwargs["max_num_frames_per_episode"],
-        *(w._max_episode_steps for w in wrappers if isinstance(w, TimeLimit)),
-        NO_LIMIT,
-    )
+    n_frames = min(spec.kwargs["max_num_frames_per_episode"], *time_limits_of(envs[0]), NO_LIMIT)
     options["max_episode_steps"] = -(-n_frames // options["frame_skip"])
     monitors = [i for i, wrapper in enumerate(wrappers) if isinstance(wrapper, Monitor)]
     return Equivalent(

@@ -111,6 +111,7 @@ class EnvPoolVectorEnv(VectorEnv[Any, Any, npt.NDArray[Any]]):
     """
 
     metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
+    # Of the class: older versions of gymnasium close an environment, too, whose __init__ has raised an error
     _pool: Any = None
 
     def __init__(

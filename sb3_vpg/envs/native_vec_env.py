@@ -248,8 +248,12 @@ class NativeVecEnv(VecEnv):
         # `observation_space` and `action_space` of a vectorized environment are for all environments together
         prefix = "single_" if attr_name in ("observation_space", "action_space") else ""
         value = getattr(self.vector_env, prefix + attr_name)
-        kinds = {np.ndarray: "array", np.random.Generator: "generator"}
-        kind = "seed" if attr_name == "np_random_seed" else kinds.get(type(value))
+        shared = {
+            "array": isinstance(value, np.ndarray),
+            "generator": isinstance(value, np.random.Generator),
+            "seed": attr_name == "np_random_seed",
+        }
+        kind = next((kind for kind, is_shared in shared.items() if is_shared), None)
         if kind is not None:
             raise AttributeError(
                 f"{attr_name!r} is one {kind} for all environments: read `vector_env.{attr_name}` of NativeVecEnv instead"
@@ -311,6 +315,11 @@ def wrappers_of(env: gym.Env) -> Iterator[gym.Wrapper]:
         env = env.env
 
 
+def time_limits_of(env: gym.Env) -> list[int]:
+    """:return: the limits of an environment's ``TimeLimit`` wrappers, from the outermost to the innermost"""
+    return [wrapper._max_episode_steps for wrapper in wrappers_of(env) if isinstance(wrapper, TimeLimit)]
+
+
 def change_of(envs: Sequence[gym.Env]) -> str | None:
     """
     :param envs: environments that :func:`gym.make` has made with the same spec, maybe changed since
@@ -357,7 +366,7 @@ def make_vector_form(envs: Sequence[gym.Env]) -> VectorEnv:
         raise NoVectorFormError("render_mode='human' needs single environments")
     if (change := change_of(envs)) is not None:
         raise NoVectorFormError(f"an environment was changed after gym.make(): {change}")
-    limits = {tuple(w._max_episode_steps for w in wrappers_of(env) if isinstance(w, TimeLimit)) for env in envs}
+    limits = {tuple(time_limits_of(env)) for env in envs}
     if len(limits) > 1 or len(limit := limits.pop()) != 1:
         raise NoVectorFormError("the environments must have the same time limit")
 
