@@ -24,6 +24,14 @@ LOG_2_PI = math.log(2 * math.pi)
 NOT_ALLOWED = -1e8
 
 
+def kl_estimate(log_ratio: th.Tensor) -> th.Tensor:
+    """
+    :param log_ratio: log q(x) - log p(x) of samples x of p
+    :return: unbiased estimates of KL(p || q), of the same shape (http://joschu.net/blog/kl-approx.html)
+    """
+    return th.exp(log_ratio) - 1 - log_ratio
+
+
 class Head:
     """
     Distribution of actions given the outputs of the actor. For this class, these are the outputs of the last hidden layer. It
@@ -63,8 +71,12 @@ class Head:
         return distribution
 
     def kl_divergence(self, before: Any, after: Any) -> th.Tensor:
-        """:return: KL(before || after), shape (N,)"""
-        kl = kl_divergence(before, after)
+        """:return: KL(before || after), shape (N,); an estimate from one sample for each where PyTorch has no formula"""
+        try:
+            kl = kl_divergence(before, after)
+        except NotImplementedError:
+            actions = before.sample()
+            return kl_estimate(after.log_prob(actions) - before.log_prob(actions))
         # One number per step: the dimensions of an action are independent
         return kl.reshape(len(kl), -1).sum(dim=1)
 

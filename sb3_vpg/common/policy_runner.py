@@ -19,7 +19,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Flatten
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
-from sb3_vpg.common.distribution_heads import NumPyHead, make_head
+from sb3_vpg.common.distribution_heads import NumPyHead, kl_estimate, make_head
 from sb3_vpg.common.layers import Layer, has_hooks, is_plain, make_layers
 from sb3_vpg.common.plain_networks import PlainEvaluation, PlainNetwork, has_gradient_hooks, make_plain_network
 from sb3_vpg.common.policy_inputs import is_vector_space
@@ -241,11 +241,9 @@ class PolicyRunner:
         """
         :param before: a snapshot
         :param after: a later snapshot at the same observations and actions
-        :return: KL(before || after), averaged over the observations. This class uses the unbiased estimate from log
-            probabilities of http://joschu.net/blog/kl-approx.html
+        :return: KL(before || after), averaged over the observations. This class estimates it from log probabilities
         """
-        log_ratio = after - before
-        return (th.exp(log_ratio) - 1 - log_ratio).mean().item()
+        return kl_estimate(after - before).mean().item()
 
     def _actions(self, actions: th.Tensor) -> th.Tensor:
         # Convert discrete action from float to long

@@ -7,9 +7,11 @@ from gymnasium import spaces
 from helpers.envs import ACTION_SPACES, BOX
 from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import DiagGaussianDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor, MlpExtractor
 from torch import nn
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from sb3_vpg import VPG, LogisticPolicy
@@ -294,6 +296,39 @@ def test_the_divergence_of_a_policy_with_passes_of_its_own_is_estimated_from_log
         policy.action_net.bias += th.tensor([0.3, -0.3, 0.1, 0.0])[: len(policy.action_net.bias)]
     exact = fast.kl_divergence(exact_before, fast.snapshot(x, actions))
     assert passes.kl_divergence(before, passes.snapshot(x, actions)) == pytest.approx(exact, rel=0.05)
+
+
+class Mixture(DiagGaussianDistribution):
+    """Two equal Gaussians, which PyTorch does not know to be one."""
+
+    def proba_distribution(self, mean_actions, log_std):
+        twice = Normal(mean_actions[:, None], log_std.exp()).expand((len(mean_actions), 2, self.action_dim))
+        self.distribution = MixtureSameFamily(Categorical(logits=th.zeros(len(mean_actions), 2)), Independent(twice, 1))
+        return self
+
+    def log_prob(self, actions):
+        return self.distribution.log_prob(actions)
+
+    def sample(self):
+        return self.distribution.sample()
+
+    def entropy(self):
+        return None
+
+
+def test_the_divergence_of_distributions_for_which_pytorch_has_no_formula_is_estimated_from_samples():
+    policy = ActorCriticPolicy(BOX, ACTION_SPACES["Box"], lambda _: 0.1)
+    gaussian = make_policy_runner(policy)
+    x = observations(1).repeat(100_000, 1)
+    actions = th.zeros(len(x), policy.action_dist.action_dim)
+    exact_before = gaussian.snapshot(x, actions)
+    policy.action_dist = Mixture(policy.action_dist.action_dim)
+    mixture = make_policy_runner(policy)
+    before = mixture.snapshot(x, actions)
+    with th.no_grad():
+        policy.action_net.bias += 0.3
+    exact = gaussian.kl_divergence(exact_before, gaussian.snapshot(x, actions))
+    assert mixture.kl_divergence(before, mixture.snapshot(x, actions)) == pytest.approx(exact, rel=0.05)
 
 
 def test_hooks_of_layers_are_called_in_every_pass():
