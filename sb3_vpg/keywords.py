@@ -35,11 +35,17 @@ PARTIAL_EPISODES: dict[str, PartialEpisodes] = {
     "truncate": PartialEpisodes(whole_episodes=False, bootstrap=False),
 }
 
+
+def _number_of_steps(n_steps: int, n_segments: int) -> int:
+    return n_steps
+
+
+def _number_of_segments(n_steps: int, n_segments: int) -> int:
+    return n_segments
+
+
 #: Divisor of the sum over the batch, as a function of the number of steps and the number of segments
-LOSS_REDUCTIONS: dict[str, Callable[[int, int], int]] = {
-    "mean": lambda n_steps, n_segments: n_steps,
-    "trajectory": lambda n_steps, n_segments: n_segments,
-}
+LOSS_REDUCTIONS: dict[str, Callable[[int, int], int]] = {"mean": _number_of_steps, "trajectory": _number_of_segments}
 
 #: Ranges of keywords that are numbers, as arguments of :func:`check_number`
 NUMBERS: dict[str, dict[str, Any]] = {
@@ -127,6 +133,14 @@ def make_plan(model: Any) -> Plan:
     return Plan(formulation, partial_episodes, model.n_episodes, LOSS_REDUCTIONS[model.loss_reduction])
 
 
+def as_schedule(value: Any) -> FloatSchedule:
+    """
+    :param value: a number, of any type, or a function of the remaining progress
+    :return: SB3's form of it
+    """
+    return FloatSchedule(value if callable(value) else float(value))
+
+
 def scheduled_values(model: Any, progress_remaining: float) -> dict[str, float]:
     """
     :param model: VPG, with its keywords and their schedules as attributes
@@ -137,7 +151,7 @@ def scheduled_values(model: Any, progress_remaining: float) -> dict[str, float]:
     values = {"learning_rate": model.lr_schedule(progress_remaining)}
     if model.critic_learning_rate is not None:
         values["critic_learning_rate"] = model.critic_lr_schedule(progress_remaining)
-    values["ent_coef"] = FloatSchedule(model.ent_coef)(progress_remaining)
+    values["ent_coef"] = as_schedule(model.ent_coef)(progress_remaining)
     for keyword, value in values.items():
         check_number(f"{keyword}({progress_remaining:g})", value, **{**SCHEDULES[keyword], "none": False})
     return {"critic_learning_rate": values["learning_rate"], **values}
@@ -186,7 +200,7 @@ def check_batch(model: Any) -> None:
             f"baseline={model.baseline!r} compares episodes, but {one}; allowed: a larger n_episodes, more environments, "
             "or baseline=None, 'mean', 'value'"
         )
-    centered = model.baseline is not None or model.normalize_advantage is not False
+    centered = model.baseline is not None or bool(model.normalize_advantage)
     if formulation.constant_within_episode and centered:
         raise ValueError(
             f"estimator={model.estimator!r} with baseline={model.baseline!r} and "

@@ -35,7 +35,8 @@ ACTOR_CRITIC: dict[str, Any] = {
 }
 
 #: VPG of Spinning Up (2018), https://spinningup.openai.com/en/latest/algorithms/vpg.html. Use it with four environments, which
-#: gives its 4000 steps per update.
+#: gives its 4000 steps per update. It continues episodes, fits the values to the lambda-return, and has SB3's epsilon of Adam,
+#: where Spinning Up resets the environments before each update, fits the values to the reward-to-go, and has PyTorch's.
 SPINNING_UP: dict[str, Any] = {
     "learning_rate": 0.0003,
     "critic_learning_rate": 0.001,

@@ -27,7 +27,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
 from sb3_vpg.buffers import Recorder, VPGBufferMixin, adapt_buffer
 from sb3_vpg.common.checkpoint import ResumableAlgorithm
 from sb3_vpg.common.collectives import SINGLE_PROCESS, SingleProcess
-from sb3_vpg.common.faults import LOST_WORKER_ERRORS, find_failed_environment, is_raised_by
+from sb3_vpg.common.faults import LOST_WORKER_ERRORS, discard_step, find_failed_environment, is_raised_by
 from sb3_vpg.common.policy_inputs import METHOD, checked_masks
 from sb3_vpg.common.policy_runner import PolicyRunner, make_policy_runner
 from sb3_vpg.common.recurrent_runner import States, is_finite, make_recurrent_runner, zero_states
@@ -68,13 +68,14 @@ class RolloutCollector(ResumableAlgorithm):
         self._backup_vec_normalize()
         before = self._last_obs
         try:
+            discard_step(self.env)  # type: ignore[arg-type]
             total_timesteps, callback = super()._setup_learn(*args, **kwargs)
         except LOST_WORKER_ERRORS as error:
             if is_raised_by(self.env, error):  # type: ignore[arg-type]
+                self._last_obs = None
                 self._raise_environment_error(self.env, error)  # type: ignore[arg-type]
             raise
-        if self._last_obs is not before:
-            self._stepped_since_reset = False
+        self._stepped_since_reset = self._stepped_since_reset and self._last_obs is before
         return total_timesteps, callback
 
     def collect_rollouts(
@@ -88,8 +89,7 @@ class RolloutCollector(ResumableAlgorithm):
         Collect a rollout with the current policy. Its length depends on ``partial_episodes`` and ``n_episodes``:
 
         - "bootstrap", "truncate": ``n_rollout_steps`` steps of each environment
-        - "finish": each environment starts from a reset and is done when it has ``n_rollout_steps`` steps and its current
-          episode has ended
+        - "finish": each environment starts from a reset and is done when an episode ends after that many steps or more
         - ``n_episodes``: each environment starts from a reset and is done after that many episodes
 
         An environment that is done continues to be stepped until all are done. These steps are not recorded, but count as
@@ -97,7 +97,7 @@ class RolloutCollector(ResumableAlgorithm):
 
         Callbacks see the same local variables as in SB3, but ``log_probs`` and ``values`` are None in most cases. They are
         computed at each step if the policy has its own ``forward()`` or the buffer is not derived from VPG's; ``values`` also
-        if actor and critic share a features extractor.
+        if actor and critic share a features extractor with layers, and the formulation has a value function.
 
         :param env: The training environment
         :param callback: Callback called at each step and at the beginning and end of the rollout
@@ -109,14 +109,18 @@ class RolloutCollector(ResumableAlgorithm):
             episode is longer than ``max_episode_steps``; if another rank raises
         """
         with self.processes.propagate_errors():
-            return self._collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+            try:
+                return self._collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+            except BaseException:
+                # The environments may be a step ahead. If training continues, they are reset
+                self._last_obs = None
+                raise
 
     def _collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
         """:meth:`collect_rollouts` of this rank."""
-        if self.policy.training:
-            self.policy.set_training_mode(False)
+        self.policy.set_training_mode(False)
         # Called before any random number is drawn: a model that is saved here resumes with the same rollout
         callback.on_rollout_start()
         recorder = self.recorder = adapt_buffer(rollout_buffer, self.plan.formulation, self.policy)
@@ -193,16 +197,17 @@ class RolloutCollector(ResumableAlgorithm):
 
     def _start_rollout(self, env: VecEnv) -> None:
         """Empty the buffer and, if the rollout consists of whole episodes, reset the environments."""
+        self._episode_steps[self._last_episode_starts] = 0
         self._check_finite("observation", self._last_obs)
         self._backup_vec_normalize()
         if self.plan.partial_episodes.whole_episodes and self._stepped_since_reset:
+            self._episode_steps[:] = 0
             try:
                 self._last_obs = env.reset()  # type: ignore[assignment]
             except Exception as error:
                 self._raise_environment_error(env, error)
             self._last_episode_starts = np.ones(env.num_envs, dtype=bool)
             self._check_finite("observation", self._last_obs)
-        self._episode_steps[self._last_episode_starts] = 0
 
         self.recorder.reset()
         self.recorder.first_steps = self._episode_steps.copy()
@@ -284,8 +289,7 @@ class RolloutCollector(ResumableAlgorithm):
         inputs: dict[str, np.ndarray],
     ) -> None:
         """Add one step of all environments to the episode statistics and to the buffer."""
-        # Episodes that end after their environment is done are not recorded. They are mostly short, so that including them
-        # would bias the statistics
+        # Episodes that end after their environment is done are not recorded: mostly short, they would bias the statistics
         ended = (dones & recording).nonzero()[0].tolist()
         if ended:
             self._update_info_buffer([infos[env_index] for env_index in ended], dones[ended])
@@ -411,8 +415,6 @@ class RolloutCollector(ResumableAlgorithm):
             self._vec_normalize_backup = copy.deepcopy({name: getattr(self._vec_normalize_env, name, None) for name in names})
 
     def _raise_non_finite(self, quantity: str, value: Any, env_index: int, step: str) -> NoReturn:
-        # If training continues, the environments must be reset
-        self._last_obs = None
         if self._vec_normalize_env is not None:
             vars(self._vec_normalize_env).update(self._vec_normalize_backup)
         raise ValueError(
@@ -425,8 +427,6 @@ class RolloutCollector(ResumableAlgorithm):
         index, cause = find_failed_environment(env, error)
         which = "An environment" if index is None else f"Environment {index}"
         step = "" if index is None else f" at step {self._episode_steps[index]} of its episode"
-        # If training continues, the environments must be reset
-        self._last_obs = None
         failed = f"{which} failed{step} (timestep {self.num_timesteps})"
         raise RuntimeError(f"{failed}: {cause}. No weight was changed, and the model can be saved.") from error
 

@@ -14,11 +14,12 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule, explained_variance
+from stable_baselines3.common.utils import explained_variance
 
 from sb3_vpg.buffers import buffer_class_for
 from sb3_vpg.common.checks import check_policy_class, non_finite_update_error
 from sb3_vpg.common.collectives import current_processes
+from sb3_vpg.common.layers import needs_whole_batch
 from sb3_vpg.common.optimization import ParameterGroups, check_trainable, fuse_adam, n_parts, set_learning_rates
 from sb3_vpg.common.policy_inputs import Samples, ValueSamples, inputs_of, map_obs
 from sb3_vpg.common.policy_runner import PolicyRunner
@@ -26,7 +27,7 @@ from sb3_vpg.common.progress_bar import with_progress_of_all_ranks
 from sb3_vpg.common.random_states import set_random_states
 from sb3_vpg.common.threads import accumulate_gradients
 from sb3_vpg.common.value_scale import ValueScale, check_linear_value_net, scaled_values
-from sb3_vpg.keywords import check_batch, make_plan, scheduled_values
+from sb3_vpg.keywords import as_schedule, check_batch, make_plan, scheduled_values
 from sb3_vpg.policies import CnnPolicy, LogisticPolicy, MlpPolicy, MultiInputPolicy
 from sb3_vpg.rollout import RolloutCollector
 
@@ -196,13 +197,7 @@ class VPG(RolloutCollector):
         self._parameter_groups.refresh(self.policy)
         fuse_adam(self.policy.optimizer)
         set_learning_rates(self.policy.optimizer, scheduled_values(self, 1.0))
-        # Batch normalization uses statistics of the whole batch, so the batch cannot be split into chunks
-        self._in_chunks = not any(isinstance(module, th.nn.modules.batchnorm._BatchNorm) for module in self.policy.modules())
-        if not self._in_chunks and self.processes.size > 1:
-            raise ValueError(
-                "Batch normalization in the policy's networks needs the whole batch, but the batch is split across "
-                f"{self.processes.size} ranks; allowed: torch.nn.LayerNorm or GroupNorm, or one process"
-            )
+        needs_whole_batch(self.policy, self.processes.size)
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> bool:
         # A callback may have changed keywords
@@ -211,13 +206,13 @@ class VPG(RolloutCollector):
         return super().collect_rollouts(*args, **kwargs)
 
     def _setup_lr_schedule(self) -> None:
-        super()._setup_lr_schedule()
+        self.lr_schedule = as_schedule(self.learning_rate)
         separate = self.critic_learning_rate is not None
-        self.critic_lr_schedule = FloatSchedule(self.critic_learning_rate) if separate else self.lr_schedule  # type: ignore[arg-type]
+        self.critic_lr_schedule = as_schedule(self.critic_learning_rate) if separate else self.lr_schedule
         scheduled_values(self, 1.0)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_parameter_groups"]
+        return [*super()._excluded_save_params(), "_parameter_groups", "_buffers_before"]
 
     def train(self) -> None:
         """
@@ -228,14 +223,16 @@ class VPG(RolloutCollector):
         """
         groups = self._parameter_groups
         groups.refresh(self.policy)
-        check_trainable(groups.actor + groups.critic * self.plan.uses_value_function)
+        roles = ["actor", "critic"] if self.plan.uses_value_function else ["actor"]
+        check_trainable(p for role in roles for p in getattr(groups, role))
+        # Batch normalization changes its statistics in each forward pass
+        self._buffers_before = [buffer.clone() for buffer in self.policy.buffers()]
         self._update_schedules()
         runner = self._make_runner()
         # Switch to train mode (this affects batch norm / dropout)
         runner.set_training_mode(True)
-        n_threads = 1
-        if th.get_num_threads() > 1 and runner.single_threaded:
-            n_threads = min(th.get_num_threads(), -(-self.recorder.n_recorded // self.recorder.chunk_size))
+        n_chunks = -(-self.recorder.n_recorded // self.recorder.chunk_size)
+        n_threads = min(th.get_num_threads(), n_chunks) if runner.single_threaded else 1
         n_steps, n_segments, n_episodes = self._batch_counts()
         with runner.threads(), scaled_values(self):
             # 1. Gradient of policy loss, entropy bonus and value loss over the whole batch
@@ -247,7 +244,7 @@ class VPG(RolloutCollector):
             # 2. One step of the policy. Its KL divergence is computed in evaluation mode, in which the policy acts
             runner.set_training_mode(False)
             policy_before = runner.snapshot(obs, actions, **inputs)
-            groups.step("actor", "critic")
+            groups.step(*roles)
             self._n_updates += 1
             kl = runner.kl_divergence(policy_before, runner.snapshot(obs, actions, **inputs))
 
@@ -296,7 +293,7 @@ class VPG(RolloutCollector):
         :raises ValueError: if a loss is not finite
         """
         weight = 1 / self.plan.batch_divisor(n_steps, n_segments)
-        ent_coef = FloatSchedule(self.ent_coef)(self._current_progress_remaining)
+        ent_coef = as_schedule(self.ent_coef)(self._current_progress_remaining)
         sigma = self.value_scale.sigma
 
         def compute_gradient(batch: Samples) -> tuple[Any, tuple[Samples, dict[str, th.Tensor]]]:
@@ -378,7 +375,8 @@ class VPG(RolloutCollector):
 
     def _chunk_size(self, runner: PolicyRunner) -> int | None:
         """:return: number of steps that the networks process at a time; None for all"""
-        return self.recorder.chunk_size * runner.threads_per_operation if self._in_chunks else None
+        whole = needs_whole_batch(self.policy, self.processes.size)
+        return None if whole else self.recorder.chunk_size * runner.threads_per_operation
 
     def _batch_counts(self) -> tuple[int, int, int]:
         """:return: number of steps, of segments and of episodes that ended, in the batch of all processes"""
@@ -397,6 +395,8 @@ class VPG(RolloutCollector):
     def _check_finite_update(self, name: str, value: float, policy_step_taken: bool = False) -> None:
         if not math.isfinite(value):
             self.policy.optimizer.zero_grad()
+            for buffer, before in zip(self.policy.buffers(), () if policy_step_taken else self._buffers_before):
+                buffer.copy_(before)
             update = self._n_updates if policy_step_taken else self._n_updates + 1
             raise non_finite_update_error(name, value, update, self.num_timesteps, policy_step_taken)
 

@@ -9,7 +9,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from helpers.envs import ACTION_SPACES, BOX, CountingEnv, SpacesEnv
-from helpers.models import counting_model
+from helpers.models import assert_same_weights, counting_model
 from stable_baselines3 import A2C
 from stable_baselines3.common.buffers import ReplayBuffer, RolloutBuffer
 from stable_baselines3.common.env_util import make_vec_env
@@ -227,3 +227,15 @@ def test_vpg_takes_the_arguments_of_a2c_in_the_same_order():
 def test_numbers_and_texts_of_numpy_are_numbers_and_texts():
     values = {"estimator": np.str_("td_residual"), "discount_state_distribution": np.True_, "n_steps": np.int64(4)}
     VPG("MlpPolicy", "CartPole-v1", **values).learn(8)
+
+
+@pytest.mark.parametrize("keyword", ["learning_rate", "critic_learning_rate", "ent_coef"])
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.int64])
+def test_a_schedule_may_be_a_number_of_numpy(keyword, number):
+    value = number(1 if number is np.int64 else 0.01)
+    by_numpy, by_python = (counting_model(**{keyword: v}).learn(16) for v in (value, value.item()))
+    assert_same_weights(by_numpy, by_python)
+
+
+def test_no_normalization_may_be_a_boolean_of_numpy():
+    counting_model(estimator="total_return", n_episodes=1, normalize_advantage=np.False_).learn(1)

@@ -274,6 +274,9 @@ def test_without_masking_no_mask_is_asked_for(cls):
     [
         ([False] * 4, r"action_masks\(\) of environment 1 allows no action"),
         ([True] * 3, "action_masks.. of environment 1 has 3 entries; .*Discrete.* needs 4"),
+        (None, "action_masks.. of environment 1 returned None; .*Discrete.* needs 4 booleans"),
+        ([], r"action_masks.. of environment 1 returned \[\]; .* needs 4 booleans"),
+        (np.array(True), r"action_masks.. of environment 1 returned array\(True\); .* needs 4 booleans"),
     ],
 )
 def test_a_mask_that_cannot_be_is_an_error(mask, message):

@@ -8,7 +8,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from helpers.envs import ACTION_SPACES, CountingEnv, FaultyEnv
-from helpers.models import counting_model
+from helpers.models import Normalized, counting_model
 from helpers.states import assert_equal, state_of
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -249,3 +249,17 @@ def test_the_statistics_of_vec_normalize_stay_finite(mode, quantity, value):
     assert all(np.isfinite(statistic).all() for statistic in statistics)
     model.learn(64, reset_num_timesteps=False)
     assert np.isfinite(model.rollout_buffer.observations).all()
+
+
+def test_statistics_of_batch_normalization_stay_finite():
+    kwargs = {**SMALL, "features_extractor_class": Normalized}
+    env = make_vec_env(Constant, n_envs=2, env_kwargs={"reward": 1.0, "lengths": (4,)})
+    model = counting_model(env, policy_kwargs=kwargs).learn(16)
+    before = {name: buffer.clone() for name, buffer in model.policy.named_buffers()}
+    for e in env.envs:
+        e.unwrapped.reward = 1e20
+    with pytest.raises(ValueError, match="on-finite value loss"):
+        model.learn(16, reset_num_timesteps=False)
+    assert before
+    for name, buffer in model.policy.named_buffers():
+        assert th.equal(buffer, before[name]), name

@@ -8,6 +8,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from helpers.envs import NextStepVectorEnv
+from helpers.models import Spy
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.utils import set_random_seed
@@ -225,6 +226,32 @@ def test_whole_episodes_begin_anew_after_an_interruption_at_the_first_step():
         model.learn(1, callback=Interrupt())
     model.learn(1, callback=seen, reset_num_timesteps=False)
     assert seen.rollouts == [[[(1, 0), (1, 1), (1, 2)]]]
+
+
+@pytest.mark.parametrize("where", ["step", "callback"])
+def test_environments_begin_anew_after_an_interruption_in_the_middle_of_a_step(where, monkeypatch):
+    model, seen = train([[5]], n_rollouts=1, n_steps=8, estimator="gae")
+    env = model.env
+
+    def step_and_interrupt():
+        if DummyVecEnv.step_wait(env)[2][0]:
+            raise KeyboardInterrupt
+
+    def interrupt_at_an_end(spy):
+        if spy.locals["dones"][0]:
+            raise KeyboardInterrupt
+
+    callback = None
+    if where == "step":
+        monkeypatch.setattr(env, "step_wait", lambda: step_and_interrupt() or DummyVecEnv.step_wait(env))
+    else:
+        callback = Spy(interrupt_at_an_end)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(1, callback=callback, reset_num_timesteps=False)
+    monkeypatch.undo()
+    model.learn(1, callback=seen, reset_num_timesteps=False)
+    np.testing.assert_array_equal(seen.buffers[-1]["steps"][:5, 0], np.arange(5))
+    assert [step for _, step in seen.rollouts[-1][0]][:5] == list(range(5))
 
 
 def test_keywords_that_a_callback_changes_hold_from_the_next_rollout_on():

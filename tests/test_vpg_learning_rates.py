@@ -4,12 +4,10 @@ import copy
 
 import numpy as np
 import pytest
-import torch as th
 from helpers.models import (
     ACTOR,
     CRITIC,
     SGD,
-    SMALL,
     Spy,
     assert_same_weights,
     changed,
@@ -37,13 +35,13 @@ def test_learning_rates_are_set_from_the_start():
 def recorded_learning_rates(total_timesteps=80, **keywords):
     """Learning rates of actor and critic at each update; 4 of them by default."""
     seen = []
+    model = small_model(**keywords)
 
-    class Recorder(th.optim.SGD):
-        def step(self, closure=None):
-            seen.append(learning_rates(model))
-            return super().step(closure)
+    def train_and_record():
+        type(model).train(model)
+        seen.append(learning_rates(model))
 
-    model = small_model(policy_kwargs={**SMALL, "optimizer_class": Recorder}, **keywords)
+    model.train = train_and_record
     model.learn(total_timesteps)
     return np.transpose(seen)
 

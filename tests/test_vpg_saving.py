@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import numpy as np
 import pytest
@@ -192,3 +193,11 @@ def test_a_model_that_needs_several_environments_can_be_loaded_with_one(keywords
     evaluate_policy(model, model.get_env(), n_eval_episodes=1)
     with pytest.raises(ValueError, match="one episode per update"):
         model.learn(20)
+
+
+def test_a_model_without_environments_can_be_pickled():
+    model = VPG.load(saved(small_model()))
+    copied = pickle.loads(pickle.dumps(model))
+    assert_same_weights(copied, model)
+    copied.set_env(spaces_envs())
+    copied.learn(20)

@@ -85,3 +85,26 @@ def test_a_network_with_batch_normalisation_sees_the_whole_batch_at_once(monkeyp
     model.learn(20)
     assert sizes == {"pi": [20], "vf": [20, 20]}
     assert not th.equal(before, norm.running_mean)
+
+
+def test_batch_normalization_that_is_added_later_sees_the_whole_batch_too(monkeypatch):
+    monkeypatch.setattr(sb3_vpg.buffers, "CPU_CHUNK", (2**21, 7, 7))
+    model = small_model()
+    norm = th.nn.BatchNorm1d(16)
+    model.policy.mlp_extractor.policy_net.append(norm)
+    model.policy.optimizer = th.optim.Adam(model.policy.parameters())
+    modes = []
+    norm.register_forward_hook(lambda module, args, output: modes.append((module.training, len(output))))
+    model.learn(20)
+    # Actions are sampled in evaluation mode
+    assert [mode for mode in modes if mode[0]] == [(True, 20)]
+    assert modes[0] == (False, 2)
+    assert norm.num_batches_tracked == 1
+
+
+def test_a_critic_that_the_formulation_does_not_use_stays_as_it_is():
+    model = small_model(policy_kwargs={**SMALL, "optimizer_kwargs": {"weight_decay": 0.1}}).learn(20)
+    before = weights(model)
+    model.estimator = "reward_to_go"
+    model.learn(20, reset_num_timesteps=False)
+    assert changed(before, weights(model)) == set(weights(model, ACTOR))

@@ -59,7 +59,8 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         :param exclude: name of parameters that should be excluded in addition to the default ones
         :param include: name of parameters that might be excluded but should be included anyway
         """
-        self._random_states = get_random_states(self.env)
+        if not self._resumes:
+            self._random_states = get_random_states(self.env)
         if isinstance(path, (str, Path)):
             with atomic_write(model_path(path)) as file:
                 super().save(file, exclude, include)

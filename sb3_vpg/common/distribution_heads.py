@@ -139,9 +139,14 @@ class NumPyHead(Head):
         raise NotImplementedError
 
 
+def _log_softmax(logits: th.Tensor, dim: int) -> th.Tensor:
+    """:return: log probabilities. They are finite also for a logit of -inf, so that 0 log 0 is 0"""
+    return logits.log_softmax(dim).clamp(min=th.finfo(logits.dtype).min)
+
+
 def _sample_categorical(logits: np.ndarray) -> np.ndarray:
     # Same method as Tensor.multinomial for one sample: p_i / Exponential(1) is largest at i with probability p_i
-    noise = th.empty(logits.shape).exponential_().numpy()
+    noise = th.empty(logits.shape, device="cpu").exponential_().numpy()
     return (logits - np.log(noise)).argmax(axis=1)
 
 
@@ -164,7 +169,7 @@ class CategoricalHead(NumPyHead):
 
     def parameters(self, outputs: th.Tensor, **inputs: th.Tensor) -> th.Tensor:
         # Transposed, since sums over a short last axis are slow
-        return outputs.T.log_softmax(dim=0)
+        return _log_softmax(outputs.T, dim=0)
 
     def terms(self, distributions: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         log_p = distributions
@@ -193,7 +198,7 @@ class MaskableHead(NumPyHead):
 
     def parameters(self, outputs: th.Tensor, action_masks: th.Tensor | None = None) -> tuple[th.Tensor, ...]:  # type: ignore[override]
         logits = outputs if action_masks is None else outputs.where(action_masks.bool(), NOT_ALLOWED)
-        return tuple(part.log_softmax(dim=1) for part in logits.split(self.sizes, dim=1))
+        return tuple(_log_softmax(part, dim=1) for part in logits.split(self.sizes, dim=1))
 
     def terms(self, distributions: tuple[th.Tensor, ...], actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         log_prob = [log_p.gather(1, column).squeeze(1) for log_p, column in zip(distributions, self._columns(actions))]
@@ -223,7 +228,7 @@ class DiagGaussianHead(NumPyHead):
         self.own_parameters = [policy.log_std]
 
     def sample_from(self, outputs: np.ndarray, **inputs: np.ndarray) -> np.ndarray:
-        noise = th.normal(th.zeros(outputs.shape), 1.0).numpy()
+        noise = th.normal(th.zeros(outputs.shape, device="cpu"), 1.0).numpy()
         return outputs + self.policy.log_std.exp().numpy(force=True) * noise
 
     def parameters(self, outputs: th.Tensor, **inputs: th.Tensor) -> tuple[th.Tensor, th.Tensor]:

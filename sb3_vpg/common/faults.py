@@ -1,6 +1,7 @@
 """Identify the environment that failed, and terminate the remaining worker processes."""
 
 import traceback
+from contextlib import suppress
 from types import FrameType
 
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
@@ -20,6 +21,20 @@ def _frames_within(env: VecEnv, error: Exception) -> list[FrameType]:
     """:return: the frames of the error's traceback that are methods of the environments"""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     return [frame for frame in frames if frame.f_locals.get("self") is env.unwrapped]
+
+
+def discard_step(env: VecEnv) -> None:
+    """Receive what worker processes have answered to a step that was interrupted: the next answer would be taken for it."""
+    base = env.unwrapped
+    if isinstance(base, SubprocVecEnv) and base.waiting:
+        # A worker that has exited is found at the reset
+        with suppress(*LOST_WORKER_ERRORS):
+            for remote in base.remotes:
+                # Two spaces; the answer to a step has five parts
+                remote.send(("get_spaces", None))
+                while len(remote.recv()) != 2:
+                    pass
+            base.waiting = False
 
 
 def find_failed_environment(env: VecEnv, error: Exception) -> tuple[int | None, str]:

@@ -49,6 +49,22 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(own) or _has_any_global_hook()
 
 
+def needs_whole_batch(module: nn.Module, n_ranks: int) -> bool:
+    """
+    :param module: a policy
+    :param n_ranks: number of ranks, among which a batch is split
+    :return: whether a batch cannot be split: batch normalization uses statistics of all of it
+    :raises ValueError: if so, and there are several ranks
+    """
+    found = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
+    if found and n_ranks > 1:
+        raise ValueError(
+            "Batch normalization in the policy's networks needs the whole batch, but the batch is split across "
+            f"{n_ranks} ranks; allowed: torch.nn.LayerNorm or GroupNorm, or one process"
+        )
+    return found
+
+
 def is_plain(module: nn.Module | None, kind: type[ModuleType]) -> TypeGuard[ModuleType]:
     """Whether the module is exactly of this class: not of a subclass, and without a replaced ``forward()``."""
     return type(module) is kind and "forward" not in vars(module)

@@ -129,7 +129,8 @@ class ParameterGroups:
                 params = [p for p in group["params"] if (id(p) in critic) == (role == "critic")]
                 if params:
                     groups.append({**group, "params": params, "role": role})
-        optimizer.param_groups = groups
+        # In place: an optimizer that wraps another one shares its list
+        optimizer.param_groups[:] = groups
 
     def gradient(self, role: str) -> "FlatGradient":
         """:return: the gradient of the actor's or the critic's parameters; those without ``grad`` are not part of it"""
@@ -154,12 +155,12 @@ class ParameterGroups:
             for step in steps:
                 step()  # type: ignore[misc]
             return
-        groups = optimizer.param_groups
-        optimizer.param_groups = [group for group in groups if group["role"] in roles]
+        groups = [*optimizer.param_groups]
+        optimizer.param_groups[:] = [group for group in groups if group["role"] in roles]
         try:
             optimizer.step()
         finally:
-            optimizer.param_groups = groups
+            optimizer.param_groups[:] = groups
 
     def _fused_adam_step(self, role: str) -> "FusedAdamStep | None":
         step, gradient = self._steps[role], self.gradient(role)

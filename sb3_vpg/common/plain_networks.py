@@ -42,14 +42,14 @@ class _Buffers(threading.local):
             return self._views[key]
         size = n * width
         if size > LARGEST_BUFFER:
-            view = th.empty(n, width, dtype=th.float32)
+            view = th.empty(n, width, dtype=th.float32, device="cpu")
             return view, view.numpy()
         buffer = self._buffers.get((role, layer))
         if buffer is None or len(buffer) < size or len(self._views) == MOST_VIEWS:
             # Views of the old memory would keep it
             self._views.clear()
         if buffer is None or len(buffer) < size:
-            buffer = self._buffers[role, layer] = th.empty(size, dtype=th.float32)
+            buffer = self._buffers[role, layer] = th.empty(size, dtype=th.float32, device="cpu")
         view = buffer[:size].view(n, width)
         self._views[key] = view, view.numpy()
         return self._views[key]

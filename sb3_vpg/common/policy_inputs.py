@@ -26,7 +26,7 @@ def map_obs(function: Callable[[In], Out], obs: In | dict[str, In]) -> Out | dic
 def pinned_empty(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """``numpy.empty`` in page-locked memory, from which a GPU copies faster. PyTorch keeps such memory and uses it again."""
     n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    return th.empty(n_bytes, dtype=th.uint8, pin_memory=True).numpy().view(dtype).reshape(shape)
+    return th.empty(n_bytes, dtype=th.uint8, device="cpu", pin_memory=True).numpy().view(dtype).reshape(shape)
 
 
 def is_vector_space(space: spaces.Space) -> bool:
@@ -126,18 +126,24 @@ def checked_masks(masks: Sequence[Any], env: VecEnv, action_space: spaces.Space)
     sizes = mask_sizes(action_space)
     try:
         checked = np.array(masks, dtype=bool).reshape(len(masks), sum(sizes))
-    except ValueError:
-        # Lists of different lengths, or a wrong size
-        rows = [np.concatenate([np.ravel(part) for part in mask]).astype(bool) for mask in masks]
-        for env_index, row in enumerate(rows):
-            if len(row) != sum(sizes):
-                raise ValueError(
-                    f"action_masks() of environment {env_index} has {len(row)} entries; {action_space} needs {sum(sizes)}"
-                ) from None
-        checked = np.stack(rows)
+    except (TypeError, ValueError):
+        # Lists of different lengths, a wrong size, or no mask
+        checked = np.stack([_flat_mask(mask, env_index, action_space) for env_index, mask in enumerate(masks)])
     checked |= np.reshape(getattr(env, "reset_is_due", False), (-1, 1))
     for part in np.split(checked, np.cumsum(sizes)[:-1], axis=1):
         allowed = part.any(axis=1)
         if not allowed.all():
             raise ValueError(f"action_masks() of environment {int(np.argmin(allowed))} allows no action")
     return checked
+
+
+def _flat_mask(mask: Any, env_index: int, action_space: spaces.Space) -> np.ndarray:
+    """:return: a mask that may have a list for each dimension of an action, as one array"""
+    needs = f"{action_space} needs {sum(mask_sizes(action_space))}"
+    try:
+        flat = np.concatenate([np.ravel(part) for part in mask]).astype(bool)
+    except (TypeError, ValueError):
+        raise ValueError(f"action_masks() of environment {env_index} returned {mask!r}; {needs} booleans") from None
+    if len(flat) != sum(mask_sizes(action_space)):
+        raise ValueError(f"action_masks() of environment {env_index} has {len(flat)} entries; {needs}")
+    return flat

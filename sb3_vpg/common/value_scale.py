@@ -86,6 +86,7 @@ def scaled_values(model: Any) -> AbstractContextManager[None]:
     if not model.scale_value_targets:
         model.value_scale = ValueScale()
     elif model.plan.uses_value_function:
+        check_linear_value_net(model.policy)
         return model.value_scale.applied(model.policy, model.recorder.recorded_returns, model.processes)
     return nullcontext()
 

@@ -68,10 +68,10 @@ def rollout_statistics(model: VPG, n_bootstrap: int = 0) -> GradientStatistics |
 
     :param model: VPG with a rollout, before its update
     :param n_bootstrap: number of bootstrap resamples for the intervals; 0 for no intervals
-    :return: the statistics; None if the rollout has fewer than two segments, or the actor is frozen
+    :return: the statistics; None without a rollout, if it has fewer than two segments, or if the actor is frozen
     """
     buffer = model.rollout_buffer
-    if not isinstance(buffer, VPGBufferMixin) or buffer.n_segments < 2:
+    if not isinstance(buffer, VPGBufferMixin) or not hasattr(buffer, "rollout") or buffer.n_segments < 2:
         return None
     groups = np.array_split(np.arange(buffer.n_segments), min(buffer.n_segments, MAX_GROUPS))
     # With this scale, the mean over groups is the gradient of the update

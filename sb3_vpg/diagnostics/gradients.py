@@ -130,6 +130,7 @@ class _EpisodeCollector(RolloutCollector):
         self.plan = Plan(Formulation("gae"), PARTIAL_EPISODES["finish"], n_episodes)
         self.max_episode_steps = getattr(model, "max_episode_steps", self.max_episode_steps)
         self._episode_steps = np.zeros(self.n_envs, dtype=np.int64)
+        self._stepped_since_reset = True
         self.rollout_buffer = buffer_class_for(self.observation_space)(
             self.n_steps, self.observation_space, self.action_space, self.device, n_envs=self.n_envs
         )
@@ -175,7 +176,10 @@ def collect_episodes(model: OnPolicyAlgorithm, env: VecEnv, n_episodes: int) -> 
         statistics and ``training=False``); they are reset
     :param n_episodes: number of episodes, >= 1
     :return: the episodes
+    :raises ValueError: if ``env`` is not vectorized, or ``n_episodes`` is not allowed
     """
+    check_number("n_episodes", n_episodes, low=1, integer=True)
+    _check_vec_env(env)
     collector = _RecurrentEpisodeCollector if is_recurrent(model.policy) else _EpisodeCollector
     buffer = collector(model, env, -(-n_episodes // env.num_envs)).collect()
     training_env = model.get_env()
@@ -184,6 +188,11 @@ def collect_episodes(model: OnPolicyAlgorithm, env: VecEnv, n_episodes: int) -> 
         model._last_obs = training_env.reset()  # type: ignore[assignment]
         model._last_episode_starts = np.ones(training_env.num_envs, dtype=bool)
     return episodes_in(buffer, n_episodes)
+
+
+def _check_vec_env(env: Any) -> None:
+    if not isinstance(env, VecEnv):
+        raise ValueError(f"env must be a VecEnv, not {env}: make it with stable_baselines3.common.env_util.make_vec_env")
 
 
 def gradient_statistics(
@@ -221,9 +230,10 @@ def gradient_statistics(
         0: no intervals
     :param max_bytes: approximate limit on the memory for gradients; formulations are processed in groups that fit
     :return: the statistics, by name
-    :raises ValueError: if a number is outside its range, ``reference`` is not in ``measured``, ``n_episodes`` gives fewer than
-        two batches of an update, or all parameters of the actor are frozen
+    :raises ValueError: if ``env`` is not vectorized, a number is outside its range, ``reference`` is not in ``measured``,
+        ``n_episodes`` gives fewer than two batches of an update, or all parameters of the actor are frozen
     """
+    _check_vec_env(env)
     check_updates(measured, n_episodes, reference)
     check_number("confidence", confidence, low=0, high=1, low_included=False)
     check_number("n_bootstrap", n_bootstrap, low=0, integer=True)
@@ -263,6 +273,8 @@ def check_updates(measured: Mapping[str, UpdateSpec], n_episodes: int, reference
     if reference is not None:
         check_choice("reference", reference, measured)
     for name, update in measured.items():
+        if not isinstance(update, UpdateSpec):
+            raise ValueError(f"measured={name!r} must be an UpdateSpec, not {update!r}")
         if n_episodes < 2 * update.episodes_per_batch:
             raise ValueError(
                 f"n_episodes={n_episodes} is not enough for two batches of {update.episodes_per_batch} episodes of {name!r}; "

@@ -97,13 +97,13 @@ def statistics_of(
     n_pairs = m**2 - (counts**2).sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
         signal = (all_pairs - counts**2 @ squares) / n_pairs
-        variance = (counts @ squares / m - signal) / n_per_update
+        variance = (counts @ squares / m - signal).clip(min=0) / n_per_update
         noise_to_signal = np.where(signal > 0, variance / signal, np.inf)
         cosines = _cosines(products, squares[:, None], squares)
         pairwise_cosine = (((counts @ cosines) * counts).sum(axis=1) - counts**2 @ np.diag(cosines)) / n_pairs
         samples = {
             "mean_norm": np.sqrt(all_pairs.clip(min=0)) / m,
-            "variance": variance.clip(min=0),
+            "variance": variance,
             "snr": 1 / noise_to_signal,
             "pairwise_cosine": pairwise_cosine,
             "cosine_with_reference": _cosines_with_others(products, gradients, reference, counts),

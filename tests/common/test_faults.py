@@ -84,9 +84,19 @@ def test_an_exception_in_a_step_names_the_environment_and_the_step(wrapper, tmp_
 def test_an_exception_in_a_reset_names_the_environment(tmp_path):
     message = r"^Environment 1 failed at step \d of its episode .*: KeyError: 'cannot reset'"
     assert_fails_unharmed(environments(DummyVecEnv, "reset", at=12), message, tmp_path)
-    # One between two rollouts of whole episodes
-    model = VPG("MlpPolicy", DummyVecEnv([lambda: FailingEnv("reset", 2)]), n_episodes=1, estimator="reward_to_go")
-    with pytest.raises(RuntimeError, match=r"^Environment 0 failed"):
+    # One between two rollouts of whole episodes, in the middle of an episode that is not recorded
+    env = DummyVecEnv([lambda: CountingEnv([4]), lambda: CountingEnv([6])])
+    reset, n_resets = env.envs[0].reset, []
+
+    def failing(**kwargs):
+        n_resets.append(1)
+        if len(n_resets) == 3:
+            raise KeyError("cannot reset")
+        return reset(**kwargs)
+
+    env.envs[0].reset = failing
+    model = VPG("MlpPolicy", env, n_episodes=1, estimator="reward_to_go")
+    with pytest.raises(RuntimeError, match=r"^Environment 0 failed at step 0 of its episode \(timestep 12\): KeyError"):
         model.learn(100)
 
 

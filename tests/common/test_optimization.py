@@ -465,3 +465,27 @@ def test_each_part_of_a_large_rollout_has_all_environments(n_steps, n_envs, expe
     assert n_parts(n_steps, n_envs) == expected
     # The environments of the first N steps of the first part
     assert len({index % n_envs for index in range(0, n_envs * expected, expected)}) == n_envs
+
+
+class Wrapper(th.optim.Optimizer):
+    """An optimizer around another one, whose groups it shares, as many in libraries are."""
+
+    def __init__(self, params, **kwargs):
+        self.base = th.optim.SGD(params, **kwargs)
+        super().__init__(self.base.param_groups, self.base.defaults)
+        self.param_groups, self.state = self.base.param_groups, self.base.state
+
+    def step(self, closure=None):
+        return self.base.step(closure)
+
+
+def test_an_optimizer_around_another_one_makes_one_step_of_the_actor_with_the_scheduled_rate():
+    models = [
+        small_model(
+            learning_rate=lambda left: 0.1 * left,
+            n_critic_updates=5,
+            policy_kwargs={**SMALL, "optimizer_class": optimizer, "optimizer_kwargs": {"momentum": 0.5}},
+        ).learn(40)
+        for optimizer in (th.optim.SGD, Wrapper)
+    ]
+    assert_same_weights(*models)

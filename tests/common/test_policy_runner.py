@@ -1,10 +1,13 @@
 """The fast passes through a policy's networks must give the numbers of SB3's own methods."""
 
+import math
+
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
 from helpers.envs import ACTION_SPACES, BOX
+from helpers.models import spaces_envs
 from stable_baselines3 import A2C
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import DiagGaussianDistribution
@@ -559,3 +562,34 @@ def test_hooks_registered_at_the_start_of_a_rollout_are_called_in_it():
 
     VPG("MlpPolicy", "CartPole-v1", n_steps=8, policy_kwargs={"net_arch": [8]}).learn(8, callback=Register())
     assert len(calls) == 8
+
+
+class Forbid(nn.Module):
+    """Forbids the second action."""
+
+    def forward(self, logits):
+        return logits.masked_fill(th.arange(logits.shape[1]) == 1, -th.inf)
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+def test_a_logit_of_minus_infinity_forbids_an_action(activation):
+    kwargs = {"net_arch": [8], "activation_fn": activation}
+    model = VPG("MlpPolicy", spaces_envs(), n_steps=20, ent_coef=0.01, seed=0, policy_kwargs=kwargs)
+    model.policy.action_net = nn.Sequential(model.policy.action_net, Forbid())
+    model.learn(80)
+    assert set(model.rollout_buffer.actions.ravel()) == {0, 2}
+    for name in ("entropy_loss", "policy_loss", "kl_divergence"):
+        assert math.isfinite(model.logger.name_to_value[f"train/{name}"])
+    # The largest entropy of two actions
+    assert 0 < -model.logger.name_to_value["train/entropy_loss"] <= math.log(2) + 1e-6
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+def test_a_model_on_the_cpu_does_not_use_the_default_device(env_id):
+    model = VPG("MlpPolicy", env_id, n_steps=16, device="cpu")
+    before = th.get_default_device()
+    th.set_default_device("meta")
+    try:
+        model.learn(32)
+    finally:
+        th.set_default_device(before)

@@ -9,7 +9,7 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from helpers.envs import BOX, CountingEnv, SpacesEnv
-from helpers.models import cartpole_model, flat_weights
+from helpers.models import cartpole_model, counting_model, flat_weights
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
@@ -73,6 +73,23 @@ def test_a_run_that_goes_on_from_a_file_gives_the_same_weights(name, keywords, t
     env.close()
     assert resumed.num_timesteps == uninterrupted.num_timesteps
     assert th.equal(flat_weights(resumed), flat_weights(uninterrupted))
+
+
+@pytest.mark.parametrize("env_given", [False, True], ids=["without environments", "with environments"])
+def test_a_loaded_model_that_is_saved_again_resumes_the_same(env_given, saved, tmp_path):
+    def environments():
+        return make_vec_env("CartPole-v1", 2, seed=3)
+
+    def resumed(model):
+        return flat_weights(model.learn(100, reset_num_timesteps=False))
+
+    expected = resumed(VPG.load(saved, env=environments(), device="cpu"))
+    model = VPG.load(saved, env=environments() if env_given else None, device="cpu")
+    th.rand(5)
+    model.save(tmp_path / "again")
+    assert th.equal(resumed(VPG.load(tmp_path / "again", env=environments(), device="cpu")), expected)
+    if env_given:
+        assert th.equal(resumed(model), expected)
 
 
 def test_a_seed_given_after_loading_counts(saved):
@@ -282,6 +299,25 @@ def test_environments_that_have_been_closed_do_not_keep_a_model_from_being_saved
     env.close()
     model.save(tmp_path / "model")
     VPG.load(tmp_path / "model", env=DummyVecEnv(monitored(OwnGenerator, OwnGenerator))).learn(32, reset_num_timesteps=False)
+
+
+def test_an_interrupted_step_of_processes_does_not_keep_a_model_from_going_on(tmp_path, monkeypatch):
+    env = SubprocVecEnv([lambda: Monitor(CountingEnv([4]))] * 2)
+    model = counting_model(env).learn(16)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(env, "step_wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model.learn(16, reset_num_timesteps=False)
+    model.save(tmp_path / "model")
+    model.learn(16, reset_num_timesteps=False)
+    buffer = model.rollout_buffer
+    np.testing.assert_array_equal(buffer.observations[..., 1], np.tile([[0], [1], [2], [3]], (2, 2)))
+    np.testing.assert_array_equal(buffer.rewards, buffer.observations[..., 1] + 1)
+    env.close()
 
 
 @pytest.mark.parametrize("vec_env", [DummyVecEnv, in_processes])

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 import torch as th
 from helpers.envs import CountingEnv
-from helpers.models import CRITIC, SGD, assert_same_weights, changed, counting_model, small_model, spaces_envs, weights
+from helpers.models import (
+    CRITIC,
+    SGD,
+    assert_same_weights,
+    changed,
+    counting_model,
+    flat_weights,
+    small_model,
+    spaces_envs,
+    weights,
+)
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch import nn
@@ -182,3 +192,13 @@ def test_targets_that_are_not_finite_are_an_error_and_change_nothing(target):
     assert model.value_scale.sigma == sigma
     for name, value in weights(model).items():
         th.testing.assert_close(value, before[name])
+
+
+def test_a_critic_whose_last_layer_was_replaced_is_refused_before_the_update():
+    model = small_model(scale_value_targets=True)
+    model.policy.value_net = nn.Sequential(nn.Linear(16, 4), nn.Tanh(), nn.Linear(4, 1))
+    model.policy.optimizer = th.optim.Adam(model.policy.parameters())
+    before = flat_weights(model)
+    with pytest.raises(ValueError, match=r"scale_value_targets=True rescales policy.value_net"):
+        model.learn(20)
+    assert th.equal(flat_weights(model), before)

@@ -98,3 +98,12 @@ def test_half_of_what_lies_outside_an_interval_is_on_either_side(confidence, low
     # resamples, leaving out those of one gradient alone
     statistics = statistics_of(th.tensor([[0.0], [0.0], [3.0]]), confidence=confidence)
     assert statistics.mean_norm == (1, low, high)
+
+
+def test_what_cannot_be_negative_is_not():
+    """Neither by rounding, with equal gradients, nor in a resample with most of its weight on the largest one."""
+    equal = [statistics_of(th.randn(1, 50, generator=th.manual_seed(i)).repeat(5, 1), n_bootstrap=0) for i in range(50)]
+    for statistics in [*equal, statistics_of(th.tensor([[1.5], [1.0], [1.2]]))]:
+        for name in ("variance", "snr", "noise_scale"):
+            estimate = getattr(statistics, name)
+            assert not any(number < 0 for number in (estimate.value, estimate.low, estimate.high)), (name, estimate)

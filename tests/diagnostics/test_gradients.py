@@ -21,6 +21,7 @@ from sb3_vpg.diagnostics import (
     batch_gradients,
     collect_episodes,
     gradient_statistics,
+    rollout_statistics,
     statistics_of,
 )
 from sb3_vpg.diagnostics.gradients import episodes_in, psi
@@ -278,6 +279,14 @@ def test_bad_input_is_named():
         UpdateSpec(Formulation(), 0)
     with pytest.raises(ValueError, match="loss_reduction='sum'"):
         UpdateSpec(Formulation(), 4, "sum")
+    for bad in (0, 1.5):
+        with pytest.raises(ValueError, match=f"n_episodes={bad}"):
+            collect_episodes(model, env, bad)
+    with pytest.raises(ValueError, match="measured='rtg' must be an UpdateSpec"):
+        gradient_statistics(model, env, {"rtg": Formulation()})
+    with pytest.raises(ValueError, match="env must be a VecEnv"):
+        gradient_statistics(model, env.envs[0], measured)
+    assert rollout_statistics(model) is None
     with pytest.raises(ValueError, match="every_n_rollouts=0"):
         GradientStatisticsCallback(0)
     with pytest.raises(ValueError, match="requires VPG"):
