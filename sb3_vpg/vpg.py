@@ -19,7 +19,7 @@ from stable_baselines3.common.utils import explained_variance
 from sb3_vpg.buffers import buffer_class_for
 from sb3_vpg.common.checks import check_policy_class, non_finite_update_error
 from sb3_vpg.common.collectives import current_processes
-from sb3_vpg.common.layers import needs_whole_batch
+from sb3_vpg.common.layers import buffers_kept_on_error, needs_whole_batch
 from sb3_vpg.common.optimization import ParameterGroups, check_trainable, fuse_adam, n_parts, set_learning_rates
 from sb3_vpg.common.policy_inputs import Samples, ValueSamples, inputs_of, map_obs
 from sb3_vpg.common.policy_runner import PolicyRunner
@@ -212,7 +212,7 @@ class VPG(RolloutCollector):
         scheduled_values(self, 1.0)
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_parameter_groups", "_buffers_before"]
+        return [*super()._excluded_save_params(), "_parameter_groups"]
 
     def train(self) -> None:
         """
@@ -225,8 +225,6 @@ class VPG(RolloutCollector):
         groups.refresh(self.policy)
         roles = ["actor", "critic"] if self.plan.uses_value_function else ["actor"]
         check_trainable(p for role in roles for p in getattr(groups, role))
-        # Batch normalization changes its statistics in each forward pass
-        self._buffers_before = [buffer.clone() for buffer in self.policy.buffers()]
         self._update_schedules()
         runner = self._make_runner()
         # Switch to train mode (this affects batch norm / dropout)
@@ -237,9 +235,10 @@ class VPG(RolloutCollector):
         with runner.threads(), scaled_values(self):
             # 1. Gradient of policy loss, entropy bonus and value loss over the whole batch
             groups.zero_grad("actor", "critic")
-            losses, (obs, actions, inputs) = self._accumulate_gradients(runner, n_steps, n_segments, n_threads)
-            policy_grad_norm = self._clip_gradient("actor")
-            value_grad_norm = self._clip_gradient("critic")
+            with buffers_kept_on_error(self.policy):
+                losses, (obs, actions, inputs) = self._accumulate_gradients(runner, n_steps, n_segments, n_threads)
+                policy_grad_norm = self._clip_gradient("actor")
+                value_grad_norm = self._clip_gradient("critic")
 
             # 2. One step of the policy. Its KL divergence is computed in evaluation mode, in which the policy acts
             runner.set_training_mode(False)
@@ -395,8 +394,6 @@ class VPG(RolloutCollector):
     def _check_finite_update(self, name: str, value: float, policy_step_taken: bool = False) -> None:
         if not math.isfinite(value):
             self.policy.optimizer.zero_grad()
-            for buffer, before in zip(self.policy.buffers(), () if policy_step_taken else self._buffers_before):
-                buffer.copy_(before)
             update = self._n_updates if policy_step_taken else self._n_updates + 1
             raise non_finite_update_error(name, value, update, self.num_timesteps, policy_step_taken)
 

@@ -1,6 +1,7 @@
 """Layers of a network as functions, without the overhead of calling modules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
@@ -63,6 +64,18 @@ def needs_whole_batch(module: nn.Module, n_ranks: int) -> bool:
             f"{n_ranks} ranks; allowed: torch.nn.LayerNorm or GroupNorm, or one process"
         )
     return found
+
+
+@contextmanager
+def buffers_kept_on_error(module: nn.Module) -> Iterator[None]:
+    """Context in which an error leaves the buffers unchanged: batch normalization changes its statistics in each pass."""
+    before = [buffer.clone() for buffer in module.buffers()]
+    try:
+        yield
+    except BaseException:
+        for buffer, value in zip(module.buffers(), before):
+            buffer.copy_(value)
+        raise
 
 
 def is_plain(module: nn.Module | None, kind: type[ModuleType]) -> TypeGuard[ModuleType]:

@@ -128,7 +128,7 @@ def checked_masks(masks: Sequence[Any], env: VecEnv, action_space: spaces.Space)
         checked = np.array(masks, dtype=bool).reshape(len(masks), sum(sizes))
     except (TypeError, ValueError):
         # Lists of different lengths, a wrong size, or no mask
-        checked = np.stack([_flat_mask(mask, env_index, action_space) for env_index, mask in enumerate(masks)])
+        checked = np.stack([_flat_mask(mask, sum(sizes), env_index, action_space) for env_index, mask in enumerate(masks)])
     checked |= np.reshape(getattr(env, "reset_is_due", False), (-1, 1))
     for part in np.split(checked, np.cumsum(sizes)[:-1], axis=1):
         allowed = part.any(axis=1)
@@ -137,13 +137,13 @@ def checked_masks(masks: Sequence[Any], env: VecEnv, action_space: spaces.Space)
     return checked
 
 
-def _flat_mask(mask: Any, env_index: int, action_space: spaces.Space) -> np.ndarray:
+def _flat_mask(mask: Any, size: int, env_index: int, action_space: spaces.Space) -> np.ndarray:
     """:return: a mask that may have a list for each dimension of an action, as one array"""
-    needs = f"{action_space} needs {sum(mask_sizes(action_space))}"
+    needs = f"{action_space} needs {size}"
     try:
         flat = np.concatenate([np.ravel(part) for part in mask]).astype(bool)
     except (TypeError, ValueError):
         raise ValueError(f"action_masks() of environment {env_index} returned {mask!r}; {needs} booleans") from None
-    if len(flat) != sum(mask_sizes(action_space)):
+    if len(flat) != size:
         raise ValueError(f"action_masks() of environment {env_index} has {len(flat)} entries; {needs}")
     return flat
