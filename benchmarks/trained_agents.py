@@ -7,10 +7,9 @@ Create the trained agents in `rl-trained-agents`: train them with the zoo's comm
 
 Output for each environment: mean return of the last evaluation during training (20 deterministic episodes), and size in kB.
 
-The agent is the final model, or the best evaluated model for the environments in `BEST_EVALUATED`. The optimizer's moments and
-the attributes that exact resuming needs (random states, last observations) are removed. Training can continue from such a
-model (`-i`), with new moments. One monitor file has the episodes of all environments, ordered by their end, with returns
-rounded to integers and times to hundredths of a second.
+The agent is the final model. The optimizer's moments and the attributes that exact resuming needs (random states, last
+observations) are removed. Training can continue from such a model (`-i`), with new moments. One monitor file has the episodes
+of all environments, ordered by their end, with returns rounded to integers and times to hundredths of a second.
 """
 
 import argparse
@@ -40,9 +39,6 @@ ENVIRONMENTS = (
     "HalfCheetah-v5",
     "BipedalWalker-v3",
 )
-#: Environments whose final model is clearly worse than the best evaluated one. On LunarLander: 151 compared with 250 (100
-#: episodes, other seeds than in the evaluations)
-BEST_EVALUATED = ("LunarLander-v3",)
 SETTINGS = "--seed 0 --eval-freq 50000 --n-eval-envs 5 --eval-episodes 20 --num-threads 1 --device cpu"
 #: Attributes that are needed only to resume training
 RESUMING_ATTRIBUTES = (
@@ -81,8 +77,7 @@ def collect(source: Path, target: Path, env_id: str, logs: Path) -> None:
             (target / env_id / path.name).write_text(text)
         else:
             shutil.copy(path, target / env_id)
-    name = "best_model" if env_id in BEST_EVALUATED else env_id
-    save_weights(VPG.load(source / f"{name}.zip", device="cpu"), target / f"{env_id}.zip")
+    save_weights(VPG.load(source / f"{env_id}.zip", device="cpu"), target / f"{env_id}.zip")
     np.savez_compressed(target / "evaluations.npz", **np.load(source / "evaluations.npz"))
     merge_monitor_files(source, target / "0.monitor.csv", env_id)
 
