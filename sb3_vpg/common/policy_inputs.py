@@ -139,11 +139,12 @@ def checked_masks(masks: Sequence[Any], env: VecEnv, action_space: spaces.Space)
 
 def _flat_mask(mask: Any, size: int, env_index: int, action_space: spaces.Space) -> np.ndarray:
     """:return: a mask that may have a list for each dimension of an action, as one array"""
-    needs = f"{action_space} needs {size}"
     try:
         flat = np.concatenate([np.ravel(part) for part in mask]).astype(bool)
     except (TypeError, ValueError):
-        raise ValueError(f"action_masks() of environment {env_index} returned {mask!r}; {needs} booleans") from None
+        raise ValueError(
+            f"action_masks() of environment {env_index} returned {mask!r}; {action_space} needs {size} booleans"
+        ) from None
     if len(flat) != size:
-        raise ValueError(f"action_masks() of environment {env_index} has {len(flat)} entries; {needs}")
+        raise ValueError(f"action_masks() of environment {env_index} has {len(flat)} entries; {action_space} needs {size}")
     return flat
