@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from scipy.stats import bootstrap, trim_mean
+import pandas as pd
+
+from sb3_vpg.study.statistics import estimate
 
 T = TypeVar("T")
 
@@ -28,14 +30,10 @@ def interquartile_mean(scores: Sequence[float], digits: int = 1) -> str:
     :return: interquartile mean over seeds, and its 95 % percentile bootstrap interval
         (Agarwal et al., 2021, https://arxiv.org/abs/2108.13264)
     """
-    x = np.asarray(scores, dtype=np.float64)
-    mean = trim_mean(x, 0.25)
-    if len(x) < 2 or np.ptp(x) == 0:
-        return f"{mean:.{digits}f}"
-    low, high = bootstrap(
-        (x,), lambda s, axis: trim_mean(s, 0.25, axis=axis), method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    value = estimate(pd.Series(scores, dtype=float))
+    if np.ptp(scores) == 0:
+        return f"{value.mean:.{digits}f}"
+    return f"{value.mean:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
 
 
 def median_and_range(values: Sequence[float] | np.ndarray) -> str:

@@ -20,8 +20,10 @@ import pandas as pd
 from engines import engines_table
 from harness import interquartile_mean, markdown_table, median_and_range, read_lines
 from same_task import ENGINES, LEVEL, tests
-from scipy.stats import ks_2samp, trim_mean
+from scipy.stats import ks_2samp
 from time_to_solve import by_contestant, median
+
+from sb3_vpg.study.statistics import iqm
 
 HERE = Path(__file__).parent
 RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
@@ -159,7 +161,7 @@ def algorithms() -> str:
 
 def scores() -> str:
     rows = [
-        [env_id, *(f"{trim_mean([run['score'] for run in of_env[algo]], 0.25):.1f}" for algo in ALGORITHMS)]
+        [env_id, *(f"{iqm([run['score'] for run in of_env[algo]]):.1f}" for algo in ALGORITHMS)]
         for env_id, of_env in zoo_runs().items()
     ]
     return markdown_table(["", *map(str.upper, ALGORITHMS)], rows)
@@ -193,6 +195,28 @@ def study(name: str, digits: str = "0") -> str:
         own = [of_env[of_env.algorithm == algorithm].to_dict("records") for algorithm in algorithms]
         rows.append([env_id, *(return_steps_and_time(seeds, int(digits)) if seeds else "" for seeds in own)])
     return markdown_table(["return<br>steps, time", *algorithms], rows)
+
+
+def continuous_control() -> str:
+    """Few seeds have no interval: their mean, and their number."""
+    rows = []
+    for env_id, of_env in study_runs("continuous_control").groupby("environment", sort=False):
+        digits = 0 if of_env.score.abs().max() >= 100 else 1
+        row = [env_id]
+        for algo in ("vpg", "a2c", "ppo"):
+            runs = of_env[of_env.algorithm == algo]
+            if algo == "vpg":
+                row += [
+                    interquartile_mean(runs.score, digits),
+                    f"{runs.score.min():.{digits}f}, {runs.score.max():.{digits}f}",
+                ]
+                row.append(f"{runs.processor_seconds.median():.0f}")
+            elif len(runs):
+                row.append(f"{runs.score.mean():.{digits}f} ({len(runs)}), {runs.processor_seconds.median():.0f} s")
+            else:
+                row.append("")
+        rows.append(row)
+    return markdown_table(["", "VPG", "lowest, highest", "seconds", "A2C (seeds)", "PPO (seeds)"], rows)
 
 
 def same_task(part: str) -> list[dict[str, Any]]:
@@ -269,7 +293,7 @@ def draw_learning_curves(path: Path) -> None:
             curves = of_algo.pivot(index="seed", columns="timesteps", values="value").dropna(axis=1)
             steps = curves.columns
             color = f"C{ALGORITHMS.index(algo)}"
-            ax.plot(steps, trim_mean(curves, 0.25), color=color, label=algo.upper(), linewidth=1.2)
+            ax.plot(steps, iqm(curves), color=color, label=algo.upper(), linewidth=1.2)
             ax.fill_between(steps, *np.quantile(curves, (0.25, 0.75), axis=0), color=color, alpha=0.2, linewidth=0)
         ax.set_xscale("log")
         ax.set_title(env_id, fontsize=10)
