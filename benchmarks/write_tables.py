@@ -198,25 +198,18 @@ def study(name: str, digits: str = "0") -> str:
 
 
 def continuous_control() -> str:
-    """Few seeds have no interval: their mean, and their number."""
     rows = []
     for env_id, of_env in study_runs("continuous_control").groupby("environment", sort=False):
         digits = 0 if of_env.score.abs().max() >= 100 else 1
-        row = [env_id]
-        for algo in ("vpg", "a2c", "ppo"):
+        own = of_env[of_env.algorithm == "vpg"]
+        extremes = f"{own.score.min():.{digits}f}, {own.score.max():.{digits}f}"
+        row = [env_id, interquartile_mean(own.score, digits), extremes, f"{own.processor_seconds.median():.0f}"]
+        for algo in ALGORITHMS[1:]:
             runs = of_env[of_env.algorithm == algo]
-            if algo == "vpg":
-                row += [
-                    interquartile_mean(runs.score, digits),
-                    f"{runs.score.min():.{digits}f}, {runs.score.max():.{digits}f}",
-                ]
-                row.append(f"{runs.processor_seconds.median():.0f}")
-            elif len(runs):
-                row.append(f"{runs.score.mean():.{digits}f} ({len(runs)}), {runs.processor_seconds.median():.0f} s")
-            else:
-                row.append("")
+            returns = ", ".join(f"{score:.{digits}f}" for score in runs.score)
+            row.append(f"{returns}<br>{runs.processor_seconds.median():.0f} s" if returns else "")
         rows.append(row)
-    return markdown_table(["", "VPG", "lowest, highest", "seconds", "A2C (seeds)", "PPO (seeds)"], rows)
+    return markdown_table(["", "VPG", "lowest, highest", "seconds", *map(str.upper, ALGORITHMS[1:])], rows)
 
 
 def same_task(part: str) -> list[dict[str, Any]]:
