@@ -18,22 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import pandas as pd
-
-from sb3_vpg.study.statistics import estimate
 
 T = TypeVar("T")
-
-
-def interquartile_mean(scores: Sequence[float], digits: int = 1) -> str:
-    """
-    :return: interquartile mean over seeds, and its 95 % percentile bootstrap interval
-        (Agarwal et al., 2021, https://arxiv.org/abs/2108.13264)
-    """
-    value = estimate(pd.Series(scores, dtype=float))
-    if np.ptp(scores) == 0:
-        return f"{value.mean:.{digits}f}"
-    return f"{value.mean:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
 
 
 def median_and_range(values: Sequence[float] | np.ndarray) -> str:

@@ -40,13 +40,15 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 import torch as th
-from harness import in_processes, interquartile_mean, save
+from harness import in_processes, save
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -56,6 +58,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, sync_envs_norm
 from sb3_vpg.envs import ENVIRONMENTS, EnvPoolVecEnv
 from sb3_vpg.envs.exploring_starts import ExploringStarts
 from sb3_vpg.envs.native_vec_env import NativeVecEnv
+from sb3_vpg.study.statistics import estimate
 from sb3_vpg.zoo import register
 
 N_EPISODES = 100
@@ -264,6 +267,17 @@ def by_contestant(results: list[dict[str, Any]]) -> dict[str, list[dict[str, Any
 def median(runs: list[dict[str, Any]], what: str) -> float:
     """:return: median of seconds or steps; a run that has not solved the environment counts as infinite"""
     return float(np.median([result[what] if result["solved"] else np.inf for result in runs]))
+
+
+def interquartile_mean(scores: Sequence[float], digits: int = 1) -> str:
+    """
+    :return: interquartile mean over seeds, and its 95 % percentile bootstrap interval
+        (Agarwal et al., 2021, https://arxiv.org/abs/2108.13264)
+    """
+    value = estimate(pd.Series(scores, dtype=float))
+    if np.ptp(scores) == 0:
+        return f"{value.mean:.{digits}f}"
+    return f"{value.mean:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
 
 
 def print_table(env_id: str, results: list[dict[str, Any]]) -> None:

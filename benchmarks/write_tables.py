@@ -18,10 +18,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from engines import engines_table
-from harness import interquartile_mean, markdown_table, median_and_range, read_lines
+from harness import markdown_table, median_and_range, read_lines
 from same_task import ENGINES, LEVEL, tests
 from scipy.stats import ks_2samp
-from time_to_solve import by_contestant, median
+from time_to_solve import by_contestant, interquartile_mean, median
 
 from sb3_vpg.study.statistics import iqm
 
