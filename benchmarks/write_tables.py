@@ -1,11 +1,11 @@
 """
-Write the tables of README.md, docs/results.md, docs/performance.md, docs/swingup.md and docs/envpool.md, and the figure of
-learning curves, from the results of the other benchmarks.
+Write the tables of README.md, docs/results.md, docs/performance.md, docs/swingup.md, docs/envpool.md and docs/ablation.md, and
+the figure of learning curves, from the results of the other benchmarks.
 
     python benchmarks/write_tables.py
 
-Reads the files in benchmarks/results. Replaces the text between `<!-- table: NAME -->` and `<!-- end -->` in the documents,
-and draws docs/learning_curves.png.
+Reads the files in benchmarks/results, and the report of the ablation, docs/ablation/report.md. Replaces the text between
+`<!-- table: NAME -->` and `<!-- end -->` in the documents, and draws docs/learning_curves.png.
 """
 
 import json
@@ -27,7 +27,8 @@ from sb3_vpg.study.statistics import iqm
 
 HERE = Path(__file__).parent
 RESULTS, DOCS = HERE / "results", HERE.parent / "docs"
-DOCUMENTS = (HERE.parent / "README.md", DOCS / "results.md", DOCS / "performance.md", DOCS / "swingup.md", DOCS / "envpool.md")
+PAGES = ("results", "performance", "swingup", "envpool", "ablation")
+DOCUMENTS = (HERE.parent / "README.md", *(DOCS / f"{page}.md" for page in PAGES))
 ALGORITHMS = ("vpg", "a2c", "ppo", "trpo")
 
 
@@ -210,6 +211,41 @@ def continuous_control() -> str:
             row.append(f"{returns}<br>{runs.processor_seconds.median():.0f} s" if returns else "")
         rows.append(row)
     return markdown_table(["", "VPG", "lowest, highest", "seconds", "A2C", "PPO"], rows)
+
+
+def ablation_section(title: str) -> pd.DataFrame:
+    """:return: the first table of a section of the ablation's report; all cells are text"""
+    report = (DOCS / "ablation" / "report.md").read_text()
+    section = report[report.index(f"\n## {title}\n") :]
+    header, _, *rows = [line.strip("| ").split(" | ") for line in re.search(r"(\|.*\n)+", section)[0].splitlines()]
+    return pd.DataFrame(rows, columns=header)
+
+
+def ablation_returns() -> str:
+    scores = ablation_section("Scores")
+    runs = ablation_section("Runs").set_index(["environment", "contestant"])
+    for environment in scores.columns[1:-2]:
+        rates = [runs["learning rate"].get((environment, name), "-") for name in scores.contestant]
+        scores[environment] = [cell if rate == "-" else f"{cell} at {rate}" for cell, rate in zip(scores[environment], rates)]
+    return markdown_table(["", *scores.columns[1:]], scores.values.tolist())
+
+
+def answer(better: int, worse: int) -> str:
+    """:return: what a step does, by the rule that docs/ablation.md states, from the numbers of environments"""
+    if better and worse:
+        return "depends on the task"
+    if max(better, worse) < 2:
+        return "none found"
+    return "better" if better else "worse"
+
+
+def ablation_steps() -> str:
+    pairs, rows = ablation_section("Pairs"), []
+    for pair, question, counts, _, *differences in pairs.values.tolist():
+        expected = re.search("Expected: ([a-z ]+)", question)[1]
+        found = answer(*map(int, counts.split(" / ")))
+        rows.append([f"`{pair}`", expected, f"{found} ({counts})", *differences])
+    return markdown_table(["step", "expected", "found", *pairs.columns[4:]], rows)
 
 
 def same_task(part: str) -> list[dict[str, Any]]:

@@ -2,12 +2,14 @@
 
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
+import pandas as pd
 import pytest
 import yaml
-from helpers.installed import HYPERPARAMS, Environment, output_of
+from helpers.installed import CHECKOUT, HYPERPARAMS, Environment, output_of
 from sb3_contrib import TRPO
 from stable_baselines3 import A2C, PPO
 
@@ -85,6 +87,32 @@ def test_keys_in_hyperparameter_files_are_known(file: str):
     for env_id, entry in entries_of(file).items():
         assert set(entry) <= known, env_id
         assert {"policy", "n_timesteps"} <= set(entry), env_id
+
+
+# What a study adds to an entry
+ENGINE_KEYS = {"vec_env_class", "vec_env_kwargs"}
+
+
+@pytest.mark.parametrize("study", ["zoo", "continuous_control"])
+def test_reported_runs_had_the_entries_and_the_returns_that_the_comments_give(study: str):
+    folder = CHECKOUT / "benchmarks" / "results" / study
+    runs = pd.read_csv(folder / "runs.csv").sort_values("seed")
+    with_returns = 0
+    for cell, used in yaml.safe_load((folder / "study.yml").read_text())["hyperparameters"].items():
+        env_id, algorithm = cell.split(", ")
+        entry = entries_of(f"hyperparams/{algorithm}").get(env_id)
+        if entry is None:
+            # One of the zoo's own
+            continue
+        assert {key: value for key, value in used.items() if key not in ENGINE_KEYS} == entry, cell
+
+        text = HYPERPARAMS[f"hyperparams/{algorithm}"].read_text()
+        comment = re.search(rf"10 seeds from 100 on: ((?:-?\d+ ){{9}}-?\d+)\).*\n(?:#.*\n)*{env_id}:", text)
+        if comment is not None:
+            returns = runs[(runs.environment == env_id) & (runs.algorithm == algorithm)].deterministic_return
+            assert list(map(int, comment[1].split())) == pytest.approx(list(returns), abs=0.5), cell
+            with_returns += 1
+    assert with_returns >= 7
 
 
 CONSTRUCT = """
