@@ -5,7 +5,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from sb3_vpg.envs import register_environments
-from sb3_vpg.policies import CnnPolicy, LogisticPolicy, MlpPolicy, MultiInputPolicy
+from sb3_vpg.policies import CnnPolicy, LogisticPolicy, MlpPolicy, MultiInputPolicy, TanhMeanPolicy
 from sb3_vpg.vpg import VPG
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ register_environments()
 
 __version__ = version("sb3_vpg")
 
-__all__ = ["VPG", "CnnPolicy", "LogisticPolicy", "MlpPolicy", "MultiInputPolicy"]
+__all__ = ["VPG", "CnnPolicy", "LogisticPolicy", "MlpPolicy", "MultiInputPolicy", "TanhMeanPolicy"]
 
 # Imported at the first use only, since they need sb3-contrib
 _WITH_SB3_CONTRIB = {"MaskableVPG": "sb3_vpg.maskable", "RecurrentVPG": "sb3_vpg.recurrent"}

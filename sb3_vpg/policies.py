@@ -1,4 +1,7 @@
-"""Policies for VPG: aliases of SB3's policies, a logistic policy, and a schedule for the noise of Gaussian policies."""
+"""
+Policies for VPG: aliases of SB3's policies, a logistic policy, a Gaussian policy with a limited mean, and a schedule for the
+noise of Gaussian policies.
+"""
 
 from typing import Any
 
@@ -77,6 +80,61 @@ class LogisticPolicy(ActorCriticPolicy):
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), "bias": self.bias}
+
+
+class _Affine(nn.Module):
+    """
+    The function a + b x.
+
+    :param a: offset, shape (n_actions,)
+    :param b: factor, shape (n_actions,)
+    """
+
+    a: th.Tensor
+    b: th.Tensor
+
+    def __init__(self, a: th.Tensor, b: th.Tensor):
+        super().__init__()
+        self.register_buffer("a", a, persistent=False)
+        self.register_buffer("b", b, persistent=False)
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        return self.a + self.b * x
+
+
+class TanhMeanPolicy(ActorCriticPolicy):
+    """
+    Gaussian policy, with or without gSDE, whose mean stays within the limits of the action space:
+
+        mean = (high + low) / 2 + (high - low) / 2 tanh(z),
+
+    where z is the output of the last layer. With ``MlpPolicy``, the mean can grow until all actions are clipped to the same
+    limit, whatever their noise is. Then hardly any gradient leads back. SB3's SAC clips the mean, too, when it uses gSDE
+    (``clip_mean``). The noise is not limited; as usual, actions beyond the limits are clipped.
+
+    :param observation_space: Observation space
+    :param action_space: Action space, a ``Box`` with finite limits
+    :param lr_schedule: Learning rate schedule
+    :param args: Other arguments of ``ActorCriticPolicy``
+    :param kwargs: Other arguments of ``ActorCriticPolicy``
+    :raises ValueError: if the action space is not a ``Box`` with finite limits, or with ``squash_output``
+    """
+
+    action_space: spaces.Box
+
+    def __init__(
+        self, observation_space: spaces.Space, action_space: spaces.Space, lr_schedule: Schedule, *args: Any, **kwargs: Any
+    ):
+        if not (isinstance(action_space, spaces.Box) and action_space.is_bounded()):
+            raise ValueError(f"TanhMeanPolicy needs a Box action space with finite limits, not {action_space}")
+        super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
+        if self.squash_output:
+            raise ValueError("TanhMeanPolicy limits the mean of the actions. Do not use it with squash_output=True")
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        super()._build(lr_schedule)
+        low, high = (th.tensor(limit.flatten()).float() for limit in (self.action_space.low, self.action_space.high))
+        self.action_net = nn.Sequential(self.action_net, nn.Tanh(), _Affine((high + low) / 2, (high - low) / 2))
 
 
 class LogStdSchedule(BaseCallback):

@@ -28,7 +28,7 @@ from sb3_vpg.common.random_states import set_random_states
 from sb3_vpg.common.threads import accumulate_gradients
 from sb3_vpg.common.value_scale import ValueScale, check_linear_value_net, scaled_values
 from sb3_vpg.keywords import as_schedule, check_batch, make_plan, scheduled_values
-from sb3_vpg.policies import CnnPolicy, LogisticPolicy, MlpPolicy, MultiInputPolicy
+from sb3_vpg.policies import CnnPolicy, LogisticPolicy, MlpPolicy, MultiInputPolicy, TanhMeanPolicy
 from sb3_vpg.rollout import RolloutCollector
 
 SelfVPG = TypeVar("SelfVPG", bound="VPG")
@@ -47,7 +47,7 @@ class VPG(RolloutCollector):
     Papers: REINFORCE, Williams (1992), https://doi.org/10.1007/BF00992696; policy gradient theorem, Sutton et al. (1999);
     GAE and the list of formulations, Schulman et al. (2016), https://arxiv.org/abs/1506.02438
 
-    :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy, LogisticPolicy or a class)
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy, LogisticPolicy, TanhMeanPolicy or a class)
     :param env: The environment to learn from (if registered in Gym, can be str)
     :param learning_rate: The learning rate, it can be a function of the current progress remaining (from 1 to 0).
         Typical: 3e-4 to 3e-2. Larger values learn faster and less reliably.
@@ -107,6 +107,7 @@ class VPG(RolloutCollector):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
         "LogisticPolicy": LogisticPolicy,
+        "TanhMeanPolicy": TanhMeanPolicy,
     }
 
     def __init__(

@@ -1,4 +1,7 @@
-"""LogisticPolicy is the sigmoid of a linear function; LogStdSchedule sets the noise of Gaussian policies."""
+"""
+LogisticPolicy is the sigmoid of a linear function; TanhMeanPolicy keeps the mean in the action space; LogStdSchedule sets the
+noise of Gaussian policies.
+"""
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from helpers.models import changed, weights
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_vpg import VPG, LogisticPolicy
+from sb3_vpg import VPG, LogisticPolicy, TanhMeanPolicy
 from sb3_vpg.policies import LogStdSchedule
 
 
@@ -77,6 +80,39 @@ def test_a_logistic_policy_takes_hidden_layers_and_other_observations():
     ).learn(10)
     assert model.policy.action_net.weight.shape == (1, 8)
     assert model.policy.value_net.weight.shape == (1, 4)
+
+
+LIMITS = spaces.Box(np.array([[-1, 0], [-3, 2]], np.float32), np.array([[2, 1], [5, 4]], np.float32))
+
+
+@pytest.mark.parametrize("use_sde", [False, True])
+def test_the_mean_of_a_tanh_mean_policy_is_a_tanh_between_the_limits_of_the_actions(use_sde, tmp_path):
+    model = VPG("TanhMeanPolicy", SpacesEnv(BOX, LIMITS), n_steps=32, seed=0, use_sde=use_sde, learning_rate=0.1, device="cpu")
+    before = weights(model)
+    model.learn(64)
+    assert {"log_std", "action_net.0.weight", "action_net.0.bias"} <= changed(before, weights(model))
+    x = np.random.default_rng(0).normal(size=(50, *BOX.shape)).astype(np.float32)
+    means, _ = model.predict(x, deterministic=True)
+    with th.no_grad():
+        z = model.policy.action_net[0](model.policy.mlp_extractor.forward_actor(th.as_tensor(x))).reshape(-1, 2, 2).numpy()
+    low, high = LIMITS.low, LIMITS.high
+    np.testing.assert_allclose(means, low + (high - low) * (1 + np.tanh(z)) / 2, rtol=1e-5, atol=1e-5)
+    # SB3 clips the actions that predict() returns. Here, nothing is to be clipped
+    modes = model.policy.get_distribution(th.as_tensor(x)).mode().reshape(means.shape).numpy(force=True)
+    np.testing.assert_allclose(means, modes)
+    model.save(tmp_path / "model")
+    np.testing.assert_array_equal(VPG.load(tmp_path / "model").predict(x, deterministic=True)[0], means)
+
+
+@pytest.mark.parametrize("space", [spaces.Discrete(2), spaces.Box(-np.inf, 1.0, (2,))])
+def test_a_tanh_mean_policy_needs_limits(space):
+    with pytest.raises(ValueError, match="TanhMeanPolicy needs a Box action space with finite limits"):
+        TanhMeanPolicy(BOX, space, lambda _: 0.1)
+
+
+def test_a_tanh_mean_policy_refuses_squashed_actions():
+    with pytest.raises(ValueError, match="squash_output"):
+        TanhMeanPolicy(BOX, LIMITS, lambda _: 0.1, use_sde=True, squash_output=True)
 
 
 class LogStds(BaseCallback):

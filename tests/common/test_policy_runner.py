@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from sb3_vpg import VPG, LogisticPolicy
+from sb3_vpg import VPG, LogisticPolicy, TanhMeanPolicy
 from sb3_vpg.common.policy_runner import LARGEST_NUMPY_PRODUCT, FastPolicyRunner, PolicyRunner, make_policy_runner
 
 DISCRETE = ACTION_SPACES["Discrete"]
@@ -133,6 +133,8 @@ POLICIES = {
         BOX, ACTION_SPACES["Box"], lambda _: 0.1, use_sde=True, squash_output=True, **kw
     ),
     "logistic": lambda **kw: LogisticPolicy(BOX, spaces.Discrete(2), lambda _: 0.1, **kw),
+    "tanh mean": lambda **kw: TanhMeanPolicy(BOX, ACTION_SPACES["Box"], lambda _: 0.1, **kw),
+    "tanh mean, gSDE": lambda **kw: TanhMeanPolicy(BOX, ACTION_SPACES["Box"], lambda _: 0.1, use_sde=True, **kw),
     "own network": lambda **kw: OwnNetworkPolicy(BOX, DISCRETE, lambda _: 0.1, **kw),
     "own features": lambda **kw: ActorCriticPolicy(BOX, DISCRETE, lambda _: 0.1, features_extractor_class=OwnFeatures, **kw),
     "no layers": lambda **kw: ActorCriticPolicy(BOX, DISCRETE, lambda _: 0.1, net_arch=[], **kw),
