@@ -11,6 +11,7 @@ Reads the files in benchmarks/results, and the report of the ablation, docs/abla
 import json
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,14 +170,23 @@ def scores() -> str:
 
 
 def algorithms_on(env_id: str, *thresholds: str) -> str:
+    return with_thresholds({algo.upper(): runs for algo, runs in zoo_runs()[env_id].items()}, thresholds)
+
+
+def own_start(*thresholds: str) -> str:
+    runs = study_runs("own_start").groupby("setting", sort=False)
+    return with_thresholds({name.replace("_", " "): of_setting.to_dict("records") for name, of_setting in runs}, thresholds)
+
+
+def with_thresholds(runs_of: dict[str, list[dict[str, Any]]], thresholds: Sequence[str]) -> str:
     rows = []
-    for algo, runs in zoo_runs()[env_id].items():
+    for name, runs in runs_of.items():
         keys = ("score", "stochastic_return", "episode_length")
         scores, noisy_scores, lengths = ([run[key] for run in runs] for key in keys)
         reached = [str(sum(score >= float(threshold) for score in scores)) for threshold in thresholds]
         lowest, length, noisy = f"{min(scores):.0f}", f"{np.mean(lengths):.0f}", interquartile_mean(noisy_scores)
         steps, seconds = steps_and_seconds(runs)
-        rows.append([algo.upper(), steps, interquartile_mean(scores), *reached, lowest, length, noisy, seconds])
+        rows.append([name, steps, interquartile_mean(scores), *reached, lowest, length, noisy, seconds])
     at_least = [f"seeds >= {threshold}" for threshold in thresholds]
     return markdown_table(["", "steps", "return", *at_least, "lowest seed", "length", "stochastic", "seconds"], rows)
 
