@@ -58,6 +58,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, sync_envs_norm
 from sb3_vpg.envs import ENVIRONMENTS, EnvPoolVecEnv
 from sb3_vpg.envs.exploring_starts import ExploringStarts
 from sb3_vpg.envs.native_vec_env import NativeVecEnv
+from sb3_vpg.study.report import format_estimate
 from sb3_vpg.study.statistics import estimate
 from sb3_vpg.zoo import register
 
@@ -274,10 +275,7 @@ def interquartile_mean(scores: Sequence[float], digits: int = 1) -> str:
     :return: interquartile mean over seeds, and its 95 % percentile bootstrap interval
         (Agarwal et al., 2021, https://arxiv.org/abs/2108.13264)
     """
-    value = estimate(pd.Series(scores, dtype=float))
-    if np.ptp(scores) == 0:
-        return f"{value.mean:.{digits}f}"
-    return f"{value.mean:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
+    return format_estimate(estimate(pd.Series(scores, dtype=float)), digits)
 
 
 def print_table(env_id: str, results: list[dict[str, Any]]) -> None:

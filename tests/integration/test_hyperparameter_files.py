@@ -97,21 +97,26 @@ ENGINE_KEYS = {"vec_env_class", "vec_env_kwargs"}
 def test_reported_runs_had_the_entries_and_the_returns_that_the_comments_give(study: str):
     folder = CHECKOUT / "benchmarks" / "results" / study
     runs = pd.read_csv(folder / "runs.csv").sort_values("seed")
+    hyperparameters = yaml.safe_load((folder / "study.yml").read_text())["hyperparameters"]
     with_returns = 0
-    for cell, used in yaml.safe_load((folder / "study.yml").read_text())["hyperparameters"].items():
-        env_id, algorithm = cell.split(", ")
-        entry = entries_of(f"hyperparams/{algorithm}").get(env_id)
-        if entry is None:
-            # One of the zoo's own
-            continue
-        assert {key: value for key, value in used.items() if key not in ENGINE_KEYS} == entry, cell
+    for algorithm, of_algorithm in runs.groupby("algorithm"):
+        file = f"hyperparams/{algorithm}"
+        entries, text = entries_of(file), HYPERPARAMS[file].read_text()
+        for env_id, of_env in of_algorithm.groupby("environment"):
+            if env_id not in entries:
+                # One of the zoo's own
+                continue
+            used = hyperparameters[f"{env_id}, {algorithm}"]
+            assert {key: value for key, value in used.items() if key not in ENGINE_KEYS} == entries[env_id], (
+                env_id,
+                algorithm,
+            )
 
-        text = HYPERPARAMS[f"hyperparams/{algorithm}"].read_text()
-        comment = re.search(rf"10 seeds from 100 on: ((?:-?\d+ ){{9}}-?\d+)\).*\n(?:#.*\n)*{env_id}:", text)
-        if comment is not None:
-            returns = runs[(runs.environment == env_id) & (runs.algorithm == algorithm)].deterministic_return
-            assert list(map(int, comment[1].split())) == pytest.approx(list(returns), abs=0.5), cell
-            with_returns += 1
+            comment = re.search(rf"10 seeds from 100 on: ((?:-?\d+ ){{9}}-?\d+)\).*\n(?:#.*\n)*{env_id}:", text)
+            if comment is not None:
+                returns = list(of_env.deterministic_return)
+                assert list(map(int, comment[1].split())) == pytest.approx(returns, abs=0.5), (env_id, algorithm)
+                with_returns += 1
     assert with_returns >= 7
 
 
