@@ -1,6 +1,5 @@
 """
-Ablation studies: compare formulations over environments and seeds.
+Studies: compare algorithms, and settings of VPG, over environments and seeds.
 
-The same search selects a learning rate for each formulation. Gradient statistics of all formulations are computed on the same
-data. See ``python -m sb3_vpg ablation --help`` and docs/ablation.md.
+``python -m sb3_vpg compare`` runs or resumes one and writes its report. See docs/compare.md.
 """
