@@ -215,12 +215,12 @@ def continuous_control() -> str:
         own = of_env[of_env.algorithm == "vpg"]
         extremes = f"{own.score.min():.{digits}f}, {own.score.max():.{digits}f}"
         row = [env_id, interquartile_mean(own.score, digits), extremes, f"{own.processor_seconds.median():.0f}"]
-        for algo in ("a2c", "ppo"):
+        for algo in ALGORITHMS[1:]:
             runs = of_env[of_env.algorithm == algo]
             returns = ", ".join(f"{score:.{digits}f}" for score in runs.score)
             row.append(f"{returns}<br>{runs.processor_seconds.median():.0f} s" if returns else "")
         rows.append(row)
-    return markdown_table(["", "VPG", "lowest, highest", "seconds", "A2C", "PPO"], rows)
+    return markdown_table(["", "VPG", "lowest, highest", "seconds", "A2C", "PPO", "TRPO"], rows)
 
 
 def ablation_section(title: str) -> pd.DataFrame:
