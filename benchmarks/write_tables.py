@@ -220,7 +220,7 @@ def continuous_control() -> str:
             returns = ", ".join(f"{score:.{digits}f}" for score in runs.score)
             row.append(f"{returns}<br>{runs.processor_seconds.median():.0f} s" if returns else "")
         rows.append(row)
-    return markdown_table(["", "VPG", "lowest, highest", "seconds", "A2C", "PPO", "TRPO"], rows)
+    return markdown_table(["", "VPG", "lowest, highest", "seconds", *map(str.upper, ALGORITHMS[1:])], rows)
 
 
 def ablation_section(title: str) -> pd.DataFrame:

@@ -106,16 +106,14 @@ def test_reported_runs_had_the_entries_and_the_returns_that_the_comments_give(st
             if env_id not in entries:
                 # One of the zoo's own
                 continue
-            used = hyperparameters[f"{env_id}, {algorithm}"]
-            assert {key: value for key, value in used.items() if key not in ENGINE_KEYS} == entries[env_id], (
-                env_id,
-                algorithm,
-            )
+            cell = f"{env_id}, {algorithm}"
+            used = {key: value for key, value in hyperparameters[cell].items() if key not in ENGINE_KEYS}
+            assert used == entries[env_id], cell
 
             comment = re.search(rf"10 seeds from 100 on: ((?:-?\d+ ){{9}}-?\d+)\).*\n(?:#.*\n)*{env_id}:", text)
             if comment is not None:
                 returns = list(of_env.deterministic_return)
-                assert list(map(int, comment[1].split())) == pytest.approx(returns, abs=0.5), (env_id, algorithm)
+                assert list(map(int, comment[1].split())) == pytest.approx(returns, abs=0.5), cell
                 with_returns += 1
     assert with_returns >= 7
 
