@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium.envs.classic_control.cartpole import CartPoleEnv
+from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import RecordEpisodeStatistics, TimeLimit
 from helpers.cartpole import V0, V1, balancing, swinging
@@ -21,7 +22,7 @@ from stable_baselines3.common.monitor import Monitor, load_results
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_vpg import VPG
-from sb3_vpg.envs.native_vec_env import NativeVecEnv
+from sb3_vpg.envs.native_vec_env import NativeVecEnv, change_of
 
 CARTPOLE = "CartPole-v1"
 POLICIES = {CARTPOLE: balancing, V0: swinging, V1: swinging}
@@ -472,6 +473,25 @@ def test_without_a_vectorised_form_it_is_a_dummy_vec_env(others, make_env, reaso
     for one in (env, expected):
         assert one.num_envs == 2
         assert [type(single.unwrapped) for single in one.envs] == [type(single.unwrapped) for single in expected.envs]
+
+
+class ColoredEnv(CountingEnv):
+    """Draws a color when it is made, and at each reset."""
+
+    def __init__(self):
+        super().__init__()
+        self.color = next(self.draws)
+
+    def reset(self, **kwargs):
+        self.color = next(self.draws)
+        return super().reset(**kwargs)
+
+
+def test_an_attribute_that_a_reset_may_change_is_no_change(monkeypatch):
+    # The first is drawn by the given environment, the others by a new one, at first the same color again
+    draws = ["red", "blue", "blue", "blue", "red"]
+    monkeypatch.setattr(ColoredEnv, "draws", iter(draws), raising=False)
+    assert change_of([gym.make(EnvSpec("Colored-v0", entry_point=ColoredEnv))]) is None
 
 
 def test_a_window_is_refused_before_it_opens(monkeypatch):
