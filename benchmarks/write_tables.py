@@ -18,6 +18,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import yaml
 from engines import engines_table
 from harness import markdown_table, median_and_range, read_lines
 from same_task import ENGINES, LEVEL, tests
@@ -192,9 +193,10 @@ def with_thresholds(runs_of: dict[str, list[dict[str, Any]]], thresholds: Sequen
 
 
 def study_runs(name: str) -> pd.DataFrame:
-    """:return: the runs of a study of ``python -m sb3_vpg compare``, in a folder of benchmarks/results"""
-    columns = {"timesteps": "steps", "deterministic_return": "score"}
-    return pd.read_csv(RESULTS / name / "runs.csv").rename(columns=columns)
+    """:return: the runs of a study of ``python -m sb3_vpg compare``, in a folder of benchmarks/results, with their scores"""
+    score = yaml.safe_load((RESULTS / name / "study.yml").read_text())["study"]["score"]
+    runs = pd.read_csv(RESULTS / name / "runs.csv")
+    return runs.assign(steps=runs.timesteps, score=runs[score])
 
 
 def study(name: str, digits: str = "0") -> str:
@@ -208,19 +210,21 @@ def study(name: str, digits: str = "0") -> str:
     return markdown_table(["return<br>steps, time", *algorithms], rows)
 
 
-def continuous_control() -> str:
+def beside(name: str, *peers: str) -> str:
+    """:return: VPG's runs in a study, and each seed of the few runs of others"""
     rows = []
-    for env_id, of_env in study_runs("continuous_control").groupby("environment", sort=False):
-        digits = 0 if of_env.score.abs().max() >= 100 else 1
+    for env_id, of_env in study_runs(name).groupby("environment", sort=False):
+        largest = of_env.score.abs().max()
+        digits = 0 if largest >= 100 else 1 if largest > 1 else 2
         own = of_env[of_env.algorithm == "vpg"]
         extremes = f"{own.score.min():.{digits}f}, {own.score.max():.{digits}f}"
         row = [env_id, interquartile_mean(own.score, digits), extremes, f"{own.processor_seconds.median():.0f}"]
-        for algo in ALGORITHMS[1:]:
+        for algo in peers:
             runs = of_env[of_env.algorithm == algo]
             returns = ", ".join(f"{score:.{digits}f}" for score in runs.score)
             row.append(f"{returns}<br>{runs.processor_seconds.median():.0f} s" if returns else "")
         rows.append(row)
-    return markdown_table(["", "VPG", "lowest, highest", "seconds", *map(str.upper, ALGORITHMS[1:])], rows)
+    return markdown_table(["", "VPG", "lowest, highest", "seconds", *map(str.upper, peers)], rows)
 
 
 def ablation_section(title: str) -> pd.DataFrame:
