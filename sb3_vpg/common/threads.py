@@ -45,10 +45,10 @@ class Gradient:
     The gradient of a number that depends on some outputs of networks, by PyTorch's automatic differentiation.
 
     :param outputs: the outputs
-    :param derivatives: derivatives of the number by the outputs; None: the output is the number
+    :param derivatives: derivatives of the number by the outputs
     """
 
-    def __init__(self, outputs: Sequence[th.Tensor], derivatives: Sequence[th.Tensor | None]):
+    def __init__(self, outputs: Sequence[th.Tensor], derivatives: Sequence[th.Tensor]):
         self._outputs, self._derivatives = outputs, derivatives
 
     def add_to(self, parameters: Sequence[th.nn.Parameter], to_zero: bool = False) -> None:
