@@ -214,9 +214,9 @@ def beside(name: str, *peers: str) -> str:
     """:return: VPG's runs in a study, and each seed of the few runs of others"""
     rows = []
     for env_id, of_env in study_runs(name).groupby("environment", sort=False):
-        largest = of_env.score.abs().max()
-        digits = 0 if largest >= 100 else 1 if largest > 1 else 2
         own = of_env[of_env.algorithm == "vpg"]
+        largest = own.score.abs().max()
+        digits = 0 if largest >= 100 else 1 if largest > 1 else 2
         extremes = f"{own.score.min():.{digits}f}, {own.score.max():.{digits}f}"
         row = [env_id, interquartile_mean(own.score, digits), extremes, f"{own.processor_seconds.median():.0f}"]
         for algo in peers:
