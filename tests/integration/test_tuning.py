@@ -220,7 +220,7 @@ def test_a_search_that_was_stopped_goes_on(
     study = study_of_one_trial(new_journal)
     search = (*SEARCH, "--storage", new_journal, "--max-total-trials", "2")
     worker = installed.start(*search, "-n", "100000000", "--n-evaluations", "1")
-    wait_for_trial(study, 1, worker)
+    wait_for_trial(study, 1, worker, new_journal)
     worker.send_signal(signal_number)
     output, _ = worker.communicate(timeout=60)
     assert worker.returncode == status, output
@@ -234,9 +234,18 @@ def test_a_search_that_was_stopped_goes_on(
     assert [trial.state in ENDED for trial in study.trials] == [True, False, True]
 
 
-def wait_for_trial(study: optuna.Study, number: int, worker: subprocess.Popen[str]) -> None:
-    """Wait until the worker is at the trial with this number and has drawn its hyperparameters."""
-    wait_until(lambda: len(study.trials) > number and "n_steps" in study.trials[number].user_attrs, worker)
+def wait_for_trial(study: optuna.Study, number: int, worker: subprocess.Popen[str], journal: str) -> None:
+    """
+    Wait until the worker trains the trial with this number: it has drawn its hyperparameters, and no longer locks the journal.
+    A signal while Optuna removes the lock would make it fail to remove it again.
+    """
+
+    def trains() -> bool:
+        # The last attribute that is written
+        drawn = len(study.trials) > number and "batch_size" in study.trials[number].user_attrs
+        return drawn and not any(Path(journal).parent.glob("*.lock*"))
+
+    wait_until(trains, worker)
 
 
 # ---------------------------------------------------------------------------------------------------------------
