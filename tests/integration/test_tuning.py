@@ -234,16 +234,16 @@ def test_a_search_that_was_stopped_goes_on(
     assert [trial.state in ENDED for trial in study.trials] == [True, False, True]
 
 
-def wait_for_trial(study: optuna.Study, number: int, worker: subprocess.Popen[str], journal: str) -> None:
+def wait_for_trial(study: optuna.Study, number: int, worker: subprocess.Popen[str], file: str) -> None:
     """
-    Wait until the worker trains the trial with this number: it has drawn its hyperparameters, and no longer locks the journal.
+    Wait until the worker trains the trial with this number: it has drawn its hyperparameters, and no longer locks the file.
     A signal while Optuna removes the lock would make it fail to remove it again.
     """
 
     def trains() -> bool:
         # The last attribute that is written
         drawn = len(study.trials) > number and "batch_size" in study.trials[number].user_attrs
-        return drawn and not any(Path(journal).parent.glob("*.lock*"))
+        return drawn and not any(Path(file).parent.glob("*.lock*"))
 
     wait_until(trains, worker)
 
