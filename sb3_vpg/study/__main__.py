@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from sb3_vpg.common.checks import check_known
 from sb3_vpg.envs import VEC_ENVS
-from sb3_vpg.study.processes import in_processes
+from sb3_vpg.study.processes import TRAINING, in_processes
 from sb3_vpg.study.report import write_report
 from sb3_vpg.study.results import Measures, Results, keep_settings
 from sb3_vpg.study.statistics import chosen_learning_rates
@@ -130,7 +130,7 @@ def compare(args: argparse.Namespace) -> None:
     # Inherited by the processes: EnvPool's and NumPy's threads, too
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
-        hyperparameters = check_cells(study, selection, Path(folder))
+        hyperparameters = check_cells(study, selection, args.processes, Path(folder))
         if args.dry_run and not (args.folder / "study.yml").exists():
             nothing = Results(Path(folder))
             print_plan(plan(study, selection, hyperparameters, nothing, args.processes, Path(folder)), args.processes)
@@ -182,7 +182,7 @@ def folder_of(folder: Path) -> Iterator[None]:
         raise ValueError(f"{folder} is in use: a study runs there now") from error
 
 
-def check_cells(study: Study, selection: Selection, folder: Path) -> dict[Cell, dict[str, Any]]:
+def check_cells(study: Study, selection: Selection, n_processes: int, folder: Path) -> dict[Cell, dict[str, Any]]:
     """
     Make the model of each cell.
 
@@ -190,15 +190,14 @@ def check_cells(study: Study, selection: Selection, folder: Path) -> dict[Cell, 
     :raises ValueError: if the zoo does not know an algorithm or a keyword, a model cannot be made, or the gradient statistics
         cannot be measured
     """
-    from sb3_vpg.study import training
-
-    hyperparameters = {}
-    for environment in selection.environments:
-        for name in selection.contestants:
-            run = Run("final", environment, *study.contestants[name], study.first_seed)
-            hyperparameters[run.cell] = training.check_cell(study, run, folder)
-        training.check_statistics(study, environment, selection.contestants, folder)
-    return hyperparameters
+    jobs = [(name, (study, name, selection.contestants, folder / name.replace("/", "_"))) for name in selection.environments]
+    cells: dict[str, dict[Cell, dict[str, Any]]] = {}
+    with closing(in_processes(f"{TRAINING}:check_cells", jobs, n_processes, folder / "output.log")) as events:
+        for event in events:
+            if event.error is not None:
+                raise ValueError(event.error.removeprefix("ValueError: "))
+            cells[event.key] = event.result
+    return {cell: of for name in selection.environments for cell, of in cells[name].items()}
 
 
 class Plan(NamedTuple):
@@ -228,8 +227,6 @@ def plan(
     folder: Path,
 ) -> Plan:
     """:return: the runs that are missing, and speeds: of earlier runs, or measured now"""
-    from sb3_vpg.study import training
-
     known = results.frame("runs")
     # Where the search has not ended, all final runs are missing
     unknown_rates = {run.cell: math.nan for run in study.search_runs(*selection) if run not in results}
@@ -243,7 +240,7 @@ def plan(
     jobs = [
         (key, (study, run._replace(phase="final"), folder / "-".join(key).replace("/", "_"))) for key, run in unknown.items()
     ]
-    with closing(in_processes(training.measure_speed, jobs, n_processes, folder / "output.log")) as events:
+    with closing(in_processes(f"{TRAINING}:measure_speed", jobs, n_processes, folder / "output.log")) as events:
         for event in tqdm(events, desc="Measuring speed", total=len(jobs), disable=not jobs, leave=False):
             # A training that fails here fails in its run too, whose row has the error
             speeds[event.key] = 0.0 if event.error is not None else event.result
@@ -267,8 +264,6 @@ def print_plan(planned: Plan, n_processes: int) -> None:
 
 def execute_all(study: Study, selection: Selection, results: Results, planned: Plan, args: argparse.Namespace) -> None:
     """Execute the runs that are missing: the search, then the final runs, then the gradient statistics."""
-    from sb3_vpg.study import training
-
     n_ended, tracking = 0, (args.track, args.folder) if args.track else None
     bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left"
     total = sum(map(planned.seconds, planned.runs))
@@ -280,7 +275,7 @@ def execute_all(study: Study, selection: Selection, results: Results, planned: P
             fractions = dict.fromkeys(missing, 0.0)
             folders = {run: args.folder / ".running" / str(n_ended + i) for i, run in enumerate(missing)}
             jobs = [(run, (study, run, folders[run], tracking)) for run in missing]
-            with closing(in_processes(training.execute, jobs, args.processes, args.folder / "output.log")) as events:
+            with closing(in_processes(f"{TRAINING}:execute", jobs, args.processes, args.folder / "output.log")) as events:
                 for run, progress, result, error in events:
                     if progress == 1.0:
                         measures, points = result or (Measures(), [])

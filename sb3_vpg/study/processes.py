@@ -3,17 +3,20 @@
 import errno
 import multiprocessing
 import os
+import pkgutil
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+#: The module that does the work of a study, and imports the zoo
+TRAINING = "sb3_vpg.study.training"
 #: Processes are forks of one that has imported these modules. Making an optimizer imports the second one, which takes seconds
-PRELOADED = ["sb3_vpg.study.training", "torch._dynamo"]
+PRELOADED = [TRAINING, "torch._dynamo"]
 
 #: Longest error in characters; output.log has all of it
 MAX_ERROR = 2000
@@ -37,12 +40,13 @@ class Event(NamedTuple):
 
 
 def in_processes(
-    function: Callable[..., Any], jobs: Iterable[tuple[Any, tuple]], n_processes: int, output: Path
+    function: str, jobs: Iterable[tuple[Any, tuple]], n_processes: int, output: Path
 ) -> Generator[Event, None, None]:
     """
     Call a function for each job. Closing the generator ends all processes, and so does the death of this one.
 
-    :param function: called with the arguments of a job, and a function to report the finished fraction
+    :param function: module and name, such as "sb3_vpg.study.training:execute": only the processes import it. Called with the
+        arguments of a job, and a function to report the finished fraction
     :param jobs: key and arguments of each job; taken when a process is free
     :param n_processes: number of parallel processes
     :param output: file to which the processes append their output
@@ -86,16 +90,21 @@ def in_processes(
             process.join()
 
 
-def _work(function: Callable[..., Any], arguments: tuple, sender: Connection, output: Path) -> None:
+def _work(function: str, arguments: tuple, sender: Connection, output: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     news: Event | OSError
     try:
         with output.open("a", buffering=1) as sys.stdout:
             sys.stderr = sys.stdout
+            for descriptor in (1, 2):
+                # What libraries in C print
+                os.dup2(sys.stdout.fileno(), descriptor)
             try:
                 # A finished job is reported with its result
-                result = function(*arguments, lambda progress: sender.send(Event(None, min(progress, 0.99))))
+                result = pkgutil.resolve_name(function)(
+                    *arguments, lambda progress: sender.send(Event(None, min(progress, 0.99)))
+                )
                 news = Event(None, result=result)
             except Exception as error:
                 if isinstance(error, OSError) and error.errno in DISK_IS_FULL:

@@ -10,7 +10,7 @@ import inspect
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from sb3_vpg.common.progress_bar import progress_of
 from sb3_vpg.diagnostics import UpdateSpec, gradient_statistics
 from sb3_vpg.diagnostics.gradients import check_updates
 from sb3_vpg.study.results import Measures, Point, learning_curve
-from sb3_vpg.study.study import Run, Study
+from sb3_vpg.study.study import Cell, Run, Study
 from sb3_vpg.zoo import register
 from sb3_vpg.zoo.hyperparameter_files import ALGORITHMS as OWN_ALGORITHMS
 
@@ -206,8 +206,7 @@ def check_statistics(study: Study, environment: str, contestants: Sequence[str],
     run = next(study.statistics_runs([environment], contestants, {}), None)
     if run is None:
         return
-    with (folder / "output.log").open("a") as output, redirect_stdout(output), redirect_stderr(output):
-        specs = update_specs(study, run, folder)
+    specs = update_specs(study, run, folder)
     if not specs:
         raise ValueError("statistics: no setting has n_episodes; only whole episodes are measured")
     try:
@@ -336,11 +335,29 @@ def check_cell(study: Study, run: Run, folder: Path) -> dict[str, Any]:
     known = {*inspect.signature(ALGOS[run.algorithm]).parameters, *ZOO_KEYS}
     for keyword in study.keywords(*run.cell):
         check_known(f"{run.setting or run.environment}: keyword", keyword, known)
-    folder.mkdir(exist_ok=True)
-    with (folder / "output.log").open("a") as output, redirect_stdout(output), redirect_stderr(output):
-        try:
-            manager, model, hyperparameters = set_up(study, run, folder)
-        except Exception as error:
-            raise ValueError(f"{' '.join(filter(None, run.cell))}: {error}") from error
-        model.env.close()
+    try:
+        manager, model, hyperparameters = set_up(study, run, folder)
+    except Exception as error:
+        raise ValueError(f"{' '.join(filter(None, run.cell))}: {error}") from error
+    model.env.close()
     return {**hyperparameters, "n_timesteps": manager.n_timesteps}
+
+
+def check_cells(
+    study: Study, environment: str, contestants: Sequence[str], folder: Path, report: Callable[[float], None]
+) -> dict[Cell, dict[str, Any]]:
+    """
+    Check all cells of an environment, and their gradient statistics.
+
+    :param study: the study
+    :param environment: id of the environment
+    :param contestants: names of the contestants that are run
+    :param folder: folder for files of its models
+    :param report: not used
+    :return: hyperparameters by cell; see :func:`check_cell`
+    :raises ValueError: if a name is not known, a model cannot be made, or the gradient statistics cannot be measured
+    """
+    runs = study.final_runs([environment], contestants, {})
+    cells = {run.cell: check_cell(study, run, folder) for run in runs if run.seed == study.first_seed}
+    check_statistics(study, environment, contestants, folder)
+    return cells

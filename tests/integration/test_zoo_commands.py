@@ -134,7 +134,8 @@ def test_a_run_that_is_interrupted_is_saved_and_goes_on(installed: Environment, 
         return tuple(json.loads(done.stdout))
 
     timesteps, n_updates, n_observations, rates = counters(1)
-    assert timesteps >= 3200
+    # The episode is written within the 200th step of sixteen environments, which counts only when it has ended
+    assert timesteps >= 199 * 16
     # So that the run that goes on ends with an update at its very end, where the schedule is at 0
     total = timesteps + 2560
     output_of(installed.run_warm(*zoo_command(*pendulum, "-n", str(total), "-i", str(folder / "Pendulum-v1.zip"))))

@@ -21,6 +21,7 @@ def little_preloaded(monkeypatch: pytest.MonkeyPatch):
 def job(task: str, report) -> str:
     report(0.5)
     print("output of", task)
+    os.write(2, f"from C: {task}\n".encode())
     if task == "raises":
         raise ValueError("in\ntwo lines")
     if task == "raises a long text":
@@ -38,9 +39,12 @@ def job(task: str, report) -> str:
     return task
 
 
+JOB = f"{__name__}:job"
+
+
 def events_of(tmp_path: Path, *tasks: str, n_processes: int = 2) -> list[Event]:
     jobs = ((task, (task,)) for task in tasks)
-    with closing(in_processes(job, jobs, n_processes, tmp_path / "output.log")) as events:
+    with closing(in_processes(JOB, jobs, n_processes, tmp_path / "output.log")) as events:
         return list(events)
 
 
@@ -56,6 +60,7 @@ def test_each_job_reports_its_progress_and_ends_once(tmp_path: Path):
     assert [event.progress for event in events if event.key == "a"] == [0.5, 1]
     output = (tmp_path / "output.log").read_text()
     assert "output of a\n" in output
+    assert "from C: a\n" in output
     assert "Traceback" in output
 
 
@@ -80,6 +85,6 @@ def test_a_full_disk_is_not_an_error_of_the_job_but_the_end(tmp_path: Path):
 
 def test_closing_ends_the_processes(tmp_path: Path):
     begin = time.monotonic()
-    with closing(in_processes(job, [("sleeps", ("sleeps",))], 1, tmp_path / "output.log")) as events:
+    with closing(in_processes(JOB, [("sleeps", ("sleeps",))], 1, tmp_path / "output.log")) as events:
         assert next(events) == Event("sleeps", 0.5)
     assert time.monotonic() - begin < 30
