@@ -61,7 +61,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--vary", nargs="+", metavar="KEYWORD=VALUE,VALUE", help="settings of VPG: all combinations of values")
     parser.add_argument("--config", type=Path, help="YAML file of a study; docs/compare.md explains the keys")
-    parser.add_argument("--entries", help="file with VPG's hyperparameters, as the zoo's -conf (default: the zoo's entries)")
+    parser.add_argument(
+        "--entries",
+        nargs="+",
+        metavar="[ALGO=]FILE",
+        help="files with hyperparameters, as the zoo's -conf: VPG's, or ALGO's (default: the zoo's entries)",
+    )
     parser.add_argument("--setting", nargs="+", help="some of the settings of the study")
     parser.add_argument("--seeds", type=int, help="number of runs of each algorithm and setting (default: 4)")
     parser.add_argument("--first-seed", type=int, help="seed of the first run (default: 0)")
@@ -96,7 +101,9 @@ def study_of(args: argparse.Namespace) -> tuple[Study, Selection]:
     if not args.config:
         given = {"environments": args.env, "algorithms": args.algo}
         settings |= {key: value for key, value in given.items() if value}
-    for key in ("entries", "seeds", "first_seed", "steps", "vec_env", "gym_packages"):
+    if args.entries:
+        settings["entries"] = named_entries(args.entries)
+    for key in ("seeds", "first_seed", "steps", "vec_env", "gym_packages"):
         if getattr(args, key) is not None:
             settings[key] = getattr(args, key)
     study = make_study(settings)
@@ -113,6 +120,23 @@ def study_of(args: argparse.Namespace) -> tuple[Study, Selection]:
     if not contestants:
         raise ValueError("--algo and --setting select nothing together: other algorithms than VPG have no settings")
     return study, Selection(list(dict.fromkeys(args.env or study.environments)), contestants)
+
+
+def named_entries(texts: Sequence[str]) -> str | dict[str, str]:
+    """
+    :param texts: a file, or files by algorithm, such as "ppo=mine.yml"
+    :return: ``entries`` of :class:`Study`
+    :raises ValueError: if a file of several has no algorithm
+    """
+    if len(texts) == 1 and "=" not in texts[0]:
+        return texts[0]
+    files = {}
+    for text in texts:
+        algorithm, equals, file = text.partition("=")
+        if not equals:
+            raise ValueError(f"--entries {text!r} is not allowed; with several files, it must have the form algorithm=file")
+        files[algorithm] = file
+    return files
 
 
 def compare(args: argparse.Namespace) -> None:

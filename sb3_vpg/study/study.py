@@ -118,8 +118,8 @@ class Study:
     :param algorithms: names of algorithms in the zoo
     :param settings: keywords of VPG by name of the setting; empty for VPG as it is
     :param common: keywords of VPG for all runs
-    :param entries: where VPG starts: True for the zoo's entries, a file of entries, or False for none (the keywords named
-        here are all there are)
+    :param entries: where hyperparameters start: True for the zoo's entries; a file of VPG's entries, or files by algorithm; or
+        False for no entries of VPG (the keywords named here are all there are)
     :param steps: number of timesteps of each run; None for the environment's ``n_timesteps`` or the entry's
     :param seeds: number of runs of each algorithm and setting in each environment, >= 1
     :param first_seed: seed of the first of these runs
@@ -139,7 +139,7 @@ class Study:
     algorithms: Sequence[str] = ("vpg", "a2c", "ppo")
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     common: Mapping[str, Any] = field(default_factory=dict)
-    entries: bool | str = True
+    entries: bool | str | Mapping[str, str] = True
     steps: int | None = None
     seeds: int = 4
     first_seed: int = 0
@@ -159,10 +159,7 @@ class Study:
         check_number("first_seed", self.first_seed, low=0, integer=True)
         check_number("evaluation_episodes", self.evaluation_episodes, low=1, integer=True)
         check_choice("score", self.score, SCORES)
-        if not isinstance(self.entries, str):
-            check_choice("entries", self.entries, (True, False))
-        elif not Path(self.entries).is_file():
-            raise ValueError(f"entries={self.entries!r} is not allowed; there is no such file")
+        self._check_entries()
         check_choice("vec_env", self.vec_env, (None, *VEC_ENVS))
         register_environments()
         for name, environment in self.environments.items():
@@ -207,6 +204,18 @@ class Study:
             if not getattr(self, key):
                 raise ValueError(f"{key} is empty; name at least one")
 
+    def _check_entries(self) -> None:
+        if isinstance(self.entries, Mapping):
+            for name in self.entries:
+                check_known("entries", name, self.algorithms)
+            files = list(self.entries.values())
+        else:
+            files = [self.entries] if isinstance(self.entries, str) else []
+            check_choice("entries", self.entries, (True, False, *files))
+        for file in files:
+            if not isinstance(file, str) or not Path(file).is_file():
+                raise ValueError(f"entries={file!r} is not allowed; there is no such file")
+
     def _check_environment(self, name: str, environment: Mapping[str, Any]) -> None:
         check_known("environment", name, gym.registry)
         check_number(f"{name}: n_timesteps", environment.get("n_timesteps"), low=1, integer=True, none=True)
@@ -218,7 +227,7 @@ class Study:
         low, high = score_range
         check_number(f"{name}: score_range", low)
         check_number(f"{name}: score_range", high, low=low, low_included=False)
-        if not self.entries and self.steps is None and "n_timesteps" not in environment:
+        if self.entries is False and self.steps is None and "n_timesteps" not in environment:
             raise ValueError(f"{name}: n_timesteps is missing; it is required with entries: false")
 
     def import_packages(self) -> None:
@@ -245,6 +254,12 @@ class Study:
         """Contestant of each setting, for the algorithm whose gradients are measured."""
         own = next((algorithm for algorithm in self.algorithms if algorithm in OWN_ALGORITHMS), "")
         return {setting: name for name, (algorithm, setting) in self.contestants.items() if algorithm == own}
+
+    def entries_of(self, algorithm: str) -> bool | str:
+        """:return: the algorithm's file of entries; True for the zoo's, False for none"""
+        if isinstance(self.entries, Mapping):
+            return self.entries.get(algorithm, True)
+        return self.entries if algorithm in OWN_ALGORITHMS else True
 
     def keywords(self, environment: str, algorithm: str, setting: str) -> dict[str, Any]:
         """:return: hyperparameters that replace those of the zoo's entry"""

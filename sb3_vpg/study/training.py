@@ -29,7 +29,6 @@ from sb3_vpg.diagnostics.gradients import check_updates
 from sb3_vpg.study.results import Measures, Point, learning_curve
 from sb3_vpg.study.study import Cell, Run, Study
 from sb3_vpg.zoo import register
-from sb3_vpg.zoo.hyperparameter_files import ALGORITHMS as OWN_ALGORITHMS
 
 register()
 # After VPG is registered
@@ -169,10 +168,11 @@ def set_up(
     keywords = copy.deepcopy(study.keywords(*run.cell))
     if run.learning_rate is not None:
         keywords["learning_rate"] = run.learning_rate
+    entries = study.entries_of(run.algorithm)
     config = None
-    if study.entries is not True and run.algorithm in OWN_ALGORITHMS:
-        config = study.entries or str(folder / "entry.yml")
-        if not study.entries:
+    if entries is not True:
+        config = entries or str(folder / "entry.yml")
+        if not entries:
             Path(config).write_text(yaml.safe_dump({run.environment: {"policy": "MlpPolicy", **keywords}}))
     settings: dict[str, Any] = {"config": config, "hyperparams": keywords, "seed": run.seed, "device": "cpu"}
     settings |= {"tensorboard_log": tensorboard_log, "eval_freq": -1, "log_interval": -1, "verbose": 0}

@@ -254,6 +254,21 @@ def test_entries_may_be_those_of_a_file_and_their_callbacks_may_end_the_training
     assert "error: entries: settings and keywords are those of VPG" in unused.stderr
 
 
+def test_entries_may_be_those_of_a_file_for_each_algorithm(installed: Environment, tmp_path: Path):
+    entry = {"policy": "MlpPolicy", "n_timesteps": 200, "n_steps": 3}
+    for name in ("vpg", "a2c"):
+        (tmp_path / f"{name}.yml").write_text(
+            yaml.safe_dump({"CartPole-v1": entry | {"gamma": 0.9 if name == "vpg" else 0.8}})
+        )
+    files = [f"{name}={tmp_path / name}.yml" for name in ("vpg", "a2c")]
+    arguments = ("--seeds", "1", "-f", str(tmp_path / "out"))
+    output_of(installed.run_warm(*COMPARE, *arguments, "--algo", "vpg", "a2c", "ppo", "--entries", *files, "--steps", "150"))
+    hyperparameters = yaml.safe_load((tmp_path / "out" / "study.yml").read_text())["hyperparameters"]
+    assert hyperparameters["CartPole-v1, vpg"] == {**entry, "gamma": 0.9, "n_timesteps": 150}
+    assert hyperparameters["CartPole-v1, a2c"] == {**entry, "gamma": 0.8, "n_timesteps": 150}
+    assert hyperparameters["CartPole-v1, ppo"]["n_steps"] == 32
+
+
 def test_evaluations_are_of_the_task_that_was_trained_and_end(installed: Environment, tmp_path: Path):
     (tmp_path / "my_tasks.py").write_text(TASKS)
     study = {
@@ -338,6 +353,7 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(installed: Environment, exi
         (["--vary", "estimator=gea"], "estimator='gea' is not allowed; choose one of 'total_return'"),
         (["--seeds", "0"], "seeds=0 is not allowed"),
         (["--gym-packages", "nothing"], "gym_packages: nothing cannot be imported: No module named 'nothing'"),
+        (["--entries", "a.yml", "b.yml"], "--entries 'a.yml' is not allowed; with several files, it must have the form"),
         (["--processes", "0"], "--processes=0 is not allowed"),
         (["--config", "nowhere.yml"], "nowhere.yml cannot be read"),
         (["--report"], "there is no study in"),
