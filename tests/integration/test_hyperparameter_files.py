@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -64,8 +65,9 @@ def file(request: pytest.FixtureRequest) -> str:
 
 
 def algorithm_of(file: str) -> str:
-    """Files in folders are for VPG."""
-    return file.removeprefix("hyperparams/") if file.count("/") == 1 else "vpg"
+    """Files with other names than an algorithm's are for VPG."""
+    name = Path(file).name
+    return name if name in ALGORITHMS else "vpg"
 
 
 def entries_of(file: str) -> dict[str, dict[str, Any]]:
