@@ -136,8 +136,10 @@ class Results:
         :param error: its error, if it has failed
         :raises OSError: if the files cannot be written; the run does not count then
         """
+        # Milliseconds: more digits are noise, which cannot be compressed
+        of_points = [(*run, *point._replace(seconds=round(point.seconds, 3))) for point in points]
         # In this order: the row in runs.csv makes the run count
-        for name, rows in (("points", [(*run, *point) for point in points]), ("runs", [(*run, *measures, error)])):
+        for name, rows in (("points", of_points), ("runs", [(*run, *measures, error)])):
             path = self.paths[name]
             try:
                 with path.open("ab") as file:

@@ -14,7 +14,7 @@ from sb3_vpg.study.study import Run
 
 RUNS = [Run("search", "CartPole-v1", "vpg", "a, b", 1000, 0.1), Run("final", "CartPole-v1", "ppo", "", 0)]
 MEASURES = Measures(512, 1.5, 1 / 3, 500.0, 499.5, None, 500.0)
-POINTS = [Point(256, 0.75, "return", "", 20.0), Point(512, 1.5, "return", "", 0.1 + 0.2)]
+POINTS = [Point(256, 0.75, "return", "", 20.0), Point(512, 1.50049, "return", "", 0.1 + 0.2)]
 SETTINGS = {
     "algorithms": ("vpg",),
     "environments": {"CartPole-v1": {"gamma": 0.9}},
@@ -55,7 +55,7 @@ def test_a_learning_curve_is_the_mean_of_the_episodes_of_each_part_of_the_budget
     assert learning_curve([], budget=1000) == ([], None)
 
 
-def test_numbers_come_back_as_they_were_written(tmp_path: Path):
+def test_numbers_come_back_as_they_were_written_and_seconds_to_the_millisecond(tmp_path: Path):
     results = filled(tmp_path)
     runs, points = results.frame("runs"), results.frame("points")
     assert tuple(runs.columns) == COLUMNS["runs"]
@@ -63,6 +63,7 @@ def test_numbers_come_back_as_they_were_written(tmp_path: Path):
     assert runs.setting.tolist() == ["a, b", ""]
     assert runs.processor_seconds[0] == 1 / 3
     assert points["value"].tolist() == [20.0, 0.1 + 0.2] * 2
+    assert points.seconds.tolist() == [0.75, 1.5] * 2
     assert runs.training_return.isna().all()
     assert runs.learning_rate.isna().tolist() == [False, True]
     assert runs.error.tolist() == ["", ""]
