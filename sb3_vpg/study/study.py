@@ -205,13 +205,15 @@ class Study:
                 raise ValueError(f"{key} is empty; name at least one")
 
     def _check_entries(self) -> None:
+        files: Iterable[Any] = ()
         if isinstance(self.entries, Mapping):
             for name in self.entries:
                 check_known("entries", name, self.algorithms)
-            files = list(self.entries.values())
+            files = self.entries.values()
+        elif isinstance(self.entries, str):
+            files = [self.entries]
         else:
-            files = [self.entries] if isinstance(self.entries, str) else []
-            check_choice("entries", self.entries, (True, False, *files))
+            check_choice("entries", self.entries, (True, False))
         for file in files:
             if not isinstance(file, str) or not Path(file).is_file():
                 raise ValueError(f"entries={file!r} is not allowed; there is no such file")

@@ -169,11 +169,10 @@ def set_up(
     if run.learning_rate is not None:
         keywords["learning_rate"] = run.learning_rate
     entries = study.entries_of(run.algorithm)
-    config = None
-    if entries is not True:
-        config = entries or str(folder / "entry.yml")
-        if not entries:
-            Path(config).write_text(yaml.safe_dump({run.environment: {"policy": "MlpPolicy", **keywords}}))
+    config = entries if isinstance(entries, str) else None
+    if entries is False:
+        config = str(folder / "entry.yml")
+        Path(config).write_text(yaml.safe_dump({run.environment: {"policy": "MlpPolicy", **keywords}}))
     settings: dict[str, Any] = {"config": config, "hyperparams": keywords, "seed": run.seed, "device": "cpu"}
     settings |= {"tensorboard_log": tensorboard_log, "eval_freq": -1, "log_interval": -1, "verbose": 0}
     manager = VPGExperimentManager(argparse.Namespace(), run.algorithm, run.environment, str(folder), **settings)
@@ -357,7 +356,7 @@ def check_cells(
     :return: hyperparameters by cell; see :func:`check_cell`
     :raises ValueError: if a name is not known, a model cannot be made, or the gradient statistics cannot be measured
     """
-    runs = study.final_runs([environment], contestants, {})
-    cells = {run.cell: check_cell(study, run, folder) for run in runs if run.seed == study.first_seed}
+    runs = [Run("final", environment, *study.contestants[name], study.first_seed) for name in contestants]
+    cells = {run.cell: check_cell(study, run, folder) for run in runs}
     check_statistics(study, environment, contestants, folder)
     return cells
