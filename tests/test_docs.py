@@ -18,6 +18,8 @@ NOTEBOOKS = sorted((CHECKOUT / "docs" / "course").glob("*.ipynb"))
 PAGES = [CHECKOUT / "README.md", CHECKOUT / "CHANGELOG.md", CHECKOUT / "CONTRIBUTING.md", *DOCS, *NOTEBOOKS]
 FENCE = re.compile(r"^(`{3,})([^\n`]*)\n(.*?)^\1$", re.MULTILINE | re.DOTALL)
 PYTHON = re.compile(r"^```python\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
+#: A number and its interval
+ESTIMATE = re.compile(r"-?[\d.]+ \[-?[\d.]+, -?[\d.]+\]")
 # Commands and scripts, run by test_tuning.py and test_torchrun.py
 RUN_ELSEWHERE = {CHECKOUT / "docs" / "tuning.md", CHECKOUT / "docs" / "distributed.md"}
 
@@ -95,6 +97,12 @@ def test_the_code_of_a_page_runs_and_prints_what_it_says(page: Path, tmp_path: P
             with contextlib.redirect_stdout(io.StringIO()) as output:
                 exec(compile(code, page, "exec"), namespace)
             assert output.getvalue() == (block[2] or "")
+
+
+def test_the_estimates_that_notebooks_quote_are_those_of_the_results():
+    quoted = {estimate for page in NOTEBOOKS for estimate in ESTIMATE.findall(text_of(page))}
+    assert quoted
+    assert quoted <= set(ESTIMATE.findall((CHECKOUT / "docs" / "results.md").read_text()))
 
 
 def test_the_citation_has_the_version_of_the_package():

@@ -126,7 +126,7 @@ def named_entries(texts: Sequence[str]) -> str | dict[str, str]:
     """
     :param texts: a file, or files by algorithm, such as "ppo=mine.yml"
     :return: ``entries`` of :class:`Study`
-    :raises ValueError: if a file of several has no algorithm
+    :raises ValueError: if a file of several has no algorithm, or an algorithm several files
     """
     if len(texts) == 1 and "=" not in texts[0]:
         return texts[0]
@@ -135,6 +135,8 @@ def named_entries(texts: Sequence[str]) -> str | dict[str, str]:
         algorithm, equals, file = text.partition("=")
         if not equals:
             raise ValueError(f"--entries {text!r} is not allowed; with several files, it must have the form algorithm=file")
+        if algorithm in files:
+            raise ValueError(f"--entries has {algorithm} twice; name one file for each algorithm")
         files[algorithm] = file
     return files
 
@@ -219,7 +221,9 @@ def check_cells(study: Study, selection: Selection, n_processes: int, folder: Pa
     with closing(in_processes(f"{TRAINING}:check_cells", jobs, n_processes, folder / "output.log")) as events:
         for event in events:
             if event.error is not None:
-                raise ValueError(event.error.removeprefix("ValueError: "))
+                error = event.error.removeprefix("ValueError: ")
+                # An expected error names the environment; a crash cannot
+                raise ValueError(error if error != event.error else f"{event.key}: {error}")
             cells[event.key] = event.result
     return {cell: of for name in selection.environments for cell, of in cells[name].items()}
 
@@ -257,7 +261,7 @@ def plan(
     chosen = chosen_learning_rates(study, known) | unknown_rates
     phases = [study.search_runs(*selection), study.final_runs(*selection, chosen), study.statistics_runs(*selection, chosen)]
     runs = [run for phase in phases for run in phase if run not in results]
-    ended = known[known.phase == "final"].dropna(subset="timesteps").groupby(["environment", "algorithm"])
+    ended = known[known.phase != "statistics"].dropna(subset="timesteps").groupby(["environment", "algorithm"])
     speeds = {key: rows.wall_seconds.sum() / rows.timesteps.sum() for key, rows in ended}
     unknown = {run.cell[:2]: run for run in reversed(runs) if run.cell[:2] not in speeds}
     source = "speeds of the runs in the folder" if not unknown else "measured now, a few seconds each"

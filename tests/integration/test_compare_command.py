@@ -32,8 +32,9 @@ from sb3_vpg.estimators import ESTIMATORS
 
 ESTIMATORS["mine"] = ESTIMATORS["td_residual"]
 """
-#: Rewards that are a keyword, episodes of ten steps or without end, and a bound for evaluations that a test can wait for
+#: Rewards that are a keyword, episodes of ten steps or without end, a crash; and a bound for evaluations that a test can reach
 TASKS = """
+import os
 import gymnasium as gym
 import numpy as np
 from sb3_vpg.study import training
@@ -54,6 +55,11 @@ class Reward(gym.Env):
     def step(self, action):
         return np.zeros(2, np.float32), self.reward, False, False, {}
 
+class Crash(Reward):
+    def __init__(self):
+        os._exit(7)
+
+gym.register("Crash-v0", Crash)
 gym.register("Reward-v0", Reward, max_episode_steps=10)
 gym.register("Endless-v0", Reward)
 """
@@ -185,6 +191,9 @@ def test_ctrl_c_keeps_what_has_ended_and_leaves_no_process(installed: Environmen
     # The report of what there is, of the folder's own study
     output_of(installed.run_warm(*COMPARE, "--report", "-f", str(folder)))
     assert "The study is not complete" in (folder / "report.md").read_text()
+    # Runs of the search tell the speed
+    of_search = output_of(installed.run_warm(*command(config, folder, "--algo", "vpg", "--env", "CartPole-v1", "--dry-run")))
+    assert "(speeds of the runs in the folder)" in of_search
 
 
 def test_nothing_is_run_again_but_what_has_failed_if_asked_for(installed: Environment, finished: Path, tmp_path: Path):
@@ -293,6 +302,25 @@ def test_evaluations_are_of_the_task_that_was_trained_and_end(installed: Environ
     )
 
 
+def test_an_environment_that_crashes_is_named_before_the_first_run(installed: Environment, tmp_path: Path):
+    (tmp_path / "my_tasks.py").write_text(TASKS)
+    arguments = (
+        "--gym-packages",
+        "my_tasks",
+        "--env",
+        "CartPole-v1",
+        "Crash-v0",
+        "--algo",
+        "vpg",
+        "-f",
+        str(tmp_path / "out"),
+    )
+    process = installed.run_warm(*COMPARE, *arguments, env={"PYTHONPATH": str(tmp_path)})
+    assert process.returncode == 1
+    assert process.stderr.strip().endswith("error: Crash-v0: the process ended with exit code 7")
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_estimator_of_ones_own_joins_a_study(installed: Environment, tmp_path: Path):
     folder = tmp_path / "out"
     (tmp_path / "my_estimators.py").write_text(MINE)
@@ -354,6 +382,7 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(installed: Environment, exi
         (["--seeds", "0"], "seeds=0 is not allowed"),
         (["--gym-packages", "nothing"], "gym_packages: nothing cannot be imported: No module named 'nothing'"),
         (["--entries", "a.yml", "b.yml"], "--entries 'a.yml' is not allowed; with several files, it must have the form"),
+        (["--entries", "ppo=a.yml", "ppo=b.yml"], "--entries has ppo twice; name one file for each algorithm"),
         (["--processes", "0"], "--processes=0 is not allowed"),
         (["--config", "nowhere.yml"], "nowhere.yml cannot be read"),
         (["--report"], "there is no study in"),
