@@ -27,7 +27,7 @@ from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
 from sb3_vpg.buffers import Recorder, VPGBufferMixin, adapt_buffer
 from sb3_vpg.common.checkpoint import ResumableAlgorithm
 from sb3_vpg.common.collectives import SINGLE_PROCESS, SingleProcess
-from sb3_vpg.common.faults import LOST_WORKER_ERRORS, discard_step, find_failed_environment, is_raised_by
+from sb3_vpg.common.faults import LOST_WORKER_ERRORS, discard_answers, find_failed_environment, is_raised_by
 from sb3_vpg.common.policy_inputs import METHOD, checked_masks
 from sb3_vpg.common.policy_runner import PolicyRunner, make_policy_runner
 from sb3_vpg.common.recurrent_runner import States, is_finite, make_recurrent_runner, zero_states
@@ -68,11 +68,11 @@ class RolloutCollector(ResumableAlgorithm):
         self._backup_vec_normalize()
         before = self._last_obs
         try:
-            discard_step(self.env)  # type: ignore[arg-type]
+            discard_answers(self.env)  # type: ignore[arg-type]
             total_timesteps, callback = super()._setup_learn(*args, **kwargs)
-        except LOST_WORKER_ERRORS as error:
-            if is_raised_by(self.env, error):  # type: ignore[arg-type]
-                self._last_obs = None
+        except BaseException as error:
+            self._last_obs = None  # They may have been reset
+            if isinstance(error, LOST_WORKER_ERRORS) and is_raised_by(self.env, error):  # type: ignore[arg-type]
                 self._raise_environment_error(self.env, error)  # type: ignore[arg-type]
             raise
         self._stepped_since_reset = self._stepped_since_reset and self._last_obs is before
@@ -97,7 +97,7 @@ class RolloutCollector(ResumableAlgorithm):
 
         Callbacks see the same local variables as in SB3, but ``log_probs`` and ``values`` are None in most cases. They are
         computed at each step if the policy has its own ``forward()`` or the buffer is not derived from VPG's; ``values`` also
-        if actor and critic share a features extractor with layers, and the formulation has a value function.
+        if the formulation has a value function and actor and critic share layers of features, or the policy is recurrent.
 
         :param env: The training environment
         :param callback: Callback called at each step and at the beginning and end of the rollout

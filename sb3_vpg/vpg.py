@@ -91,7 +91,7 @@ class VPG(RolloutCollector):
     :param n_critic_updates: Passes of the value regression per rollout, >= 1. The first is part of the joint loss; the others
         change only parameters that the actor does not use. Typical: 1 to 20. Larger: a more accurate critic, slower updates.
     :param critic_batch_size: Minibatch size of the further passes. Smaller: more critic steps. None for one step in each pass,
-        on the full batch or, if it has more than 4096 steps, on an evenly spaced part of it.
+        on the full batch or, beyond 4096 steps (if no LSTM, and no buffer of your own), on an evenly spaced part of it.
     :param critic_learning_rate: Learning rate of the parameters that only the critic uses, a float or a function of the
         progress remaining; None for ``learning_rate``. Typical: 1e-3 to 1e-2.
     :param scale_value_targets: Whether to divide the targets of the value regression by their running standard deviation.
@@ -424,7 +424,9 @@ class VPG(RolloutCollector):
         tb_log_name: str = "VPG",
         progress_bar: bool = False,
     ) -> tuple[int, BaseCallback]:
-        if self._resumes and not reset_num_timesteps and self.env is not None:
+        if self.env is None:
+            raise ValueError("The model has no environment: call set_env(env), or load it with load(path, env=env)")
+        if self._resumes and not reset_num_timesteps:
             set_random_states(self._random_states, self.env)
             if self.processes.rank > 0:
                 # All ranks have restored the same states, so the others draw a new seed

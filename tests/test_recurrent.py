@@ -1,6 +1,7 @@
 """RecurrentVPG: sb3-contrib's RecurrentPPO is the oracle, and the update must see what the rollout has seen."""
 
 import copy
+import pickle
 
 import gymnasium as gym
 import numpy as np
@@ -19,7 +20,7 @@ from test_vpg_is_a2c import FORCE, IMAGE, VECTOR, RandomWalk
 
 from sb3_vpg import VPG, RecurrentVPG
 from sb3_vpg.buffers import VPGBufferMixin
-from sb3_vpg.common.recurrent_runner import FastRecurrentRunner, RecurrentRunner, has_contrib_forward
+from sb3_vpg.common.recurrent_runner import FastRecurrentRunner, RecurrentRunner, States, has_contrib_forward
 
 SMALL = {"net_arch": [8], "lstm_hidden_size": 8}
 SGD = {**SMALL, "optimizer_class": th.optim.SGD}
@@ -347,6 +348,16 @@ def test_a_resumed_run_gives_the_same_weights(tmp_path):
     resumed.env, resumed.n_envs = half.env, 2
     resumed._last_obs, resumed._last_episode_starts = half._last_obs, half._last_episode_starts
     assert_same_weights(resumed.learn(72, reset_num_timesteps=False), whole)
+
+
+def test_states_are_saved_for_machines_without_their_device():
+    class Part:
+        def to(self, device):
+            return device
+
+    states = States((Part(), Part()), (Part(), Part()))
+    cpu = th.device("cpu")
+    assert pickle.loads(pickle.dumps(states)) == States((cpu, cpu), (cpu, cpu))
 
 
 def test_normalized_environments_and_prediction(tmp_path):

@@ -90,6 +90,8 @@ def test_a_model_loaded_without_environment_predicts_and_learns_once_it_has_one(
     model.save(tmp_path / "model")
     loaded = VPG.load(tmp_path / "model")
     assert loaded.get_env() is None
+    with pytest.raises(ValueError, match=r"The model has no environment: call set_env\(env\)"):
+        loaded.learn(20)
     observation = BOX.sample()
     np.testing.assert_array_equal(
         loaded.predict(observation, deterministic=True)[0], model.predict(observation, deterministic=True)[0]

@@ -24,6 +24,7 @@ import torch as th
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.save_util import load_from_zip_file, open_path
+from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from sb3_vpg.common.random_states import get_random_states
 
@@ -53,14 +54,18 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         """
         Save all the attributes of the object, the model parameters and the states of the random number generators in a
         zip-file. An existing file of that name is replaced only when the new one is complete. If the state of an
-        environment's generator cannot be stored, a warning names the environment and the state is left out.
+        environment's generator cannot be stored, a warning names the environment and the state is left out. Before the
+        training, and after an interrupted rollout, those of a ``SubprocVecEnv`` are left out, too: the next rollout begins
+        with a reset.
 
         :param path: path to the file where the rl agent should be saved
         :param exclude: name of parameters that should be excluded in addition to the default ones
         :param include: name of parameters that might be excluded but should be included anyway
         """
         if not self._resumes:
-            self._random_states = get_random_states(self.env)
+            # After an interruption, the next answer of a worker process is one to another call, or never comes
+            is_silent = self._last_obs is None and self.env is not None and isinstance(self.env.unwrapped, SubprocVecEnv)
+            self._random_states = get_random_states(None if is_silent else self.env)
         if isinstance(path, (str, Path)):
             with atomic_write(model_path(path)) as file:
                 super().save(file, exclude, include)

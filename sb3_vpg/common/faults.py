@@ -4,6 +4,7 @@ import traceback
 from contextlib import suppress
 from types import FrameType
 
+import gymnasium as gym
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 #: Errors that the main process gets when a worker process of ``SubprocVecEnv`` has exited
@@ -23,18 +24,21 @@ def _frames_within(env: VecEnv, error: Exception) -> list[FrameType]:
     return [frame for frame in frames if frame.f_locals.get("self") is env.unwrapped]
 
 
-def discard_step(env: VecEnv) -> None:
-    """Receive what worker processes have answered to a step that was interrupted: the next answer would be taken for it."""
+def discard_answers(env: VecEnv) -> None:
+    """Receive what worker processes have answered to a call that was interrupted: the next answer would be taken for it."""
     base = env.unwrapped
-    if isinstance(base, SubprocVecEnv) and base.waiting:
+    if isinstance(base, SubprocVecEnv) and not base.closed:
         # A worker that has exited is found at the reset
         with suppress(*LOST_WORKER_ERRORS):
             for remote in base.remotes:
-                # Two spaces; the answer to a step has five parts
                 remote.send(("get_spaces", None))
-                while len(remote.recv()) != 2:
+                while not _are_spaces(remote.recv()):
                     pass
             base.waiting = False
+
+
+def _are_spaces(answer: object) -> bool:
+    return isinstance(answer, tuple) and len(answer) == 2 and all(isinstance(part, gym.Space) for part in answer)
 
 
 def find_failed_environment(env: VecEnv, error: Exception) -> tuple[int | None, str]:

@@ -206,7 +206,7 @@ def n_parts(n_steps: int, n_envs: int) -> int:
     :param n_steps: number of steps of a rollout
     :param n_envs: number N of environments
     :return: number of evenly spaced parts of at most :data:`LARGEST_CRITIC_BATCH` steps. It has no common divisor with N, so
-        that each part has steps of all environments: step t of environment i has the index t N + i
+        that each part of N steps or more has steps of all environments: step t of environment i has the index t N + i
     """
     at_least = -(-n_steps // LARGEST_CRITIC_BATCH)
     return next(n for n in itertools.count(at_least) if math.gcd(n, n_envs) == 1)

@@ -72,8 +72,8 @@ def _get_environment_states(env: VecEnv) -> list[State | None]:
             return
         states[i] = _state_of(generator)
 
-    # The worker processes of a closed VecEnv have exited. After an interrupted step, their next answer is that of the step
-    if not any(getattr(env.unwrapped, name, False) for name in ("closed", "waiting")):
+    # The worker processes of a closed VecEnv have exited
+    if not getattr(env.unwrapped, "closed", False):
         _for_each_environment(get_state, range(env.num_envs), env, "saved")
     return states
 

@@ -32,6 +32,10 @@ class States(NamedTuple):
         pi, vf = ((hidden.to(device), cell.to(device)) for hidden, cell in self)
         return States(pi, vf)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A saved model may be loaded where there is no GPU
+        return States, tuple(self.to(th.device("cpu")))
+
 
 def is_finite(states: States) -> bool:
     """:return: whether all numbers are finite"""

@@ -73,7 +73,7 @@ def statistics_of(
         ``gradients`` themselves
     :param n_per_update: number of estimates that one update averages, >= 1
     :param n_episodes: number of episodes of each estimate
-    :param confidence: confidence level of the intervals, in (0, 1)
+    :param confidence: confidence level of the intervals, in (0, 1]
     :param n_bootstrap: number of resamples of the m estimates for the intervals (percentile bootstrap). Pairs within a
         resample are also pairs of different estimates. Typical: 1000 to 10000; 0 for no intervals.
     :param seed: seed of the bootstrap

@@ -7,17 +7,22 @@ autoreset). gymnasium's vectorized environments have one of three modes, see htt
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorObservationWrapper, VectorWrapper
+from gymnasium.wrappers.vector import NormalizeReward
 
-# Vectorized environments whose `reset(options={"reset_mask": mask})` resets a part of them also in the mode NEXT_STEP
+# Vectorized environments whose `reset(options={"reset_mask": mask})` resets a part of them also in the mode NEXT_STEP, and
+# wrappers with a `reset` of their own that such a call does not spoil
 WITH_PARTIAL_RESETS = {
     "gymnasium.vector.sync_vector_env.SyncVectorEnv",
     "gymnasium.vector.async_vector_env.AsyncVectorEnv",
+    "gymnasium.wrappers.vector.array_conversion.ArrayConversion",
+    "gymnasium.wrappers.vector.common.RecordEpisodeStatistics",
+    "gymnasium.wrappers.vector.rendering.HumanRendering",
     "ale_py.vector_env.AtariVectorEnv",
 }
 
@@ -66,7 +71,8 @@ def autoreset_of(vector_env: VectorEnv) -> Autoreset:
     """
     :param vector_env: a vectorized environment
     :return: the function that resets the environments whose episodes have ended
-    :raises ValueError: if the vectorized environment does not say when it resets
+    :raises ValueError: if the vectorized environment does not say when it resets, or has a wrapper that cannot be reset in
+        part and has to be
     """
     # The metadata of ALE belong to the class: they have the mode of the environment that was made last
     mode = getattr(vector_env.unwrapped, "autoreset_mode", vector_env.metadata.get("autoreset_mode"))
@@ -77,13 +83,32 @@ def autoreset_of(vector_env: VectorEnv) -> Autoreset:
             f"{vector_env} does not say when it resets: metadata['autoreset_mode']={mode!r}; allowed: a value of "
             "gymnasium.vector.AutoresetMode"
         )
+    if mode == AutoresetMode.DISABLED and any(isinstance(layer, NormalizeReward) for layer in layers_of(vector_env)):
+        raise ValueError(
+            "NormalizeReward is not allowed with AutoresetMode.DISABLED: a reset of some environments is one of all for it. "
+            "Use SB3's VecNormalize around NativeVecEnv, or AutoresetMode.SAME_STEP"
+        )
     return allowed[mode]
 
 
 def has_partial_resets(vector_env: VectorEnv) -> bool:
     """:return: whether ``reset(options={"reset_mask": mask})`` works in the mode NEXT_STEP"""
-    classes = type(vector_env.unwrapped).__mro__
-    return any(f"{cls.__module__}.{cls.__qualname__}" in WITH_PARTIAL_RESETS for cls in classes)
+
+    def is_known(layer: VectorEnv) -> bool:
+        return any(f"{cls.__module__}.{cls.__qualname__}" in WITH_PARTIAL_RESETS for cls in type(layer).__mro__)
+
+    def passes_on(layer: VectorEnv) -> bool:
+        return type(layer).reset in (VectorWrapper.reset, VectorObservationWrapper.reset)
+
+    return all(is_known(layer) or passes_on(layer) for layer in layers_of(vector_env))
+
+
+def layers_of(vector_env: VectorEnv) -> Iterator[VectorEnv]:
+    """:return: the wrappers of a vectorized environment from the outer to the inner ones, and itself"""
+    while isinstance(vector_env, VectorWrapper):
+        yield vector_env
+        vector_env = vector_env.env
+    yield vector_env
 
 
 def observation_of(observations: Any, i: int) -> Any:

@@ -77,7 +77,7 @@ class NativeVecEnv(VecEnv):
 
     :param env_fns: functions that return the environments, as for ``DummyVecEnv``, or a vectorized environment. Typical
         number: 8 to 4096. Larger: more steps per second, and larger batches.
-    :raises ValueError: if the given vectorized environment does not say when it resets
+    :raises ValueError: if the given vectorized environment does not say when it resets, or cannot be reset as it says
     """
 
     def __new__(cls, env_fns: Sequence[Callable[[], gym.Env]] | VectorEnv | None = None) -> "VecEnv":  # type: ignore[misc]
@@ -102,6 +102,8 @@ class NativeVecEnv(VecEnv):
     envs: list[gym.Env]
     #: Number of steps that the ``Monitor`` of an environment sees in one step
     monitored_steps = 1
+    #: Whether :attr:`reset_steps` are allowed without VPG's training. Set it for an evaluation (of a policy without memory)
+    allow_reset_steps = False
 
     def __init__(self, env_fns: Sequence[Callable[[], gym.Env]] | VectorEnv):
         super().__init__(len(self.envs), self.vector_env.single_observation_space, self.vector_env.single_action_space)
@@ -125,7 +127,9 @@ class NativeVecEnv(VecEnv):
 
         Only environments with ``AutoresetMode.NEXT_STEP`` that cannot be reset in part spend steps on resets. Such a step is
         no transition: the action is ignored, and the reward is 0. VPG does not record it. Other algorithms would, so that a
-        step of this kind is an error unless this attribute has been read since the last reset of all environments.
+        step of this kind is an error unless this attribute has been read since the last reset of all environments, or
+        :attr:`allow_reset_steps` is set. SB3's wrappers count it: ``VecMonitor`` in the length of the next episode,
+        ``VecNormalize`` in its statistics.
         """
         if self._autoreset is not reset_in_next_step:
             return None
@@ -184,11 +188,12 @@ class NativeVecEnv(VecEnv):
 
     def _ignore_reset_steps(self, rewards: np.ndarray) -> np.ndarray:
         """:return: the rewards, 0 where the step was spent on a reset"""
-        if not self._reset_steps_are_read:
+        if not (self._reset_steps_are_read or self.allow_reset_steps):
             raise RuntimeError(
                 f"{self.vector_env} resets in the next step (AutoresetMode.NEXT_STEP), and cannot be reset in part. Only VPG "
                 "can be trained on it: other algorithms would record the step of the reset as a transition. Use a vectorized "
-                "environment with AutoresetMode.SAME_STEP or AutoresetMode.DISABLED."
+                "environment with AutoresetMode.SAME_STEP or AutoresetMode.DISABLED. For an evaluation, set "
+                "`allow_reset_steps = True`."
             )
         return np.where(self._reset_steps, 0.0, rewards)
 
@@ -243,8 +248,8 @@ class NativeVecEnv(VecEnv):
 
         :raises AttributeError: if there is no such attribute, or if it is one array, generator or seed for all environments
         """
-        if attr_name == "np_random" and isinstance(self.vector_env, SeparatelySeededVectorEnv):
-            return [self.vector_env.generators[i] for i in self._get_indices(indices)]
+        if attr_name == "np_random" and (generators := self._generators()) is not None:
+            return [generators[i] for i in self._get_indices(indices)]
         # `observation_space` and `action_space` of a vectorized environment are for all environments together
         prefix = "single_" if attr_name in ("observation_space", "action_space") else ""
         value = getattr(self.vector_env, prefix + attr_name)
@@ -260,6 +265,12 @@ class NativeVecEnv(VecEnv):
             )
         return [value for _ in self._get_indices(indices)]
 
+    def _generators(self) -> Sequence[np.random.Generator] | None:
+        """:return: the random generator of each environment; None if all have one together"""
+        base: Any = self.vector_env.unwrapped
+        generators = base.generators if isinstance(base, SeparatelySeededVectorEnv) else base.np_random
+        return None if isinstance(generators, np.random.Generator) else generators
+
     def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:
         """
         Set an attribute of the vectorized environment, or "np_random", the random generator of each environment in
@@ -268,9 +279,14 @@ class NativeVecEnv(VecEnv):
         :raises AttributeError: if there is no such attribute
         :raises NotImplementedError: if ``indices`` does not include all environments ("np_random" excepted)
         """
-        if attr_name == "np_random" and isinstance(self.vector_env, SeparatelySeededVectorEnv):
-            for i in self._get_indices(indices):
-                self.vector_env.generators[i] = value
+        if attr_name == "np_random" and (generators := self._generators()) is not None:
+            chosen = list(self._get_indices(indices))
+            new = [value if i in chosen else generator for i, generator in enumerate(generators)]
+            base: Any = self.vector_env.unwrapped
+            if isinstance(base, SeparatelySeededVectorEnv):
+                base.generators[:] = new
+            else:
+                base.set_attr("np_random", new)
             return
         self._require_all(f"set {attr_name!r}", indices)
         if not hasattr(self.vector_env, attr_name):

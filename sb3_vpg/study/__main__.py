@@ -11,12 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from sb3_vpg.common.checks import check_known
+from sb3_vpg.common.checks import check_known, check_number
 from sb3_vpg.envs import VEC_ENVS
 from sb3_vpg.study.processes import TRAINING, in_processes
 from sb3_vpg.study.report import write_report
@@ -40,7 +40,8 @@ def main() -> None:
     # The zoo's manager looks for --vec-env here, which has another meaning for it
     sys.argv = sys.argv[:1]
     try:
-        compare(args)
+        with sigterm_as_ctrl_c():
+            compare(args)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -143,8 +144,7 @@ def named_entries(texts: Sequence[str]) -> str | dict[str, str]:
 
 def compare(args: argparse.Namespace) -> None:
     """Run a study, or what is missing of it, and write its report."""
-    if args.processes < 1:
-        raise ValueError(f"--processes={args.processes} is not allowed; it must be an integer >= 1")
+    check_number("--processes", args.processes, low=1, integer=True)
     if args.track and importlib.util.find_spec(args.track) is None:
         raise ValueError(f"--track {args.track} needs a package: pip install {args.track}")
     if args.folder.is_file():
@@ -158,8 +158,7 @@ def compare(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         hyperparameters = check_cells(study, selection, args.processes, Path(folder))
         if args.dry_run and not (args.folder / "study.yml").exists():
-            nothing = Results(Path(folder))
-            print_plan(plan(study, selection, hyperparameters, nothing, args.processes, Path(folder)), args.processes)
+            plan(study, selection, hyperparameters, Results(Path(folder)), args.processes, Path(folder))
             return
         with folder_of(args.folder):
             cells = {", ".join(filter(None, cell)): of for cell, of in hyperparameters.items()}
@@ -168,17 +167,16 @@ def compare(args: argparse.Namespace) -> None:
                 print(f"Note: the folder has runs with other versions of {', '.join(changed)}")
             results = Results(args.folder)
             if args.retry_failed:
-                results.forget_failed(hyperparameters, remove=not args.dry_run)
-            planned = plan(study, selection, hyperparameters, results, args.processes, Path(folder))
-            print_plan(planned, args.processes)
+                results.forget_failed(study, hyperparameters, remove=not args.dry_run)
+            runs, seconds = plan(study, selection, hyperparameters, results, args.processes, Path(folder))
             if args.dry_run:
                 return
-            if planned.runs:
-                execute_all(study, selection, results, planned, args)
+            if runs:
+                execute_all(study, selection, results, runs, seconds, args)
             print(f"Report: {write_report(study, results, args.folder)}")
             n_failed = (results.frame("runs").error != "").sum()
             if n_failed:
-                print(f"{n_failed} runs have failed: the report and output.log have their errors, --retry-failed repeats them")
+                print(f"{n_failed} runs in the folder have failed: output.log has their errors, --retry-failed repeats them")
 
 
 def report(args: argparse.Namespace) -> None:
@@ -228,24 +226,6 @@ def check_cells(study: Study, selection: Selection, n_processes: int, folder: Pa
     return {cell: of for name in selection.environments for cell, of in cells[name].items()}
 
 
-class Plan(NamedTuple):
-    """
-    :param steps: number of timesteps of a run of each cell
-    :param seconds_per_step: of each environment and algorithm; 0 if unknown
-    :param runs: the runs that are missing
-    :param source: where the speeds come from
-    """
-
-    steps: Mapping[Cell, int]
-    seconds_per_step: Mapping[tuple[str, str], float]
-    runs: Sequence[Run]
-    source: str
-
-    def seconds(self, run: Run) -> float:
-        """:return: the estimated duration of a run"""
-        return self.steps[run.cell] * self.seconds_per_step[run.cell[:2]]
-
-
 def plan(
     study: Study,
     selection: Selection,
@@ -253,8 +233,12 @@ def plan(
     results: Results,
     n_processes: int,
     folder: Path,
-) -> Plan:
-    """:return: the runs that are missing, and speeds: of earlier runs, or measured now"""
+) -> tuple[list[Run], dict[Cell, float]]:
+    """
+    Print the runs that are missing, and their cost: from the speeds of earlier runs, or measured now.
+
+    :return: these runs, and the estimated seconds of a run of each cell; 0 if its speed is unknown
+    """
     known = results.frame("runs")
     # Where the search has not ended, all final runs are missing
     unknown_rates = {run.cell: math.nan for run in study.search_runs(*selection) if run not in results}
@@ -272,30 +256,31 @@ def plan(
         for event in tqdm(events, desc="Measuring speed", total=len(jobs), disable=not jobs, leave=False):
             # A training that fails here fails in its run too, whose row has the error
             speeds[event.key] = 0.0 if event.error is not None else event.result
-    return Plan({cell: of["n_timesteps"] for cell, of in hyperparameters.items()}, speeds, runs, source)
+    seconds = {cell: of["n_timesteps"] * speeds.get(cell[:2], 0.0) for cell, of in hyperparameters.items()}
+    for key in dict.fromkeys(run.cell[:2] for run in runs):
+        costs = [seconds[run.cell] for run in runs if run.cell[:2] == key]
+        speed = f"{1 / speeds[key]:9,.0f}" if speeds[key] else "  unknown"
+        print(f"{key[0]:24} {key[1]:9} {len(costs):4} runs {speed} steps/s {tqdm.format_interval(sum(costs)):>8}")
+    if runs:
+        costs = [seconds[run.cell] for run in runs]
+        duration = tqdm.format_interval(max(sum(costs) / n_processes, *costs))
+        print(f"{len(runs)} runs in {n_processes} processes: about {duration} of training ({source}), and evaluations")
+    return runs, seconds
 
 
-def print_plan(planned: Plan, n_processes: int) -> None:
-    """Print the missing runs and their cost."""
-    for key in dict.fromkeys(run.cell[:2] for run in planned.runs):
-        seconds = [planned.seconds(run) for run in planned.runs if run.cell[:2] == key]
-        speed = f"{1 / planned.seconds_per_step[key]:9,.0f}" if planned.seconds_per_step[key] else "  unknown"
-        print(f"{key[0]:24} {key[1]:9} {len(seconds):4} runs {speed} steps/s {tqdm.format_interval(sum(seconds)):>8}")
-    costs = sorted(map(planned.seconds, planned.runs))
-    if costs:
-        duration = max(sum(costs) / n_processes, costs[-1])
-        print(
-            f"{len(costs)} runs in {n_processes} processes: about {tqdm.format_interval(duration)} of training "
-            f"({planned.source}), and evaluations"
-        )
-
-
-def execute_all(study: Study, selection: Selection, results: Results, planned: Plan, args: argparse.Namespace) -> None:
-    """Execute the runs that are missing: the search, then the final runs, then the gradient statistics."""
+def execute_all(
+    study: Study,
+    selection: Selection,
+    results: Results,
+    planned: Sequence[Run],
+    seconds: Mapping[Cell, float],
+    args: argparse.Namespace,
+) -> None:
+    """Execute the runs that are missing: the search, then the final runs, then the gradient statistics. See :func:`plan`."""
     n_ended, tracking = 0, (args.track, args.folder) if args.track else None
     bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed} elapsed, {remaining} left"
-    total = sum(map(planned.seconds, planned.runs))
-    with sigterm_as_ctrl_c(), tqdm(total=total, bar_format=bar_format, smoothing=0) as bar:
+    total = sum(seconds[run.cell] for run in planned)
+    with tqdm(total=total, bar_format=bar_format, smoothing=0) as bar:
 
         def execute(runs: Iterable[Run]) -> None:
             nonlocal n_ended
@@ -311,14 +296,13 @@ def execute_all(study: Study, selection: Selection, results: Results, planned: P
                         shutil.rmtree(folders[run], ignore_errors=True)
                         n_ended += 1
                         tqdm.write(f"{n_ended:4} {line(study, run, measures, error)}")
-                    bar.set_description_str(f"{n_ended} of {len(planned.runs)} runs", refresh=False)
-                    bar.update(min((progress - fractions[run]) * planned.seconds(run), total - bar.n))
+                    bar.set_description_str(f"{n_ended} of {len(planned)} runs", refresh=False)
+                    bar.update(min((progress - fractions[run]) * seconds[run.cell], total - bar.n))
                     fractions[run] = progress
 
         execute(study.search_runs(*selection))
         chosen = chosen_learning_rates(study, results.frame("runs"))
-        execute(study.final_runs(*selection, chosen))
-        execute(study.statistics_runs(*selection, chosen))
+        execute([*study.final_runs(*selection, chosen), *study.statistics_runs(*selection, chosen)])
 
 
 def line(study: Study, run: Run, measures: Measures, error: str | None) -> str:

@@ -1,14 +1,14 @@
 """The sections of a report on gradient statistics."""
 
+import itertools
 import re
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pandas as pd
 
 from sb3_vpg.study.rendering import Chart, Section, Table
-from sb3_vpg.study.statistics import NO_VALUES, Findings, estimate
+from sb3_vpg.study.statistics import Findings, estimate
 
 MOMENTS = ("start", "middle", "end")
 COSINES = {"pairwise_cosine": "pairwise cosine", "cosine_with_reference": "cosine with the reference"}
@@ -20,9 +20,10 @@ ROUNDING = 1e-12
 def policies(findings: Findings) -> Iterator[tuple[str, str]]:
     """:return: environments and policies with gradient statistics"""
     rows = findings.points[findings.points.phase == "statistics"]
-    present = set(zip(rows.environment, rows.setting))
-    for environment in findings.study.environments:
-        yield from ((environment, policy) for policy in findings.study.statistics.policies if (environment, policy) in present)
+    present, measured = set(zip(rows.environment, rows.contestant)), findings.study.measured
+    for environment, policy in itertools.product(findings.study.environments, findings.study.statistics.policies):
+        if (environment, measured.get(policy)) in present:
+            yield environment, policy
 
 
 def gradient_statistics(findings: Findings, environment: str, policy: str) -> pd.DataFrame:
@@ -32,7 +33,7 @@ def gradient_statistics(findings: Findings, environment: str, policy: str) -> pd
         return, then its variance is 0 and its other statistics are missing.
     """
     rows = findings.points[(findings.points.phase == "statistics") & (findings.points.measured != "")]
-    rows = rows[(rows.environment == environment) & (rows.setting == policy)]
+    rows = rows[(rows.environment == environment) & (rows.contestant == findings.study.measured[policy])]
     times = rows.groupby("seed").timesteps
     is_start, is_end = rows.timesteps == times.transform("min"), rows.timesteps == times.transform("max")
     moments = np.select([is_start, is_end], [MOMENTS[0], MOMENTS[2]], MOMENTS[1])
@@ -42,21 +43,21 @@ def gradient_statistics(findings: Findings, environment: str, policy: str) -> pd
     return values.mask(rounding).assign(variance=values.variance.mask(rounding, 0.0))
 
 
-def of_seeds(values: pd.DataFrame, metric: str, setting: str, moment: str) -> pd.Series:
-    """:return: a statistic by seed, without missing values"""
-    return values[metric].get((setting, moment), NO_VALUES).dropna()
+def of_settings(values: pd.DataFrame, metric: str, settings: Iterable[str]) -> pd.DataFrame:
+    """:return: a statistic at each moment and seed (rows) of these settings (columns); NaN where it is missing"""
+    return values[metric].unstack("measured").reindex(columns=list(settings))
 
 
-def variance_ratios(values: pd.DataFrame, before: str, after: str, moment: str) -> pd.Series:
-    """:return: ratios of two settings' variances by seed, without those where the first is 0"""
-    first, second = (of_seeds(values, "variance", setting, moment) for setting in (before, after))
-    return (second / first[first > 0]).dropna()
+def variance_ratios(values: pd.DataFrame, pairs: Sequence[tuple[str, str]]) -> pd.DataFrame:
+    """:return: for each pair of settings the second's variance divided by the first's; NaN where the first is 0"""
+    variances = of_settings(values, "variance", dict.fromkeys(itertools.chain.from_iterable(pairs)))
+    return pd.DataFrame({(a, b): variances[b] / variances[a].where(variances[a] > 0) for a, b in pairs}, variances.index)
 
 
-def medians(at_moment: Callable[[str], pd.Series], shape: str) -> str:
-    """:return: the medians at all moments as text, with this format; zero without a minus sign"""
-    texts = (format(values.median(), shape) if len(values) else EMPTY_CELL for values in map(at_moment, MOMENTS))
-    return " / ".join(re.sub(r"^-(?=[0.]+$)", "+" if "+" in shape else "", text) for text in texts)
+def medians(values: pd.DataFrame, shape: str) -> list[str]:
+    """:return: for each column the medians at all moments as text, with this format; zero without a minus sign"""
+    texts = values.groupby("moment").median().reindex(MOMENTS).map(lambda x: EMPTY_CELL if pd.isna(x) else format(x, shape))
+    return [re.sub(r"-(?=[0.]+( |$))", "+" if "+" in shape else "", " / ".join(texts[name])) for name in texts]
 
 
 def statistics_section(findings: Findings) -> Section:
@@ -74,22 +75,17 @@ def statistics_section(findings: Findings) -> Section:
     for environment, policy in policies(findings):
         values = gradient_statistics(findings, environment, policy)
         measured = [name for name in findings.study.settings if name in values.index.levels[0]]
-        columns: dict[str, tuple[Callable[[str, str], pd.Series], str]] = {
-            f"variance / variance of {measured[0]}": (partial(variance_ratios, values, measured[0]), ".3g"),
-            "SNR": (partial(of_seeds, values, "snr"), ".3g"),
-            **{label: (partial(of_seeds, values, metric), ".3f") for metric, label in COSINES.items()},
+        columns = {
+            f"variance / variance of {measured[0]}": medians(
+                variance_ratios(values, [(measured[0], name) for name in measured]), ".3g"
+            ),
+            "SNR": medians(of_settings(values, "snr", measured), ".3g"),
+            **{label: medians(of_settings(values, metric, measured), ".3f") for metric, label in COSINES.items()},
+            "seeds": [str(values.loc[name].index.unique("seed").size) for name in measured],
         }
-        rows = [
-            [
-                name,
-                *(medians(partial(column, name), shape) for column, shape in columns.values()),
-                str(values.loc[name].index.unique("seed").size),
-            ]
-            for name in measured
-        ]
         parts += [
             f"**{environment}**, policies of {policy}. Numbers: start / middle / end.",
-            Table(["setting", *columns, "seeds"], rows),
+            Table(["setting", *columns], list(zip(measured, *columns.values()))),
             *(cosine_chart(values, measured, environment, policy, metric) for metric in COSINES),
         ]
     return Section("Gradient statistics", parts)
@@ -97,43 +93,35 @@ def statistics_section(findings: Findings) -> Section:
 
 def cosine_chart(values: pd.DataFrame, measured: list[str], environment: str, policy: str, metric: str) -> Chart:
     """:return: chart of a cosine, by setting that is measured and moment"""
+    groups = values.groupby(["measured", "moment"])
+    ends = groups.agg({metric: "median", f"{metric}_low": "min", f"{metric}_high": "max"}).dropna()
     intervals: dict[str, dict[str, tuple[float, float, float]]] = {}
-    for name in measured:
-        for moment in MOMENTS:
-            cosines, lowest, highest = (of_seeds(values, metric + end, name, moment) for end in ("", "_low", "_high"))
-            if len(cosines):
-                point = cosines.median()
-                intervals.setdefault(name, {})[moment] = (point, min([point, *lowest]), max([point, *highest]))
+    for name, moment in itertools.product(measured, MOMENTS):
+        if (name, moment) in ends.index:
+            point, low, high = ends.loc[(name, moment)]
+            intervals.setdefault(name, {})[moment] = (point, min(point, low), max(point, high))
     title = f"{environment}, policies of {policy}: {COSINES[metric]}"
     return Chart(f"{metric}_{environment}_{policy}", title, COSINES[metric], intervals=intervals)
 
 
 def steps_of_gradients(findings: Findings, pairs: list[tuple[str, str]]) -> Iterator[str | Table]:
     """:return: for each pair, changes of variance and pairwise cosine"""
-    tables = {
-        f"{environment}, {policy}": gradient_statistics(findings, environment, policy)
-        for environment, policy in policies(findings)
-    }
-
-    def changes(of_pair: Callable[[pd.DataFrame, str, str, str], pd.Series], shape: str) -> Table:
-        rows = [
-            [f"{before} -> {after}", *(medians(partial(of_pair, values, before, after), shape) for values in tables.values())]
-            for before, after in pairs
-        ]
-        return Table(["pair", *tables], rows)
-
-    def cosine_change(values: pd.DataFrame, before: str, after: str, moment: str) -> pd.Series:
-        first, second = (of_seeds(values, "pairwise_cosine", setting, moment) for setting in (before, after))
-        return (second - first).dropna()
-
+    pairs = list(dict.fromkeys(pairs))
+    names, ratios, differences = [f"{before} -> {after}" for before, after in pairs], {}, {}
+    for environment, policy in policies(findings):
+        values = gradient_statistics(findings, environment, policy)
+        cosines = of_settings(values, "pairwise_cosine", findings.study.settings)
+        changes = pd.DataFrame({(a, b): cosines[b] - cosines[a] for a, b in pairs}, cosines.index)
+        ratios[f"{environment}, {policy}"] = medians(variance_ratios(values, pairs), ".2g")
+        differences[f"{environment}, {policy}"] = medians(changes, "+.2f")
     yield (
         "Variance of the gradient of one update: ratio at start / middle / end, for each environment and policy, median over "
         "seeds. It is not informative for steps that change the scale of the weights of grad log pi (normalization, gamma^t, "
         "sum over trajectories): compare the cosines there."
     )
-    yield changes(variance_ratios, ".2g")
+    yield Table(["pair", *ratios], list(zip(names, *ratios.values())))
     yield "Pairwise cosine: difference at start / middle / end, median over seeds."
-    yield changes(cosine_change, "+.2f")
+    yield Table(["pair", *differences], list(zip(names, *differences.values())))
 
 
 def rank_section(findings: Findings) -> Section:
@@ -143,20 +131,13 @@ def rank_section(findings: Findings) -> Section:
     """
     rows = []
     for environment, policy in policies(findings):
-        of_contestants = findings.values(environment, findings.study.score)
-        scores = {setting: of_contestants[name] for setting, name in findings.study.measured.items() if name in of_contestants}
-        values = gradient_statistics(findings, environment, policy)
-        cosines = {metric: {name: of_seeds(values, metric, name, "middle") for name in scores} for metric in COSINES}
-        both = [name for name in scores if all(len(of_metric[name]) for of_metric in cosines.values())]
-        ranks = pd.DataFrame(
-            {
-                **{metric: [of_metric[name].median() for name in both] for metric, of_metric in cosines.items()},
-                "score": [estimate(scores[name]).mean for name in both],
-            }
-        ).rank()
-        # Equal values have no ranks to correlate, and for two settings the correlation is always 1 or -1
-        informative = len(both) > 2 and (ranks.nunique() > 1).all()
-        cells = [f"{ranks[metric].corr(ranks['score']) + 0.0:.2f}" if informative else EMPTY_CELL for metric in COSINES]
+        scores = findings.values(environment, findings.study.score)
+        means = {setting: estimate(scores[name]).mean for setting, name in findings.study.measured.items() if name in scores}
+        middle = gradient_statistics(findings, environment, policy).query("moment == 'middle'")
+        both = middle.groupby("measured")[[*COSINES]].median().assign(score=pd.Series(means, dtype=float)).dropna()
+        # NaN if there are fewer than three settings, or all have the same value
+        correlations = both.corr("spearman", min_periods=3).score
+        cells = [EMPTY_CELL if pd.isna(correlations[metric]) else f"{correlations[metric] + 0.0:.2f}" for metric in COSINES]
         rows.append([f"{environment}, {policy}", *cells, str(len(both))])
     text = (
         "Spearman's rank correlation over settings, between each cosine in the middle of training (median over seeds) and the "

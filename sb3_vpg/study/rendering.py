@@ -5,12 +5,13 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markdown_it import MarkdownIt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -20,8 +21,6 @@ from PIL import Image
 MAX_LINES = 6
 PANELS_IN_A_ROW = 4
 SMALL, MEDIUM = 8, 9
-#: Length of a text from which its column is wide and wraps
-LONG = 40
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
@@ -35,14 +34,10 @@ class Table:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
-    def kinds(self) -> list[str]:
-        """:return: for each column "number", "text", or "long text"; the first one is no number"""
-        kinds = []
-        for i, (_, *cells) in enumerate(zip(self.header, *self.rows)):
-            is_number = i > 0 and all(re.match(r"\**[-+]?\d|-( /|$)|$", cell) for cell in cells)
-            is_long = max(map(len, cells), default=0) > LONG
-            kinds.append("number" if is_number else "long text" if is_long else "text")
-        return kinds
+    def are_numbers(self) -> list[bool]:
+        """:return: whether the cells of each column are numbers; those of the first one are not"""
+        columns = list(zip(self.header, *self.rows))[1:]
+        return [False, *(all(re.match(r"\**[-+]?\d|-( /|$)|$", cell) for cell in cells) for _, *cells in columns)]
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class Chart:
     """
     Lines with bands, or points with intervals.
 
-    :param name: name of the picture, without special characters
+    :param name: name of the picture
     :param title: title
     :param x_label: label of the horizontal axis
     :param lines: for each label x and y, shape (3 + n, len(x)): the line, the lower and upper ends of its band, n thin lines.
@@ -63,86 +58,67 @@ class Chart:
     lines: Mapping[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     intervals: Mapping[str, Mapping[str, tuple[float, float, float]]] = field(default_factory=dict)
 
+    @property
+    def picture(self) -> str:
+        """Name of the file with the picture."""
+        return re.sub(r"[^\w.-]", "_", self.name) + ".png"
+
 
 @dataclass(frozen=True)
 class Section:
     """
     :param heading: heading of the section
-    :param parts: texts (with ``**bold**`` and links), tables and charts
+    :param parts: texts (Markdown), tables and charts
     """
 
     heading: str
     parts: Sequence[str | Table | Chart]
 
 
-def write_markdown(title: str, sections: Sequence[Section], path: Path) -> None:
-    """Write a report as Markdown, and its charts as pictures beside it."""
+def charts_of(sections: Sequence[Section]) -> list[Chart]:
+    """:return: the charts, as they follow each other"""
+    return [part for section in sections for part in section.parts if isinstance(part, Chart)]
+
+
+def as_markdown(title: str, sections: Sequence[Section]) -> str:
+    """:return: the text of a report, which refers to the pictures of its charts"""
     parts = [f"# {title}"]
     for section in sections:
         parts.append(f"## {section.heading}")
         for part in section.parts:
             if isinstance(part, Table):
-                alignments = ["---:" if kind == "number" else "---" for kind in part.kinds()]
+                alignments = ["---:" if are_numbers else "---" for are_numbers in part.are_numbers()]
                 lines = [[cell.replace("|", "\\|") for cell in line] for line in (part.header, *part.rows)]
                 parts.append("\n".join(f"| {' | '.join(line)} |" for line in (lines[0], alignments, *lines[1:])))
-            elif isinstance(part, Chart):
-                picture = re.sub(r"[^\w.-]", "_", part.name) + ".png"
-                save_picture(draw_lines(part) if part.lines else draw_intervals(part), path.parent / picture)
-                parts.append(f"![{part.title}]({picture})")
             else:
-                parts.append(part)
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+                parts.append(f"![{part.title}]({part.picture})" if isinstance(part, Chart) else part)
+    return "\n\n".join(parts) + "\n"
+
+
+def write_markdown(title: str, sections: Sequence[Section], path: Path) -> None:
+    """Write a report as Markdown, and its charts as pictures beside it."""
+    for chart in charts_of(sections):
+        save_picture(draw_lines(chart) if chart.lines else draw_intervals(chart), path.parent / chart.picture)
+    path.write_text(as_markdown(title, sections), encoding="utf-8")
 
 
 def write_html(title: str, sections: Sequence[Section], path: Path) -> None:
     """Write a report as one HTML file that needs no other file and no network."""
-    links = (f"<a href='#{i}'>{html.escape(section.heading)}</a>" for i, section in enumerate(sections))
-    parts, charts = [f"<h1>{html.escape(title)}</h1>", f"<nav>{' '.join(links)}</nav>"], list[dict[str, Any]]()
-    for i, section in enumerate(sections):
-        parts.append(f"<h2 id='{i}'>{html.escape(section.heading)}</h2>")
-        for part in section.parts:
-            if isinstance(part, Table):
-                kinds = part.kinds()
-                cells = [
-                    "".join(f"<td class='{kind}'>{_inline(cell)}</td>" for kind, cell in zip(kinds, row)) for row in part.rows
-                ]
-                rows = "".join(f"<tr>{row}</tr>" for row in cells)
-                header = "".join(
-                    f"<th class='{kind}'><button>{_inline(cell)}</button></th>" for kind, cell in zip(kinds, part.header)
-                )
-                parts.append(f"<div class='wide'><table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>")
-            elif isinstance(part, Chart):
-                parts.append(f"<figure data-chart='{len(charts)}'></figure>")
-                charts.append(_chart_data(part))
-            else:
-                parts.append("".join(_paragraphs(part)))
+    content = MarkdownIt("commonmark", {"html": False}).enable("table").render(as_markdown(title, sections))
+    content = re.sub("<p><img .*?></p>", "<figure></figure>", content)
     # "</" would end the script
-    data = json.dumps(charts, separators=(",", ":")).replace("</", "<\\/")
+    data = json.dumps([_chart_data(chart) for chart in charts_of(sections)], separators=(",", ":")).replace("</", "<\\/")
     text = TEMPLATE.read_text(encoding="utf-8")
-    for key, value in (("TITLE", html.escape(title)), ("CONTENT", "\n".join(parts)), ("DATA", data)):
+    for key, value in (("TITLE", html.escape(title)), ("CONTENT", content), ("DATA", data)):
         text = text.replace(f"{{{{{key}}}}}", value)
     path.write_text(text, encoding="utf-8")
-
-
-def _inline(text: str) -> str:
-    text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", html.escape(text))
-    text = re.sub(r"`(.+?)`", r"<code>\1</code>", text)
-    return re.sub(r"\[([^\]]+)\]\((https?:[^)]+)\)", r"<a href='\2'>\1</a>", text)
-
-
-def _paragraphs(text: str) -> Iterator[str]:
-    for paragraph in text.split("\n\n"):
-        code = re.fullmatch(r"```\w*\n(.*)\n```", paragraph, re.DOTALL)
-        yield f"<pre>{html.escape(code[1])}</pre>" if code else f"<p>{_inline(paragraph)}</p>"
 
 
 def _chart_data(chart: Chart) -> dict[str, Any]:
     def rounded(values: Any) -> Any:
         return [float(f"{value:.5g}") for value in values]
 
-    lines = [
-        {"label": label, "x": rounded(x), "y": [rounded(row) for row in y]} for label, (x, y) in chart.lines.items() if len(x)
-    ]
+    lines = [{"label": label, "x": rounded(x), "y": [*map(rounded, y)]} for label, (x, y) in chart.lines.items()]
     intervals = [
         {"label": label, "groups": {group: rounded(ends) for group, ends in groups.items()}}
         for label, groups in chart.intervals.items()

@@ -180,7 +180,7 @@ def pairs_section(findings: Findings, normalized: dict[str, np.ndarray]) -> Sect
         for environment in findings.environments:
             low, high = findings.score_range(environment)
             scores = findings.values(environment, study.score)
-            found = difference(scores[before] - low, scores[after] - low) if before in scores and after in scores else None
+            found = difference(scores[before], scores[after]) if before in scores and after in scores else None
             if found is None:
                 cells.append(EMPTY_CELL)
                 continue
@@ -256,12 +256,9 @@ def write_report(study: Study, results: Results, folder: Path, selection: Select
     """
     Write the report of a study. The study may still be running. The same results give the same files.
 
-    :param study: the study
-    :param results: its results
     :param folder: folder for report.html, report.md and its pictures, which has study.yml
     :param selection: the part of the study that the report shows; None for all of it
     :return: path of report.html
-    :raises ValueError: if no final run has a score
     """
     findings = Findings(study, results.frame("runs"), results.frame("points"), selection)
     sections = []

@@ -3,6 +3,7 @@
 import csv
 import importlib.metadata
 import io
+import json
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ import pandas as pd
 import yaml
 
 from sb3_vpg.common.checkpoint import atomic_write
-from sb3_vpg.study.study import Cell, Run, read_yaml
+from sb3_vpg.study.study import Cell, Run, Study, read_yaml
 
 #: Number of points of a learning curve
 N_POINTS = 50
@@ -23,9 +24,9 @@ N_POINTS = 50
 FORMAT = 2
 VERSIONS = ("sb3_vpg", "stable_baselines3", "sb3_contrib", "rl_zoo3", "torch", "gymnasium", "numpy", "envpool")
 #: Settings that may change within a folder: they add runs, or change only the report
-EXTENDABLE = ("seeds", "first_seed", "learning_rates", "pairs", "gym_packages", "score_range")
+EXTENDABLE = ("algorithms", "seeds", "first_seed", "learning_rates", "pairs", "gym_packages", "score_range")
 #: Settings whose parts may be added or left out
-COLLECTIONS = ("environments", "algorithms", "settings")
+COLLECTIONS = ("environments", "settings", "entries")
 
 
 class Measures(NamedTuple):
@@ -122,18 +123,18 @@ class Results:
     def __contains__(self, run: Run) -> bool:
         return _key(run) in self._ended
 
-    def forget_failed(self, cells: Container[Cell], remove: bool) -> None:
-        """Do not count the runs of these cells that have failed, and ``remove`` them from the files."""
-        self._keep(lambda row: not row[-1] or tuple(row[1:4]) not in cells, write=remove)
+    def forget_failed(self, study: Study, cells: Container[Cell], remove: bool) -> None:
+        """Do not count failed runs of these cells and of the study's seeds, and ``remove`` them from the files."""
+
+        def wanted(row: Sequence[str]) -> bool:
+            return not row[-1] or tuple(row[1:4]) not in cells or int(row[4]) not in study.seeds_of(row[0])
+
+        self._keep(wanted, write=remove)
 
     def add(self, run: Run, measures: Measures, points: Iterable[Point], error: str = "") -> None:
         """
-        Append a run that has ended.
+        Append a run that has ended, with its error if it has failed.
 
-        :param run: the run
-        :param measures: its measures
-        :param points: its points
-        :param error: its error, if it has failed
         :raises OSError: if the files cannot be written; the run does not count then
         """
         # Milliseconds: more digits are noise, which cannot be compressed
@@ -179,8 +180,8 @@ def keep_settings(folder: Path, study: Mapping[str, Any], hyperparameters: Mappi
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     new = {"format": FORMAT, "study": study, "hyperparameters": hyperparameters, "versions": versions}
-    # As YAML gives it back
-    new = yaml.safe_load(yaml.safe_dump(new, sort_keys=False))
+    # As YAML gives it back. Hyperparameters in a Python file may be classes
+    new = json.loads(json.dumps(new, default=str))
     if path.is_file():
         old = read_yaml(path)
         if not isinstance(old, dict) or old.get("format") != FORMAT or not new.keys() <= old.keys():
@@ -203,7 +204,7 @@ def _differences(old: Any, new: Any, key: str = "") -> Iterator[tuple[str, Any, 
         for name in filter(new.__contains__, old) if key in COLLECTIONS else {**old, **new}:
             if name not in EXTENDABLE:
                 yield from _differences(old.get(name), new.get(name), f"{key}: {name}" if key else name)
-    elif old != new and key not in COLLECTIONS:
+    elif old != new:
         yield key, old, new
 
 

@@ -18,7 +18,6 @@ from sb3_vpg.study.study import Cell, Selection, Study
 REPETITIONS = 2000
 #: Normalized score at which a run has learned the task
 LEARNED = 0.9
-NO_VALUES = pd.Series(dtype=np.float64)
 
 
 class Estimate(NamedTuple):

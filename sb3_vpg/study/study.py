@@ -31,11 +31,19 @@ EXPONENTIAL = re.compile(r"[-+]?\d+\.?\d*[eE][-+]?\d+")
 Cell = tuple[str, str, str]
 
 
-def _check_type(key: str, value: Any, kind: type) -> None:
-    """:raises ValueError: if the value is not of this kind: ``Sequence`` (but no text) or ``Mapping``"""
-    if not isinstance(value, kind) or isinstance(value, str):
-        form = "a list" if kind is Sequence else "keys and values"
+def _check_type(key: str, value: Any, kind: Any, parts: Any = None) -> None:
+    """
+    :param kind: ``Sequence`` (but no text), ``Mapping`` or ``str``
+    :param parts: the same for the parts of the value
+    :raises ValueError: if the value or one of its parts is not of its kind
+    """
+    if not isinstance(value, kind) or (kind is not str and isinstance(value, str)):
+        form = {Sequence: "a list", Mapping: "keys and values", str: "a name"}[kind]
         raise ValueError(f"{key}={value!r} is not allowed; it must be {form}")
+    if parts is not None:
+        named = [(f"{key}: {name}", part) for name, part in value.items()] if kind is Mapping else [(key, x) for x in value]
+        for name, part in named:
+            _check_type(name, part, parts)
 
 
 class Run(NamedTuple):
@@ -159,7 +167,6 @@ class Study:
         check_number("first_seed", self.first_seed, low=0, integer=True)
         check_number("evaluation_episodes", self.evaluation_episodes, low=1, integer=True)
         check_choice("score", self.score, SCORES)
-        self._check_entries()
         check_choice("vec_env", self.vec_env, (None, *VEC_ENVS))
         register_environments()
         for name, environment in self.environments.items():
@@ -189,34 +196,20 @@ class Study:
             check_known("statistics: reference", self.statistics.reference, self.settings)
 
     def _check_types(self) -> None:
-        for key in ("algorithms", "pairs", "gym_packages"):
-            _check_type(key, getattr(self, key), Sequence)
-        for key in ("algorithms", "gym_packages"):
-            for name in getattr(self, key):
-                if not isinstance(name, str):
-                    raise ValueError(f"{key}: {name!r} is not allowed; it must be a name")
-        for key in ("environments", "settings", "common"):
-            _check_type(key, getattr(self, key), Mapping)
-        for key in ("environments", "settings"):
-            for name, keywords in getattr(self, key).items():
-                _check_type(f"{key}: {name}", keywords, Mapping)
+        for key, kind, parts in (
+            *(("algorithms", Sequence, str), ("gym_packages", Sequence, str), ("pairs", Sequence, None)),
+            *(("environments", Mapping, Mapping), ("settings", Mapping, Mapping), ("common", Mapping, None)),
+        ):
+            _check_type(key, getattr(self, key), kind, parts)
         for key in ("algorithms", "environments"):
             if not getattr(self, key):
                 raise ValueError(f"{key} is empty; name at least one")
-
-    def _check_entries(self) -> None:
-        files: Iterable[Any] = ()
         if isinstance(self.entries, Mapping):
+            _check_type("entries", self.entries, Mapping, str)
             for name in self.entries:
                 check_known("entries", name, self.algorithms)
-            files = self.entries.values()
-        elif isinstance(self.entries, str):
-            files = [self.entries]
-        else:
+        elif not isinstance(self.entries, str):
             check_choice("entries", self.entries, (True, False))
-        for file in files:
-            if not isinstance(file, str) or not Path(file).is_file():
-                raise ValueError(f"entries={file!r} is not allowed; there is no such file")
 
     def _check_environment(self, name: str, environment: Mapping[str, Any]) -> None:
         check_known("environment", name, gym.registry)

@@ -10,7 +10,7 @@ import inspect
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -102,13 +102,7 @@ class StopAfterSeconds(BaseCallback):
 
 
 class GradientMeasurement(BaseCallback):
-    """
-    Measures the gradients of all settings with ``n_episodes``, at the start, in the middle and at the end of training.
-
-    :param study: the study
-    :param manager: manager of the run
-    :param run: the run
-    """
+    """Measures the gradients of all settings with ``n_episodes``, at the start, in the middle and at the end of training."""
 
     def __init__(self, study: Study, manager: VPGExperimentManager, run: Run):
         super().__init__()
@@ -192,37 +186,12 @@ def update_specs(study: Study, run: Run, folder: Path) -> dict[str, UpdateSpec]:
     return specs
 
 
-def check_statistics(study: Study, environment: str, contestants: Sequence[str], folder: Path) -> None:
-    """
-    Check the gradient statistics of a study.
-
-    :param study: the study
-    :param environment: id of the environment
-    :param contestants: names of the contestants that are run
-    :param folder: folder for files of its models
-    :raises ValueError: if they cannot be measured: no setting has ``n_episodes``, or there are too few episodes
-    """
-    run = next(study.statistics_runs([environment], contestants, {}), None)
-    if run is None:
-        return
-    specs = update_specs(study, run, folder)
-    if not specs:
-        raise ValueError("statistics: no setting has n_episodes; only whole episodes are measured")
-    try:
-        check_updates(specs, study.statistics.n_episodes, study.statistics.reference or None)
-    except ValueError as error:
-        raise ValueError(f"statistics: {environment}: {error}") from error
-
-
 def execute(
     study: Study, run: Run, folder: Path, tracking: tuple[str, Path] | None, report: Callable[[float], None]
 ) -> tuple[Measures, list[Point]]:
     """
-    Train the model of a run, and evaluate it or measure gradients.
+    Train the model of a run, and evaluate it or measure gradients. See :func:`set_up`.
 
-    :param study: the study
-    :param run: one of its runs
-    :param folder: folder for the run's own files
     :param tracking: "tensorboard" or "wandb", and the folder of the study; None for no logs of training
     :param report: called with the finished fraction of the run
     :return: measures and points
@@ -264,16 +233,14 @@ def start_tracking(tracking: tuple[str, Path] | None, study: Study, run: Run) ->
     name = "__".join(str(part) for part in run if part not in ("", None)).replace("/", "_")
     logs = folder / "tensorboard" / name
     shutil.rmtree(logs, ignore_errors=True)
+    session: AbstractContextManager[Any] = nullcontext()
     if service == "wandb":
         import wandb
 
         config = {**run._asdict(), **study.keywords(*run.cell)}
-        wandb.init(name=name, project="sb3", group=folder.name, config=config, sync_tensorboard=True, dir=folder)
-    try:
+        session = wandb.init(name=name, project="sb3", group=folder.name, config=config, sync_tensorboard=True, dir=folder)
+    with session:
         yield str(logs)
-    finally:
-        if service == "wandb":
-            wandb.finish()
 
 
 def evaluate(study: Study, run: Run, manager: VPGExperimentManager, model: Any) -> dict[str, Any]:
@@ -301,15 +268,7 @@ def evaluate(study: Study, run: Run, manager: VPGExperimentManager, model: Any) 
 
 
 def measure_speed(study: Study, run: Run, folder: Path, report: Callable[[float], None]) -> float:
-    """
-    Train for :data:`SECONDS_OF_SPEED`.
-
-    :param study: the study
-    :param run: one of its runs
-    :param folder: folder for the run's own files
-    :param report: not used
-    :return: seconds of training per timestep
-    """
+    """:return: seconds per timestep, of a training of :data:`SECONDS_OF_SPEED`"""
     manager, model, _ = set_up(study, run, folder)
     callback = StopAfterSeconds()
     if hasattr(model, "learning_starts"):
@@ -320,43 +279,36 @@ def measure_speed(study: Study, run: Run, folder: Path, report: Callable[[float]
     return callback.seconds_per_step
 
 
-def check_cell(study: Study, run: Run, folder: Path) -> dict[str, Any]:
-    """
-    Check the algorithm and the keywords of a run: make its model.
-
-    :param study: the study
-    :param run: one of its runs
-    :param folder: folder for the run's own files
-    :return: its hyperparameters, as the zoo's files have them, with the number of timesteps
-    :raises ValueError: if a name is not known, or the model cannot be made
-    """
-    check_known("algorithm", run.algorithm, ALGOS)
-    known = {*inspect.signature(ALGOS[run.algorithm]).parameters, *ZOO_KEYS}
-    for keyword in study.keywords(*run.cell):
-        check_known(f"{run.setting or run.environment}: keyword", keyword, known)
-    try:
-        manager, model, hyperparameters = set_up(study, run, folder)
-    except Exception as error:
-        raise ValueError(f"{' '.join(filter(None, run.cell))}: {error}") from error
-    model.env.close()
-    return {**hyperparameters, "n_timesteps": manager.n_timesteps}
-
-
 def check_cells(
     study: Study, environment: str, contestants: Sequence[str], folder: Path, report: Callable[[float], None]
 ) -> dict[Cell, dict[str, Any]]:
     """
-    Check all cells of an environment, and their gradient statistics.
+    Make the model of each cell of an environment, and check its gradient statistics.
 
-    :param study: the study
-    :param environment: id of the environment
-    :param contestants: names of the contestants that are run
-    :param folder: folder for files of its models
-    :param report: not used
-    :return: hyperparameters by cell; see :func:`check_cell`
-    :raises ValueError: if a name is not known, a model cannot be made, or the gradient statistics cannot be measured
+    :return: for each cell the hyperparameters, as the zoo's files have them, with the number of timesteps
+    :raises ValueError: if a name is not known, a model cannot be made, or the gradient statistics cannot be measured: no
+        setting has ``n_episodes``, or there are too few episodes
     """
-    runs = [Run("final", environment, *study.contestants[name], study.first_seed) for name in contestants]
-    cells = {run.cell: check_cell(study, run, folder) for run in runs}
-    check_statistics(study, environment, contestants, folder)
+    cells = {}
+    for name in contestants:
+        run = Run("final", environment, *study.contestants[name], study.first_seed)
+        check_known("algorithm", run.algorithm, ALGOS)
+        known = {*inspect.signature(ALGOS[run.algorithm]).parameters, *ZOO_KEYS}
+        for keyword in study.keywords(*run.cell):
+            check_known(f"{run.setting or environment}: keyword", keyword, known)
+        try:
+            manager, model, hyperparameters = set_up(study, run, folder)
+        except Exception as error:
+            raise ValueError(f"{' '.join(filter(None, run.cell))}: {error}") from error
+        model.env.close()
+        cells[run.cell] = {**hyperparameters, "n_timesteps": manager.n_timesteps}
+    measured = next(study.statistics_runs([environment], contestants, {}), None)
+    if measured is not None:
+        specs = update_specs(study, measured, folder)
+        if not specs:
+            raise ValueError("statistics: no setting has n_episodes; only whole episodes are measured")
+        try:
+            check_updates(specs, study.statistics.n_episodes, study.statistics.reference or None)
+        except ValueError as error:
+            raise ValueError(f"statistics: {environment}: {error}") from error
     return cells

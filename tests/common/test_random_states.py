@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv
+from gymnasium.wrappers.vector import RecordEpisodeStatistics
 from helpers.envs import BOX, CountingEnv, SpacesEnv
 from helpers.models import cartpole_model, counting_model, flat_weights
 from stable_baselines3.common.callbacks import BaseCallback
@@ -17,6 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 
 from sb3_vpg import VPG
 from sb3_vpg.common.random_states import get_random_states, set_random_states
+from sb3_vpg.envs.cartpole import SameStepCartPoleVectorEnv
 from sb3_vpg.envs.native_vec_env import NativeVecEnv
 
 
@@ -24,11 +27,20 @@ def short_pendulum():
     return gym.make("Pendulum-v1", max_episode_steps=30)
 
 
+def seeded(vector_env, seed):
+    env = NativeVecEnv(vector_env)
+    env.seed(seed)
+    return env
+
+
 ENVIRONMENTS = {
     "one": lambda seed: make_vec_env("CartPole-v1", 1, seed=seed),
     "dummy": lambda seed: make_vec_env("CartPole-v1", 3, seed=seed),
     "same length": lambda seed: make_vec_env(short_pendulum, 2, seed=seed),
     "native": lambda seed: make_vec_env("CartPole-v1", 3, seed=seed, vec_env_cls=NativeVecEnv),
+    "native, wrapped": lambda seed: seeded(RecordEpisodeStatistics(SameStepCartPoleVectorEnv(3)), seed),
+    "native, separate": lambda seed: seeded(SyncVectorEnv([lambda: gym.make("CartPole-v1")] * 3), seed),
+    "native, in processes": lambda seed: seeded(AsyncVectorEnv([lambda: gym.make("CartPole-v1")] * 2), seed),
     "subprocess": lambda seed: make_vec_env("CartPole-v1", 2, seed=seed, vec_env_cls=SubprocVecEnv),
 }
 
@@ -301,15 +313,20 @@ def test_environments_that_have_been_closed_do_not_keep_a_model_from_being_saved
     VPG.load(tmp_path / "model", env=DummyVecEnv(monitored(OwnGenerator, OwnGenerator))).learn(32, reset_num_timesteps=False)
 
 
-def test_an_interrupted_step_of_processes_does_not_keep_a_model_from_going_on(tmp_path, monkeypatch):
-    env = SubprocVecEnv([lambda: Monitor(CountingEnv([4]))] * 2)
+@pytest.mark.parametrize(
+    "message", [None, ("reset", (None, {})), ("env_method", ("observation", (), {})), ("get_attr", "lengths")]
+)
+def test_an_interrupted_call_of_processes_does_not_keep_a_model_from_going_on(message, tmp_path, monkeypatch):
+    env = SubprocVecEnv([lambda: Monitor(CountingEnv([4, 4]))] * 2)
     model = counting_model(env).learn(16)
 
-    def interrupt():
+    def interrupt(*_):
+        for remote in env.remotes if message else ():
+            remote.send(message)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(env, "step_wait", interrupt)
+        patch.setattr(env, "step_async" if message else "step_wait", interrupt)
         with pytest.raises(KeyboardInterrupt):
             model.learn(16, reset_num_timesteps=False)
     model.save(tmp_path / "model")

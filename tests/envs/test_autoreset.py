@@ -9,12 +9,13 @@ import pytest
 from gymnasium.envs.classic_control.cartpole import CartPoleVectorEnv
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers import TimeLimit
-from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from gymnasium.wrappers.vector import NormalizeObservation, NormalizeReward, RecordEpisodeStatistics
 from helpers.envs import OBSERVATION_SPACES, CountingEnv, NextStepVectorEnv, SpacesEnv
 from helpers.vec_envs import TellingEnv, assert_same, endings, play
 from stable_baselines3 import A2C
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
@@ -143,6 +144,38 @@ def test_a_wrapper_around_a_vectorized_environment_is_kept():
     assert infos[0]["episode"]["l"] == 3
 
 
+def wrapped_cartpoles(wrapper, mode):
+    return wrapper(SyncVectorEnv([lambda: gym.make("CartPole-v1")] * 4, autoreset_mode=mode))
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "mode"),
+    [
+        (NormalizeObservation, AutoresetMode.NEXT_STEP),
+        (NormalizeReward, AutoresetMode.NEXT_STEP),
+        (NormalizeReward, AutoresetMode.SAME_STEP),
+    ],
+)
+def test_a_wrapper_that_keeps_statistics_has_those_of_gymnasium(wrapper, mode):
+    alone, inside = (wrapped_cartpoles(wrapper, mode) for _ in range(2))
+    env = NativeVecEnv(inside)
+    assert (env.reset_steps is None) == (mode == AutoresetMode.SAME_STEP)
+    alone.reset(seed=0)
+    env.seed(0)
+    env.reset()
+    assert env.reset_steps is None or env.reset_steps.shape == (4,)
+    for actions in np.random.default_rng(0).integers(2, size=(200, 4)):
+        expected, rewards, *_ = alone.step(actions)
+        observations, own_rewards, *_ = env.step(actions)
+        np.testing.assert_allclose(observations, expected)
+        np.testing.assert_allclose(own_rewards, rewards, rtol=1e-6)
+
+
+def test_a_wrapper_that_cannot_be_reset_in_part_is_refused_where_it_has_to_be():
+    with pytest.raises(ValueError, match=r"NormalizeReward is not allowed with AutoresetMode\.DISABLED"):
+        NativeVecEnv(RecordEpisodeStatistics(wrapped_cartpoles(NormalizeReward, AutoresetMode.DISABLED)))
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # gymnasium's own CartPoleVectorEnv resets in the next step
 # ---------------------------------------------------------------------------------------------------------------
@@ -220,6 +253,16 @@ def test_other_algorithms_are_refused():
     small_model(env).learn(256)
     with pytest.raises(RuntimeError, match=r"resets in the next step .* Only VPG can be trained on it"):
         A2C("MlpPolicy", env, n_steps=64).learn(256)
+
+
+def test_a_policy_can_be_evaluated():
+    model = small_model(cartpoles()).learn(256)
+    env = cartpoles()
+    env.allow_reset_steps = True
+    returns, lengths = evaluate_policy(model, env, 8, return_episode_rewards=True)
+    # One for each step, but the one of the reset
+    assert returns == lengths
+    assert 8 <= min(returns) <= max(returns) <= 30
 
 
 def test_a_buffer_without_a_mask_is_refused():

@@ -20,10 +20,12 @@ from sb3_vpg.study.study import FIRST_SEARCH_SEED, Run
 COMPARE = ("-m", "sb3_vpg", "compare")
 #: In place of the package of Weights & Biases
 WANDB = """
+from contextlib import contextmanager
+
+@contextmanager
 def init(name, project, group, config, sync_tensorboard, dir):
     print("wandb init", group, sync_tensorboard, config["setting"])
-
-def finish():
+    yield
     print("wandb finish")
 """
 #: An estimator of one's own
@@ -212,7 +214,7 @@ def test_nothing_is_run_again_but_what_has_failed_if_asked_for(installed: Enviro
         r"^4 runs in 2 processes: about \d\d:\d\d of training \(speeds of the runs in the folder\)", output, re.MULTILINE
     )
     assert output.count("FAILED") == 4
-    assert "8 runs have failed: the report and output.log have their errors, --retry-failed repeats them" in output
+    assert "8 runs in the folder have failed: output.log has their errors, --retry-failed repeats them" in output
 
 
 def test_arguments_are_a_study_too_and_its_folder_is_its_own(installed: Environment, tmp_path: Path):
@@ -381,6 +383,7 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(installed: Environment, exi
         (["--vary", "estimator=gea"], "estimator='gea' is not allowed; choose one of 'total_return'"),
         (["--seeds", "0"], "seeds=0 is not allowed"),
         (["--gym-packages", "nothing"], "gym_packages: nothing cannot be imported: No module named 'nothing'"),
+        (["--entries", "nowhere.yml"], "CartPole-v1 vpg: [Errno 2] No such file or directory: 'nowhere.yml'"),
         (["--entries", "a.yml", "b.yml"], "--entries 'a.yml' is not allowed; with several files, it must have the form"),
         (["--entries", "ppo=a.yml", "ppo=b.yml"], "--entries has ppo twice; name one file for each algorithm"),
         (["--processes", "0"], "--processes=0 is not allowed"),

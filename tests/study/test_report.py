@@ -168,9 +168,9 @@ def test_numbers_are_right_aligned_and_texts_are_not(text: str):
         **{"pair": "---", "question": "---", "better / worse": "---:", "probability of improvement": "---:"},
         **{"CartPole-v1": "---:", "Acrobot-v1": "---:"},
     }
-    cells = [["a", "- / 1", "2 [1, 3]", "-", "**1**", "1"], ["5", "2 / 1", "", "+3", "-4", "x" * 41]]
-    assert Table([*"abcdef"], cells).kinds() == ["text", *["number"] * 4, "long text"]
-    assert Table([*"ab"], []).kinds() == ["text", "number"]
+    cells = [["a", "- / 1", "2 [1, 3]", "-", "**1**", "1"], ["5", "2 / 1", "", "+3", "-4", "x"]]
+    assert Table([*"abcdef"], cells).are_numbers() == [False, *[True] * 4, False]
+    assert Table([*"ab"], []).are_numbers() == [False, True]
 
 
 def test_texts_of_a_user_do_not_break_tables_and_lines_keep_their_colors(tmp_path: Path):

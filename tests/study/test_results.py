@@ -4,13 +4,14 @@ import resource
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from sb3_vpg.study.results import COLUMNS, N_POINTS, Measures, Point, Results, keep_settings, learning_curve
-from sb3_vpg.study.study import Run
+from sb3_vpg.study.study import Run, Study
 
 RUNS = [Run("search", "CartPole-v1", "vpg", "a, b", 1000, 0.1), Run("final", "CartPole-v1", "ppo", "", 0)]
 MEASURES = Measures(512, 1.5, 1 / 3, 500.0, 499.5, None, 500.0)
@@ -19,9 +20,11 @@ SETTINGS = {
     "algorithms": ("vpg",),
     "environments": {"CartPole-v1": {"gamma": 0.9}},
     "settings": {"gae": {"gae_lambda": 0.9}},
+    "entries": {"vpg": "mine.yml"},
     "seeds": 3,
     "search": {"seeds": 2, "learning_rates": [0.1]},
 }
+STUDY = Study()
 
 
 def filled(folder: Path) -> Results:
@@ -112,14 +115,15 @@ def test_failed_runs_have_ended_until_they_are_forgotten(tmp_path: Path):
     assert results.frame("runs").error.tolist() == ["", 'ValueError: a, "b"']
     assert RUNS[1] in Results(tmp_path)
     # A dry run only says what would be executed
-    results.forget_failed([RUNS[1].cell], remove=False)
+    results.forget_failed(STUDY, [RUNS[1].cell], remove=False)
     assert RUNS[1] not in results
     assert len(results.frame("runs")) == 2
     results = Results(tmp_path)
-    # Those of other cells are kept
-    results.forget_failed([RUNS[0].cell], remove=True)
+    # Those of other cells are kept, and those of seeds that the study has left out
+    results.forget_failed(STUDY, [RUNS[0].cell], remove=True)
+    results.forget_failed(replace(STUDY, first_seed=1), [RUNS[1].cell], remove=True)
     assert RUNS[1] in results
-    results.forget_failed([RUNS[1].cell], remove=True)
+    results.forget_failed(STUDY, [RUNS[1].cell], remove=True)
     assert RUNS[1] not in results
     assert RUNS[0] in results
     assert len(results.frame("runs")) == 1
@@ -196,7 +200,7 @@ def test_settings_are_kept_with_versions_and_a_study_may_grow(tmp_path: Path):
     assert keep_settings(tmp_path, SETTINGS, {"CartPole-v1, vpg": {"gamma": 0.9}}) == []
     more = {**SETTINGS, "seeds": 10, "search": {"learning_rates": [0.3, 0.1], "seeds": 5}, "algorithms": ["ppo", "vpg"]}
     more |= {key: {**SETTINGS[key], "Acrobot-v1": {"gamma": 0.9}} for key in ("environments", "settings")}
-    more |= {"pairs": [["vpg", "ppo"]], "gym_packages": ["mine"]}
+    more |= {"pairs": [["vpg", "ppo"]], "gym_packages": ["mine"], "entries": {"vpg": "mine.yml", "ppo": "mine.yml"}}
     more["environments"]["CartPole-v1"] = {"gamma": 0.9, "score_range": [0, 1]}
     before = (tmp_path / "study.yml").read_text()
     assert keep_settings(tmp_path, more, {"Acrobot-v1, vpg": {"gamma": 0.9}}, write=False) == []
@@ -211,7 +215,7 @@ def test_settings_are_kept_with_versions_and_a_study_may_grow(tmp_path: Path):
 @pytest.mark.parametrize(
     ("settings", "hyperparameters", "named"),
     [
-        ({**SETTINGS, "entries": False}, {}, "entries is None there, False here"),
+        ({**SETTINGS, "entries": {"vpg": "other.yml"}}, {}, "entries: vpg is 'mine.yml' there, 'other.yml' here"),
         ({**SETTINGS, "settings": {"gae": {}, "td": {}}}, {}, "settings: gae: gae_lambda is 0.9 there, None here"),
         ({**SETTINGS, "environments": {"CartPole-v1": {}}}, {}, "environments: CartPole-v1: gamma is 0.9 there, None here"),
         ({**SETTINGS, "steps": 5}, {}, "steps is None there, 5 here"),

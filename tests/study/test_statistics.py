@@ -9,7 +9,7 @@ from helpers.studies import add_final_runs, add_search, add_statistics
 from rliable import library, metrics
 
 from sb3_vpg.study import statistics
-from sb3_vpg.study.gradient_report import MOMENTS, gradient_statistics, of_seeds, variance_ratios
+from sb3_vpg.study.gradient_report import MOMENTS, gradient_statistics, of_settings, variance_ratios
 from sb3_vpg.study.results import Measures, Point, Results
 from sb3_vpg.study.statistics import Findings
 from sb3_vpg.study.study import Run, Search, make_study
@@ -164,7 +164,7 @@ def test_runs_count_with_the_rate_that_is_selected_now(tmp_path):
     }
     assert (findings.points.metric == "return").sum() == 4
     values = gradient_statistics(findings, "CartPole-v1", "plain")
-    assert of_seeds(values, "variance", "plain", "start").tolist() == [0.1]
+    assert of_settings(values, "variance", ["plain"]).plain["start"].tolist() == [0.1]
 
 
 def test_runs_of_left_out_rates_and_seeds_do_not_count(tmp_path):
@@ -198,9 +198,8 @@ def test_each_run_has_a_start_a_middle_and_an_end(tmp_path, times: list[tuple[in
         points = [Point(timesteps, 1.0, "variance", "plain", float(i)) for i, timesteps in enumerate(of_seed, 1)]
         results.add(Run("statistics", "CartPole-v1", "vpg", "plain", seed), Measures(of_seed[-1], 1.0, 1.0), points)
     values = gradient_statistics(findings_of(results), "CartPole-v1", "plain")
-    assert [of_seeds(values, "variance", "plain", moment).tolist() for moment in MOMENTS] == [
-        [i] * len(times) for i in (1, 2, 3)
-    ]
+    variances = of_settings(values, "variance", ["plain"]).plain
+    assert [variances[moment].tolist() for moment in MOMENTS] == [[i] * len(times) for i in (1, 2, 3)]
 
 
 def test_variances_are_ratios_at_the_same_policy(tmp_path):
@@ -208,12 +207,15 @@ def test_variances_are_ratios_at_the_same_policy(tmp_path):
     variances = {"plain": [[1, 2, 0], [1, 2, 4]], "clever": [[4, 1, 1], [1, 1, 2]]}
     add_statistics(results, "CartPole-v1", "plain", {"variance": variances})
     values = gradient_statistics(findings_of(results), "CartPole-v1", "plain")
-    assert variance_ratios(values, "plain", "clever", "start").to_dict() == {0: 4, 1: 1}
+    there, back = ("plain", "clever"), ("clever", "plain")
+    ratios = variance_ratios(values, [there, back])
+    assert ratios[there]["start"].to_dict() == {0: 4, 1: 1}
     # Of the first seed, 1 / 0 is left out
-    assert variance_ratios(values, "plain", "clever", "end").to_dict() == {1: 0.5}
-    assert variance_ratios(values, "clever", "plain", "end").to_dict() == {0: 0, 1: 2}
-    assert of_seeds(values, "variance_low", "clever", "start").to_dict() == {0: 3.9, 1: 0.9}
-    assert of_seeds(values, "variance", "not measured", "start").empty
+    assert ratios[there]["end"].dropna().to_dict() == {1: 0.5}
+    assert ratios[back]["end"].to_dict() == {0: 0, 1: 2}
+    of_both = of_settings(values, "variance_low", ["clever", "not measured"])
+    assert of_both.clever["start"].to_dict() == {0: 3.9, 1: 0.9}
+    assert of_both["not measured"].isna().all()
 
 
 def test_gradients_of_rounding_errors_have_no_variance_and_no_direction(tmp_path):
@@ -224,8 +226,8 @@ def test_gradients_of_rounding_errors_have_no_variance_and_no_direction(tmp_path
     }
     add_statistics(results, "CartPole-v1", "plain", metrics)
     values = gradient_statistics(findings_of(results), "CartPole-v1", "plain")
-    ratios = [variance_ratios(values, "plain", "clever", moment).tolist() for moment in MOMENTS]
+    ratios = variance_ratios(values, [("plain", "clever")])["plain", "clever"]
     # Small gradients are not rounding errors if those of all settings are small, as with a nearly deterministic policy
-    assert ratios == [[1e-7], [0], [1]]
-    cosines = [of_seeds(values, "pairwise_cosine", "clever", moment).tolist() for moment in MOMENTS]
-    assert cosines == [[0.9], [], [0.9]]
+    assert [ratios[moment].tolist() for moment in MOMENTS] == [[1e-7], [0], [1]]
+    cosines = of_settings(values, "pairwise_cosine", ["clever"]).clever
+    assert [cosines[moment].dropna().tolist() for moment in MOMENTS] == [[0.9], [], [0.9]]
