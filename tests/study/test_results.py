@@ -230,6 +230,13 @@ def test_a_folder_of_another_study_is_refused_by_name(tmp_path: Path, settings: 
     assert (tmp_path / "study.yml").read_text() == before
 
 
+def test_hyperparameters_may_be_classes(tmp_path: Path):
+    cells = {"CartPole-v1, vpg": {"policy_kwargs": {"activation_fn": Study}}}
+    assert keep_settings(tmp_path, SETTINGS, cells) == keep_settings(tmp_path, SETTINGS, cells) == []
+    with pytest.raises(ValueError, match=r"activation_fn is .*Study.* there, .*Run.* here"):
+        keep_settings(tmp_path, SETTINGS, {"CartPole-v1, vpg": {"policy_kwargs": {"activation_fn": Run}}})
+
+
 @pytest.mark.parametrize("text", ["learning_rates: [0.1]\n", "format: 1\n", "format: 2\nstudy: {}\n", "3\n"])
 def test_settings_of_another_format_are_refused_by_name(tmp_path: Path, text: str):
     (tmp_path / "study.yml").write_text(text)

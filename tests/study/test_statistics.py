@@ -9,7 +9,7 @@ from helpers.studies import add_final_runs, add_search, add_statistics
 from rliable import library, metrics
 
 from sb3_vpg.study import statistics
-from sb3_vpg.study.gradient_report import MOMENTS, gradient_statistics, of_settings, variance_ratios
+from sb3_vpg.study.gradient_report import MOMENTS, gradient_statistics, of_settings, policies, variance_ratios
 from sb3_vpg.study.results import Measures, Point, Results
 from sb3_vpg.study.statistics import Findings
 from sb3_vpg.study.study import Run, Search, make_study
@@ -231,3 +231,15 @@ def test_gradients_of_rounding_errors_have_no_variance_and_no_direction(tmp_path
     assert [ratios[moment].tolist() for moment in MOMENTS] == [[1e-7], [0], [1]]
     cosines = of_settings(values, "pairwise_cosine", ["clever"]).clever
     assert [cosines[moment].dropna().tolist() for moment in MOMENTS] == [[0.9], [], [0.9]]
+
+
+def test_gradients_are_those_of_the_algorithm_that_is_measured_now(tmp_path):
+    results = Results(tmp_path)
+    add_statistics(results, "CartPole-v1", "plain", {"variance": {"plain": [[1, 1, 1]]}})
+    study = replace(STUDY, algorithms=["vpg_lstm", "vpg"], search=Search())
+    assert list(policies(Findings(study, results.frame("runs"), results.frame("points")))) == []
+    points = [Point(0, 1.0, "variance", "plain", 5.0)]
+    results.add(Run("statistics", "CartPole-v1", "vpg_lstm", "plain", 0), Measures(0, 1.0, 1.0), points)
+    findings = Findings(study, results.frame("runs"), results.frame("points"))
+    assert list(policies(findings)) == [("CartPole-v1", "plain")]
+    assert gradient_statistics(findings, "CartPole-v1", "plain").variance.tolist() == [5.0]
