@@ -165,9 +165,9 @@ def compare(args: argparse.Namespace) -> None:
             changed = keep_settings(args.folder, asdict(study), cells, write=not args.dry_run)
             if changed:
                 print(f"Note: the folder has runs with other versions of {', '.join(changed)}")
-            results = Results(args.folder)
+            results = Results(args.folder, write=not args.dry_run)
             if args.retry_failed:
-                results.forget_failed(study, hyperparameters, remove=not args.dry_run)
+                results.forget_failed(study, hyperparameters)
             runs, seconds = plan(study, selection, hyperparameters, results, args.processes, Path(folder))
             if args.dry_run:
                 return

@@ -98,38 +98,39 @@ class Results:
     when the files are opened.
 
     :param folder: the folder; files that do not exist are created
+    :param write: False: files that exist are not changed
     :raises ValueError: if the folder has results of another format
     :raises OSError: if the files cannot be written; they have not changed then
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, write: bool = True):
         if (folder / "results.csv").exists():
             raise ValueError(f"{folder / 'results.csv'} has results of an older format: choose another --folder")
-        self.paths = {name: folder / f"{name}.csv" for name in COLUMNS}
+        self.paths, self.write = {name: folder / f"{name}.csv" for name in COLUMNS}, write
         self._keep(lambda row: True)
 
-    def _keep(self, wanted: Any, write: bool = True) -> None:
-        """Keep the wanted rows of runs.csv, and their points; without ``write``, in memory only."""
+    def _keep(self, wanted: Any) -> None:
+        """Keep the wanted rows of runs.csv, and their points."""
         rows = {name: _complete_rows(path, COLUMNS[name]) for name, path in self.paths.items()}
         rows["runs"] = [row for row in rows["runs"] if wanted(row)]
         self._ended = {_key(row) for row in rows["runs"]}
         rows["points"] = [row for row in rows["points"] if _key(row) in self._ended]
         for name, path in self.paths.items():
             content = _as_csv([COLUMNS[name], *rows[name]])
-            if write and (not path.is_file() or path.read_bytes() != content):
+            if not path.is_file() or (self.write and path.read_bytes() != content):
                 with atomic_write(path) as file:
                     file.write(content)
 
     def __contains__(self, run: Run) -> bool:
         return _key(run) in self._ended
 
-    def forget_failed(self, study: Study, cells: Container[Cell], remove: bool) -> None:
-        """Do not count failed runs of these cells and of the study's seeds, and ``remove`` them from the files."""
+    def forget_failed(self, study: Study, cells: Container[Cell]) -> None:
+        """Remove the failed runs of these cells and of the study's seeds."""
 
         def wanted(row: Sequence[str]) -> bool:
             return not row[-1] or tuple(row[1:4]) not in cells or int(row[4]) not in study.seeds_of(row[0])
 
-        self._keep(wanted, write=remove)
+        self._keep(wanted)
 
     def add(self, run: Run, measures: Measures, points: Iterable[Point], error: str = "") -> None:
         """

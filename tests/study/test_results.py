@@ -104,6 +104,9 @@ def test_points_of_a_run_that_has_not_ended_are_removed(tmp_path: Path):
     before = contents(tmp_path)
     with results.paths["points"].open("a") as file:
         file.write("final,CartPole-v1,ppo,,7,,256,0.75,return,,20.0\nfinal,CartP")
+    with_a_part = contents(tmp_path)
+    assert RUNS[1] in Results(tmp_path, write=False)
+    assert contents(tmp_path) == with_a_part
     Results(tmp_path)
     assert contents(tmp_path) == before
 
@@ -115,15 +118,16 @@ def test_failed_runs_have_ended_until_they_are_forgotten(tmp_path: Path):
     assert results.frame("runs").error.tolist() == ["", 'ValueError: a, "b"']
     assert RUNS[1] in Results(tmp_path)
     # A dry run only says what would be executed
-    results.forget_failed(STUDY, [RUNS[1].cell], remove=False)
+    results = Results(tmp_path, write=False)
+    results.forget_failed(STUDY, [RUNS[1].cell])
     assert RUNS[1] not in results
     assert len(results.frame("runs")) == 2
     results = Results(tmp_path)
     # Those of other cells are kept, and those of seeds that the study has left out
-    results.forget_failed(STUDY, [RUNS[0].cell], remove=True)
-    results.forget_failed(replace(STUDY, first_seed=1), [RUNS[1].cell], remove=True)
+    results.forget_failed(STUDY, [RUNS[0].cell])
+    results.forget_failed(replace(STUDY, first_seed=1), [RUNS[1].cell])
     assert RUNS[1] in results
-    results.forget_failed(STUDY, [RUNS[1].cell], remove=True)
+    results.forget_failed(STUDY, [RUNS[1].cell])
     assert RUNS[1] not in results
     assert RUNS[0] in results
     assert len(results.frame("runs")) == 1
