@@ -199,20 +199,14 @@ def study_runs(name: str) -> pd.DataFrame:
     return runs.assign(steps=runs.timesteps, score=runs[score])
 
 
-def reached(name: str, column: str, *thresholds: str) -> str:
-    """
-    :param column: "environment" or "setting"
-    :param thresholds: one for each row, or one for all
-    :return: VPG's returns in a study, and the number of seeds that reach a threshold
-    """
-    names = list(yaml.safe_load((RESULTS / name / "study.yml").read_text())["study"][f"{column}s"])
+def of_settings(name: str, threshold: str) -> str:
+    """:return: returns of the settings of a study, and the number of seeds that reach a threshold"""
     runs = study_runs(name)
     rows = []
-    for row, threshold in zip(names, thresholds * (len(names) // len(thresholds)), strict=True):
-        scores = runs.score[runs[column] == row]
-        n_reached = sum(scores >= float(threshold))
-        rows.append([row, interquartile_mean(scores, 0), f"{threshold}: {n_reached} of {len(scores)}"])
-    return markdown_table([column, "return", "seeds that reach"], rows)
+    for setting in yaml.safe_load((RESULTS / name / "study.yml").read_text())["study"]["settings"]:
+        scores = runs.score[runs.setting == setting]
+        rows.append([setting, interquartile_mean(scores, 0), str(sum(scores >= float(threshold)))])
+    return markdown_table(["setting", "return", f"seeds >= {threshold}"], rows)
 
 
 def study(name: str, digits: str = "0") -> str:
