@@ -90,8 +90,10 @@ def as_markdown(title: str, sections: Sequence[Section]) -> str:
                 alignments = ["---:" if are_numbers else "---" for are_numbers in part.are_numbers()]
                 lines = [[cell.replace("|", "\\|") for cell in line] for line in (part.header, *part.rows)]
                 parts.append("\n".join(f"| {' | '.join(line)} |" for line in (lines[0], alignments, *lines[1:])))
+            elif isinstance(part, Chart):
+                parts.append(f"![{part.title}]({part.picture})")
             else:
-                parts.append(f"![{part.title}]({part.picture})" if isinstance(part, Chart) else part)
+                parts.append(part)
     return "\n\n".join(parts) + "\n"
 
 
