@@ -221,7 +221,7 @@ def study(name: str, digits: str = "0") -> str:
 
 
 def beside(name: str, *peers: str) -> str:
-    """:return: VPG's runs in a study, and each seed of the few runs of others"""
+    """:return: VPG's runs in a study, and those of others: each seed if there are at most three"""
     rows = []
     for env_id, of_env in study_runs(name).groupby("environment", sort=False):
         own = of_env[of_env.algorithm == "vpg"]
@@ -231,8 +231,9 @@ def beside(name: str, *peers: str) -> str:
         row = [env_id, interquartile_mean(own.score, digits), extremes, f"{own.processor_seconds.median():.0f}"]
         for algo in peers:
             runs = of_env[of_env.algorithm == algo]
-            returns = ", ".join(f"{score:.{digits}f}" for score in runs.score)
-            row.append(f"{returns}<br>{runs.processor_seconds.median():.0f} s" if returns else "")
+            each = ", ".join(f"{score:.{digits}f}" for score in runs.score)
+            returns = each if len(runs) <= 3 else interquartile_mean(runs.score, digits)
+            row.append(f"{returns}<br>{runs.processor_seconds.median():.0f} s" if len(runs) else "")
         rows.append(row)
     return markdown_table(["", "VPG", "lowest, highest", "seconds", *map(str.upper, peers)], rows)
 
