@@ -238,18 +238,20 @@ def fit_optimizer_state(state: State, policy: ActorCriticPolicy) -> State:
         by_name = {name: state["state"].get(i) for group in groups for name, i in zip(group["names"], group["params"]) if name}
         by_index = {i: by_name.get(name) for group in own_groups for name, i in zip(group["names"], group["params"])}
         state = {"state": {i: known for i, known in by_index.items() if known}, "param_groups": own_groups}
-    needed = _state_keys(policy.optimizer)
-    if any(needed - known.keys() for known in state["state"].values()):
-        raise ValueError(f"it is not that of this {type(policy.optimizer).__name__}, which needs {', '.join(sorted(needed))}")
+    n_dims = {i: p.dim() for i, p in enumerate(p for group in policy.optimizer.param_groups for p in group["params"])}
+    needed = {n: _state_keys(policy.optimizer, n) for n in {*n_dims.values()}}
+    if any(needed[n_dims[i]] - known.keys() for i, known in state["state"].items()):
+        keys = sorted(set().union(*needed.values()))
+        raise ValueError(f"it is not that of this {type(policy.optimizer).__name__}, which needs {', '.join(keys)}")
     for group in state["param_groups"]:
         del group["names"]
     return state
 
 
-def _state_keys(optimizer: th.optim.Optimizer) -> set[str]:
-    """:return: what the optimizer keeps for each parameter, such as Adam's moments"""
-    parameter = th.nn.Parameter(th.zeros(1))
-    parameter.grad = th.zeros(1)
+def _state_keys(optimizer: th.optim.Optimizer, n_dims: int) -> set[str]:
+    """:return: what the optimizer keeps for a parameter with this number of dimensions, such as Adam's moments"""
+    parameter = th.nn.Parameter(th.zeros([1] * n_dims))
+    parameter.grad = th.zeros_like(parameter)
     try:
         trial = type(optimizer)([parameter], **optimizer.defaults)
         trial.step()

@@ -12,14 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from gymnasium.vector import AutoresetMode, VectorEnv, VectorObservationWrapper, VectorWrapper
+from gymnasium.vector import AutoresetMode, VectorEnv, VectorWrapper
 from gymnasium.wrappers.vector import NormalizeReward
 
-# Vectorized environments whose `reset(options={"reset_mask": mask})` resets a part of them also in the mode NEXT_STEP, and
-# wrappers with a `reset` of their own that such a call does not spoil
+# Classes whose `reset(options={"reset_mask": mask})` resets a part of the environments also in the mode NEXT_STEP: vectorized
+# environments, and wrappers that pass such a call on. RecordEpisodeStatistics itself counts wrongly then in gymnasium 1.4
 WITH_PARTIAL_RESETS = {
     "gymnasium.vector.sync_vector_env.SyncVectorEnv",
     "gymnasium.vector.async_vector_env.AsyncVectorEnv",
+    "gymnasium.vector.vector_env.VectorWrapper",
+    "gymnasium.vector.vector_env.VectorObservationWrapper",
     "gymnasium.wrappers.vector.array_conversion.ArrayConversion",
     "gymnasium.wrappers.vector.common.RecordEpisodeStatistics",
     "gymnasium.wrappers.vector.rendering.HumanRendering",
@@ -93,14 +95,8 @@ def autoreset_of(vector_env: VectorEnv) -> Autoreset:
 
 def has_partial_resets(vector_env: VectorEnv) -> bool:
     """:return: whether ``reset(options={"reset_mask": mask})`` works in the mode NEXT_STEP"""
-
-    def is_known(layer: VectorEnv) -> bool:
-        return any(f"{cls.__module__}.{cls.__qualname__}" in WITH_PARTIAL_RESETS for cls in type(layer).__mro__)
-
-    def passes_on(layer: VectorEnv) -> bool:
-        return type(layer).reset in (VectorWrapper.reset, VectorObservationWrapper.reset)
-
-    return all(is_known(layer) or passes_on(layer) for layer in layers_of(vector_env))
+    owners = [next(cls for cls in type(layer).__mro__ if "reset" in vars(cls)) for layer in layers_of(vector_env)]
+    return all(f"{owner.__module__}.{owner.__qualname__}" in WITH_PARTIAL_RESETS for owner in owners)
 
 
 def layers_of(vector_env: VectorEnv) -> Iterator[VectorEnv]:

@@ -11,6 +11,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
+from sb3_vpg.common.checks import check_choice
 from sb3_vpg.envs.cartpole_drawing import Renderer
 from sb3_vpg.envs.cartpole_physics import TIME_STEP, TRACK_LIMIT, Array, next_state, outcome
 from sb3_vpg.envs.vector import SeparatelySeededVectorEnv, final_observations
@@ -243,7 +244,7 @@ class CartPoleSwingUpVectorEnv(_StartStdMixin, SeparatelySeededVectorEnv[npt.NDA
     :param autoreset_mode: ``AutoresetMode.NEXT_STEP``, gymnasium's default: the step after the end of an episode ignores the
         action and returns the first observation of the next episode. ``SAME_STEP``: the step that ends an episode returns the
         first observation of the next one, and the last observation is ``infos["final_obs"][i]``.
-    :raises ValueError: if the number of environments, the time limit or the autoreset mode has another value
+    :raises ValueError: if the number of environments, the time limit, the render mode or the autoreset mode has another value
     """
 
     # Some versions of gymnasium call close() after an error in __init__
@@ -263,6 +264,7 @@ class CartPoleSwingUpVectorEnv(_StartStdMixin, SeparatelySeededVectorEnv[npt.NDA
         for keyword, value in (("num_envs", num_envs), ("max_episode_steps", max_episode_steps)):
             if value is not None and value < 1:
                 raise ValueError(f"{keyword}={value} is not allowed; it must be at least 1")
+        check_choice("render_mode", render_mode, (None, "rgb_array"))
         self.metadata = {
             "render_modes": ["rgb_array"],
             "render_fps": CartPoleSwingUpEnv.metadata["render_fps"],

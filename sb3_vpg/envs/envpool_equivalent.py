@@ -13,7 +13,7 @@ from stable_baselines3.common import atari_wrappers as atari
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_vpg.envs.envpool_vector import envpool_options, has_text
-from sb3_vpg.envs.native_vec_env import KNOWN_WRAPPERS, change_of, time_limits_of, wrappers_of
+from sb3_vpg.envs.native_vec_env import KNOWN_WRAPPERS, change_of, keywords_of, time_limits_of, wrappers_of
 
 # EnvPool's options for each of SB3's Atari wrappers
 ATARI_OPTIONS: dict[type[gym.Wrapper], Callable[[Any], dict[str, Any]]] = {
@@ -144,10 +144,10 @@ def translate_keywords(spec: Any) -> dict[str, Any]:
     :return: EnvPool's options for the keyword arguments that differ from the registered ones
     :raises ValueError: if EnvPool has no such option
     """
-    default = gym.spec(spec.id).kwargs
+    default = keywords_of(gym.spec(spec.id))
     known = envpool_options(spec.id).keys()
     options: dict[str, Any] = {}
-    for name, value in spec.kwargs.items():
+    for name, value in keywords_of(spec).items():
         bounds = [name.removesuffix("_range") + suffix for suffix in ("_min", "_max")]
         if name == "render_mode" or (name in default and value == default[name]):
             continue
@@ -205,4 +205,4 @@ def describe(env: gym.Env) -> tuple[Any, ...]:
         (type(one).__name__, getattr(one, "_max_episode_steps", None), ATARI_OPTIONS.get(type(one), lambda _: {})(one))
         for one in wrappers_of(env)
     ]
-    return (None, None, wrappers) if spec is None else (spec.id, spec.kwargs, wrappers)
+    return (None, None, wrappers) if spec is None else (spec.id, keywords_of(spec), wrappers)

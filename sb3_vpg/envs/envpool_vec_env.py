@@ -9,7 +9,7 @@ from stable_baselines3.common.monitor import Monitor
 
 from sb3_vpg.envs.envpool_equivalent import find_equivalent
 from sb3_vpg.envs.envpool_vector import EnvPoolVectorEnv, check_options, check_seed, make_vector_env
-from sb3_vpg.envs.native_vec_env import NativeVecEnv, StandInEnv
+from sb3_vpg.envs.native_vec_env import NativeVecEnv, StandInEnv, check_not_empty
 
 
 class EnvPoolVecEnv(NativeVecEnv):
@@ -67,9 +67,8 @@ class EnvPoolVecEnv(NativeVecEnv):
             self._raw_game_in_monitor = {"reward", "terminated"} <= self.vector_env.available_infos
         elif n_envs is not None:
             raise ValueError(f"n_envs={n_envs} is allowed with an id only, not with functions that return environments")
-        elif not env_fns:
-            raise ValueError("There are no environments; allowed: at least one function that returns an environment")
         else:
+            check_not_empty(env_fns)
             self.envs = [fn() for fn in env_fns]
             task = find_equivalent(self.envs)
             check_options(task.task_id, options)

@@ -59,7 +59,7 @@ class ExploringStarts(BaseCallback):
 
     def _on_training_end(self) -> None:
         # The zoo calls this after an error, too: the processes may have exited, or the environments have no such start
-        with suppress(AttributeError, OSError, EOFError):
+        with suppress(AttributeError, NotImplementedError, OSError, EOFError):
             self._set_start_std(0.0)
 
     def _set_start_std(self, weight: float) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.envs.registration import load_env_creator
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.wrappers import OrderEnforcing, PassiveEnvChecker, TimeLimit
 from stable_baselines3.common.env_util import is_wrapped
@@ -77,7 +77,8 @@ class NativeVecEnv(VecEnv):
 
     :param env_fns: functions that return the environments, as for ``DummyVecEnv``, or a vectorized environment. Typical
         number: 8 to 4096. Larger: more steps per second, and larger batches.
-    :raises ValueError: if the given vectorized environment does not say when it resets, or cannot be reset as it says
+    :raises ValueError: if there are no environments, or if the given vectorized environment does not say when it resets, or
+        cannot be reset as it says
     """
 
     def __new__(cls, env_fns: Sequence[Callable[[], gym.Env]] | VectorEnv | None = None) -> "VecEnv":  # type: ignore[misc]
@@ -87,6 +88,7 @@ class NativeVecEnv(VecEnv):
             native.vector_env = env_fns
             native.envs = [Monitor(StandInEnv(env_fns)) for _ in range(env_fns.num_envs)]
         elif env_fns is not None:
+            check_not_empty(env_fns)
             envs = [fn() for fn in env_fns]
             try:
                 native.vector_env = make_vector_form(envs)
@@ -324,6 +326,12 @@ class NativeVecEnv(VecEnv):
         return [is_wrapped(self.envs[i], wrapper_class) for i in self._get_indices(indices)]
 
 
+def check_not_empty(env_fns: Sequence[Callable[[], gym.Env]]) -> None:
+    """:raises ValueError: if there are no environments"""
+    if not env_fns:
+        raise ValueError("There are no environments; allowed: at least one function that returns an environment")
+
+
 def wrappers_of(env: gym.Env) -> Iterator[gym.Wrapper]:
     """:return: the wrappers of an environment, from the outermost to the innermost"""
     while isinstance(env, gym.Wrapper):
@@ -334,6 +342,11 @@ def wrappers_of(env: gym.Env) -> Iterator[gym.Wrapper]:
 def time_limits_of(env: gym.Env) -> list[int]:
     """:return: the limits of an environment's ``TimeLimit`` wrappers, from the outermost to the innermost"""
     return [wrapper._max_episode_steps for wrapper in wrappers_of(env) if isinstance(wrapper, TimeLimit)]
+
+
+def keywords_of(spec: EnvSpec) -> dict[str, Any]:
+    """:return: the keyword arguments of an environment, which can be compared: with lists in place of arrays"""
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in spec.kwargs.items()}
 
 
 def change_of(envs: Sequence[gym.Env]) -> str | None:
@@ -380,8 +393,9 @@ def make_vector_form(envs: Sequence[gym.Env]) -> VectorEnv:
     if spec is None or spec.vector_entry_point is None:
         raise NoVectorFormError(f"{envs[0].unwrapped} has no vectorized form (vector_entry_point)")
     for env in envs:
-        if env.unwrapped.spec is None or (env.unwrapped.spec.id, env.unwrapped.spec.kwargs) != (spec.id, spec.kwargs):
-            raise NoVectorFormError(f"the environments differ: {env.unwrapped.spec}, {spec}")
+        own = env.unwrapped.spec
+        if own is None or (own.id, keywords_of(own)) != (spec.id, keywords_of(spec)):
+            raise NoVectorFormError(f"the environments differ: {own}, {spec}")
         for wrapper in wrappers_of(env):
             # rl_zoo3 replaces gymnasium's TimeLimit by its own class, possibly after KNOWN_WRAPPERS was defined
             if type(wrapper) not in (*KNOWN_WRAPPERS, gym.wrappers.TimeLimit):

@@ -22,7 +22,8 @@ class ScaledRewards(VecEnvWrapper):
     def __init__(self, venv: VecEnv, factor: float):
         super().__init__(venv)
         check_number("factor", factor)
-        self.factor = factor
+        # NumPy's float64 would change the type of the rewards
+        self.factor = float(factor)
 
     def reset(self) -> VecEnvObs:
         return self.venv.reset()

@@ -104,6 +104,18 @@ def test_resets_in_the_next_step_are_told_where_no_part_can_be_reset():
     assert (observations[:, 1].tolist(), reset_steps.tolist()) == ([1, 1], [no, no])
 
 
+def test_a_reset_of_ones_own_is_not_called_for_a_part():
+    class AlwaysAll(SyncVectorEnv):
+        def reset(self, *, seed=None, options=None):
+            return super().reset(seed=seed)
+
+    env = NativeVecEnv(AlwaysAll([lambda: CountingEnv((2,)), lambda: CountingEnv((3,))]))
+    env.reset()
+    assert env.reset_steps is not None
+    lengths = [info["episode"]["l"] for _ in range(8) for info in env.step(np.zeros(2, dtype=int))[3] if "episode" in info]
+    assert lengths == [2, 3, 2, 3, 2]
+
+
 @pytest.mark.parametrize("reads", [0, 1])
 def test_a_reset_step_is_an_error_unless_its_flag_was_read_since_the_last_reset(reads):
     env = NativeVecEnv(NextStepVectorEnv([lambda: CountingEnv((1,))]))

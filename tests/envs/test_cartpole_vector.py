@@ -60,6 +60,7 @@ def test_without_a_time_limit_episodes_go_on():
         ({"num_envs": 0}, "num_envs=0 is not allowed"),
         ({"num_envs": -1}, "num_envs=-1 is not allowed"),
         ({"max_episode_steps": 0}, "max_episode_steps=0 is not allowed"),
+        ({"render_mode": "human"}, "render_mode='human' is not allowed"),
         ({"autoreset_mode": AutoresetMode.DISABLED}, "DISABLED is not supported; allowed: NEXT_STEP, SAME_STEP"),
         ({"autoreset_mode": "sometimes"}, "'sometimes' is not a valid AutoresetMode"),
     ],

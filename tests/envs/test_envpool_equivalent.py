@@ -60,7 +60,7 @@ def test_a_weight_of_the_reward_is_passed_on():
     np.testing.assert_allclose(cheap - dear, 2.0 * (action**2).sum(axis=1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("bounds", [(1.24, np.inf), (1.24, float("inf"))])
+@pytest.mark.parametrize("bounds", [(1.24, np.inf), (1.24, float("inf")), np.array([1.24, np.inf])])
 def test_a_range_is_passed_on(bounds):
     env = make(HOPPER, healthy_z_range=bounds)
     (first,), *steps = play(env, np.zeros((60, 2, 3), dtype=np.float32))

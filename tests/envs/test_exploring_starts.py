@@ -94,10 +94,11 @@ def test_numbers_that_cannot_be_are_refused(shares, message):
         ExploringStarts(**shares)
 
 
-def test_other_environments_are_refused():
+@pytest.mark.parametrize("vec_env_cls", [DummyVecEnv, NativeVecEnv])
+def test_other_environments_are_refused(vec_env_cls):
     starts = ExploringStarts()
     with pytest.raises(ValueError, match="needs environments with set_start_std"):
-        VPG("MlpPolicy", "CartPole-v1").learn(10, callback=starts)
+        VPG("MlpPolicy", make_vec_env("CartPole-v1", vec_env_cls=vec_env_cls)).learn(10, callback=starts)
     # The zoo calls it after any error
     starts.on_training_end()
 

@@ -475,6 +475,11 @@ def test_without_a_vectorised_form_it_is_a_dummy_vec_env(others, make_env, reaso
         assert [type(single.unwrapped) for single in one.envs] == [type(single.unwrapped) for single in expected.envs]
 
 
+def test_no_environments_are_refused():
+    with pytest.raises(ValueError, match="There are no environments"):
+        NativeVecEnv([])
+
+
 class ColoredEnv(CountingEnv):
     """Draws a color when it is made, and at each reset."""
 
