@@ -92,6 +92,8 @@ def main() -> None:
             run(COMMANDS[command][0])
         finally:
             if command in EXAMPLES and not {"-h", "--help"}.isdisjoint(arguments):
+                if command == "train":
+                    print(f"\n--vec-env may also be {' or '.join(VEC_ENVS)}")
                 print(f"\nexample:\n  python -m sb3_vpg {command} {EXAMPLES[command]}")
 
 
@@ -102,10 +104,14 @@ def translate_vec_env(arguments: list[str]) -> list[str]:
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--vec-env")
-    parser.add_argument("-params", "--hyperparams", nargs="+", default=[])
+    # With the abbreviations that the zoo accepts
+    hyperparams = ("--hyperparams"[:n] for n in range(len("--hy"), len("--hyperparams") + 1))
+    parser.add_argument("-params", *hyperparams, dest="hyperparams", nargs="+", default=[])
     given, others = parser.parse_known_args(arguments)
-    if given.vec_env not in VEC_ENVS:
+    if given.vec_env in (None, "dummy", "subproc"):
         return arguments
+    if given.vec_env not in VEC_ENVS:
+        sys.exit(f"--vec-env {given.vec_env} is not allowed; allowed: dummy, subproc, {', '.join(VEC_ENVS)}")
     if given.vec_env == "envpool" and importlib.util.find_spec("envpool") is None:
         sys.exit("--vec-env envpool needs EnvPool: pip install 'sb3_vpg[envpool]' (Linux or macOS, Python 3.11 or newer)")
     return [*others, "-params", f"vec_env_class:'{VEC_ENVS[given.vec_env]}'", *given.hyperparams]

@@ -87,8 +87,10 @@ class MaskableVPG(VPG):
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """
         :param action_masks: True where an action is allowed, shape (N, entries of a mask). None for the masks that the
-            observation carries, as in the zoo's evaluations; without these, all actions are allowed
+            observation carries, as in the zoo's evaluations; without these, or if the model was trained with
+            ``use_masking=False``, all actions are allowed
         """
-        if action_masks is None:
+        # sb3-contrib's MaskablePPO, which uses this method in the zoo, has no such attribute
+        if action_masks is None and getattr(self, "use_masking", True):
             action_masks = getattr(observation, METHOD, None)
         return self.policy.predict(observation, state, episode_start, deterministic, action_masks)

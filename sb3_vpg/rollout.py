@@ -400,13 +400,14 @@ class RolloutCollector(ResumableAlgorithm):
                 if env_index is None:
                     env_index = int(np.argwhere(~np.isfinite(part))[0][0])
                     part = part[env_index]
-                self._raise_non_finite(quantity, part, env_index, f"step {self._episode_steps[env_index]} of its episode")
+                step = f"step {self._episode_steps[env_index]} of its episode (timestep {self.num_timesteps})"
+                self._raise_non_finite(quantity, part, env_index, step)
 
     def _check_finite_rows(self, quantity: str, rows: np.ndarray) -> None:
         """:raises ValueError: if a number in ``rows``, shape (T, N), is not finite"""
-        if not np.isfinite(rows).all():
-            step, env_index = np.argwhere(~np.isfinite(rows))[0]
-            self._raise_non_finite(quantity, rows[step, env_index], env_index, f"step {step} of the rollout")
+        for t, env_index in np.argwhere(~np.isfinite(rows))[:1]:
+            step = f"step {t} of the rollout (which ended at timestep {self.num_timesteps})"
+            self._raise_non_finite(quantity, rows[t, env_index], env_index, step)
 
     def _backup_vec_normalize(self) -> None:
         """Copy the statistics of VecNormalize, to restore them after an error: VecNormalize sees non-finite numbers first."""
@@ -418,9 +419,8 @@ class RolloutCollector(ResumableAlgorithm):
         if self._vec_normalize_env is not None:
             vars(self._vec_normalize_env).update(self._vec_normalize_backup)
         raise ValueError(
-            f"Non-finite {quantity} in environment {env_index} at {step} (timestep {self.num_timesteps}): {value}. "
-            "No weight was changed, and the model can be saved. Possible causes: the environment, a wrapper, or a too large "
-            "learning rate. stable_baselines3.common.vec_env.VecCheckNan helps to find the cause."
+            f"Non-finite {quantity} in environment {env_index} at {step}: {value}. No weight was changed, and the model can "
+            "be saved. Possible causes: the environment, a wrapper (SB3's VecCheckNan finds it), or a too large learning rate."
         )
 
     def _raise_environment_error(self, env: VecEnv, error: Exception) -> NoReturn:

@@ -27,6 +27,8 @@ def pretend_installed(monkeypatch, package: str, installed: bool) -> None:
         ("-params=n_envs:2 --vec-env envpool -P", f"-P -params {ENVPOOL} n_envs:2"),
         # The zoo uses the last ones, too
         ("--vec-env native -params n_envs:2 -params n_envs:3", f"-params {NATIVE} n_envs:3"),
+        # The zoo accepts abbreviations
+        ("--vec-env native --hyperparam n_envs:3", f"-params {NATIVE} n_envs:3"),
         ("--vec-env subproc -n 9", "--vec-env subproc -n 9"),
         ("-n 9", "-n 9"),
     ],
@@ -34,6 +36,11 @@ def pretend_installed(monkeypatch, package: str, installed: bool) -> None:
 def test_engines_become_a_hyperparameter(monkeypatch, arguments, translated):
     pretend_installed(monkeypatch, "envpool", True)
     assert translate_vec_env(arguments.split()) == translated.split()
+
+
+def test_an_engine_that_is_not_known_is_refused():
+    with pytest.raises(SystemExit, match="--vec-env nativ is not allowed; allowed: dummy, subproc, envpool, native"):
+        translate_vec_env(["--vec-env", "nativ"])
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -26,6 +27,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.save_util import load_from_zip_file, open_path
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
+from sb3_vpg.common.checks import check_known
 from sb3_vpg.common.random_states import get_random_states
 
 State = dict[str, Any]
@@ -113,7 +115,8 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
     @classmethod
     def load(cls: type[SelfResumable], path: str | Path | io.BufferedIOBase, *args: Any, **kwargs: Any) -> SelfResumable:
         """
-        Load the model from a zip-file. Parameters and return value are those of SB3's ``load``.
+        Load the model from a zip-file. Parameters and return value are those of SB3's ``load``: keywords of the constructor
+        replace those that are saved.
 
         The first ``learn(reset_num_timesteps=False)`` continues with the saved random states. Those of the environments are
         restored if the number of environments is the same. A ``seed``, given here or to ``set_random_seed``, takes precedence
@@ -123,9 +126,12 @@ class ResumableAlgorithm(OnPolicyAlgorithm):
         weights, construct the model yourself and call ``set_parameters``.
 
         :raises FileNotFoundError: if there is no such file
-        :raises ValueError: if the file is damaged, or not a model of this algorithm. Nothing has been unpickled then.
+        :raises ValueError: if a keyword is not known, or the file is damaged, or not a model of this algorithm. Nothing has
+            been unpickled then.
         """
-        check_model_file(path, keyword=cls.identifying_keyword)
+        saved = check_model_file(path, keyword=cls.identifying_keyword)
+        for keyword in kwargs:
+            check_known("keyword", keyword, {*saved, *signature(super().load).parameters, *signature(cls).parameters})
         model = super().load(path, *args, **kwargs)
         # Files of early versions have no random states
         model._resumes = bool(model._random_states) and kwargs.get("seed") is None
@@ -169,12 +175,13 @@ def model_path(path: str | Path) -> Path:
     return Path(f"{path}_2") if path.is_dir() else path
 
 
-def check_model_file(path: str | Path | io.BufferedIOBase, keyword: str) -> None:
+def check_model_file(path: str | Path | io.BufferedIOBase, keyword: str) -> set[str]:
     """
     Validate a model's file without unpickling anything.
 
     :param path: the file, as in SB3's ``load``
     :param keyword: a keyword that models of this algorithm have and models of other algorithms do not
+    :return: names of the saved attributes
     :raises FileNotFoundError: if there is no such file
     :raises ValueError: if the file is damaged, or not a model of this algorithm
     """
@@ -188,11 +195,13 @@ def check_model_file(path: str | Path | io.BufferedIOBase, keyword: str) -> None
             missing = sorted(set(MEMBERS) - set(archive.namelist()))
             if missing:
                 raise ValueError(f"{path} is not a saved model, or is incomplete: it has no {', '.join(map(repr, missing))}")
-            if keyword not in json.loads(archive.read("data")):
+            saved = set(json.loads(archive.read("data")))
+            if keyword not in saved:
                 raise ValueError(
                     f"{path} was saved by another algorithm: it has no {keyword!r}. Load it with that algorithm, and copy its "
                     "weights with set_parameters(other.get_parameters())"
                 )
+            return saved
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         # The last sentence is the message of SB3
         raise ValueError(f"{path} is not a zip file, or is incomplete. Error: the file {path} wasn't a zip-file") from error

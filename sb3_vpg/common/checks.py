@@ -31,20 +31,21 @@ def check_choice(keyword: str, value: object, allowed: object) -> None:
         raise ValueError(f"{keyword}={value!r} is not allowed; choose one of {', '.join(map(repr, choices))}")
 
 
-def check_known(keyword: str, value: object, known: Iterable[str]) -> None:
+def check_known(keyword: str, value: object, known: Iterable[str], hint: str = "") -> None:
     """
     Check that a name is one of many.
 
     :param keyword: name of the keyword, for the error
     :param value: the name to check
     :param known: the known names
+    :param hint: end of the error
     :raises ValueError: if ``value`` is not one of ``known``; the message has the nearest names
     """
     names = sorted(known)
     if value not in names:
         near = difflib.get_close_matches(str(value), names, n=3, cutoff=0.5)
         listed = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(map(repr, names[:30]))}"
-        raise ValueError(f"{keyword}={value!r} is not known; {listed}")
+        raise ValueError(f"{keyword}={value!r} is not known; {listed}{hint}")
 
 
 def check_number(

@@ -13,9 +13,9 @@ LOST_WORKER_ERRORS = (EOFError, ConnectionError)
 EXIT_TIMEOUT = 2.0
 
 
-def is_raised_by(env: VecEnv, error: Exception) -> bool:
-    """:return: whether a method of the environments raised the error: a callback may lose a connection of its own"""
-    return bool(_frames_within(env, error))
+def is_raised_by(env: VecEnv, error: Exception, method: str | None = None) -> bool:
+    """:return: whether a method of the environments, or this one, raised the error: a callback may lose a connection, too"""
+    return any(method in (None, frame.f_code.co_name) for frame in _frames_within(env, error))
 
 
 def _frames_within(env: VecEnv, error: Exception) -> list[FrameType]:

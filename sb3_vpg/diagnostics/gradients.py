@@ -181,12 +181,16 @@ def collect_episodes(model: OnPolicyAlgorithm, env: VecEnv, n_episodes: int) -> 
     check_number("n_episodes", n_episodes, low=1, integer=True)
     _check_vec_env(env)
     collector = _RecurrentEpisodeCollector if is_recurrent(model.policy) else _EpisodeCollector
+    own_env = model.get_env()
+    # The model's training environments, if their episodes are interrupted
+    interrupted = own_env if own_env is not None and env.unwrapped is own_env.unwrapped else None
+    if interrupted is not None:
+        # After an error, too, they have to be reset
+        model._last_obs = None
     buffer = collector(model, env, -(-n_episodes // env.num_envs)).collect()
-    training_env = model.get_env()
-    if training_env is not None and env.unwrapped is training_env.unwrapped:
-        # These are the model's training environments, and their episodes were interrupted
-        model._last_obs = training_env.reset()  # type: ignore[assignment]
-        model._last_episode_starts = np.ones(training_env.num_envs, dtype=bool)
+    if interrupted is not None:
+        model._last_obs = interrupted.reset()  # type: ignore[assignment]
+        model._last_episode_starts = np.ones(interrupted.num_envs, dtype=bool)
     return episodes_in(buffer, n_episodes)
 
 

@@ -212,7 +212,7 @@ class Study:
             check_choice("entries", self.entries, (True, False))
 
     def _check_environment(self, name: str, environment: Mapping[str, Any]) -> None:
-        check_known("environment", name, gym.registry)
+        check_known("environment", name, gym.registry, " --gym-packages names the modules that register others")
         check_number(f"{name}: n_timesteps", environment.get("n_timesteps"), low=1, integer=True, none=True)
         check_choice(f"{name}: vec_env", environment.get("vec_env"), (None, *VEC_ENVS))
         score_range = environment.get("score_range", (0, 1))

@@ -11,6 +11,7 @@ are replaced in these two packages, before the commands start.
 
 import functools
 import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def _with_install_command(metadata_save: Any) -> Any:
         path = Path(local_path)
         if path.is_file():
             card = path.read_text(encoding="utf-8")
-            if "rl_zoo3.enjoy --algo vpg" in card:
+            if re.search(r"rl_zoo3\.enjoy --algo (vpg|ppo_mask)", card):
                 path.write_text(card.replace(INSTALL, INSTALL_VPG), encoding="utf-8")
         metadata_save(local_path, data)
 

@@ -25,6 +25,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback,
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecNormalize
 
 from sb3_vpg.common.collectives import ProcessGroup, current_processes
+from sb3_vpg.common.faults import is_raised_by
 from sb3_vpg.common.progress_bar import AllRanksProgressBar
 from sb3_vpg.distributed.launcher import JOB_FILE, job_id, last_model_of_this_job, launched_by_torchrun, restarted_by_torchrun
 from sb3_vpg.envs import ENVIRONMENTS, NativeVecEnv
@@ -45,7 +46,7 @@ class VPGExperimentManager(ExperimentManager):
     For VPG:
 
     - ``-i`` continues a run with its counters, schedules, random states and, for a checkpoint, VecNormalize statistics.
-    - SIGTERM has the effect of Ctrl-C.
+    - SIGTERM has the effect of Ctrl-C. The model is saved also when the training ends with an error.
     - A trial of ``-optimize`` stops when its budget is used up.
     - Under torchrun, all ranks train one model. The environments are split across ranks. Only rank 0 saves, evaluates and
       logs, in one folder.
@@ -190,8 +191,17 @@ class VPGExperimentManager(ExperimentManager):
         return model
 
     def learn(self, model: BaseAlgorithm) -> None:
-        with self._sigterm_as_ctrl_c():
-            super().learn(model)
+        try:
+            with self._sigterm_as_ctrl_c():
+                super().learn(model)
+        except Exception as error:
+            # Ctrl-C in a terminal also ends the processes of SubprocVecEnv, which cannot be closed then
+            interrupted = isinstance(error, ConnectionError) and error.__context__ is None
+            if interrupted and is_raised_by(model.env, error, "close"):  # type: ignore[arg-type]
+                return
+            if self.is_vpg and self.processes.size == 1 and model._n_updates > 0:
+                self.save_trained_model(model)
+            raise
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:
         if self.processes.rank == 0:

@@ -5,13 +5,15 @@ The zoo's commands and callbacks call ``predict`` without masks. Therefore the o
 carry the masks, where :meth:`MaskableVPG.predict <sb3_vpg.maskable.MaskableVPG.predict>` finds them.
 """
 
+import copy
+import functools
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.vec_env import VecEnv
-from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_vpg.common.policy_inputs import METHOD, action_masks_of
 from sb3_vpg.maskable import MaskableVPG
@@ -28,6 +30,10 @@ class ZooMaskablePPO(MaskablePPO):
     """sb3-contrib's ``MaskablePPO``, for comparison. Its ``predict`` uses the masks that observations carry."""
 
     predict = MaskableVPG.predict
+
+
+# Shown by the zoo and on the Hub
+ZooMaskablePPO.__name__ = "MaskablePPO"
 
 
 class WithMasks:
@@ -47,6 +53,10 @@ class ArrayWithMasks(WithMasks, np.ndarray):
 class DictWithMasks(WithMasks, dict[str, np.ndarray]):
     """Dict observations."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, np.ndarray]:
+        # SB3's policies copy Dict observations. The environments must stay as they are
+        return copy.deepcopy(dict(self), memo)
+
 
 def attach_masks(env: VecEnv) -> VecEnv:
     """
@@ -57,20 +67,25 @@ def attach_masks(env: VecEnv) -> VecEnv:
     """
     if not env.has_attr(METHOD):
         return env
-    reset, step_wait = env.reset, env.step_wait
-
-    def with_masks(obs: VecEnvObs) -> VecEnvObs:
-        carrier: Any = DictWithMasks(obs) if isinstance(obs, dict) else np.asarray(obs).view(ArrayWithMasks)
-        carrier.env = env
-        return carrier
-
-    def step_wait_with_masks() -> Any:
-        obs, *others = step_wait()
-        return (with_masks(obs), *others)
-
-    env.reset = lambda: with_masks(reset())  # type: ignore[method-assign]
-    env.step_wait = step_wait_with_masks  # type: ignore[method-assign]
+    # The zoo pickles VecNormalize
+    env.reset = functools.partial(_reset, env)  # type: ignore[method-assign]
+    env.step_wait = functools.partial(_step_wait, env)  # type: ignore[method-assign]
     return env
+
+
+def _reset(env: VecEnv) -> VecEnvObs:
+    return _with_masks(env, type(env).reset(env))
+
+
+def _step_wait(env: VecEnv) -> VecEnvStepReturn:
+    obs, rewards, dones, infos = type(env).step_wait(env)
+    return _with_masks(env, obs), rewards, dones, infos
+
+
+def _with_masks(env: VecEnv, obs: VecEnvObs) -> VecEnvObs:
+    carrier: Any = DictWithMasks(obs) if isinstance(obs, dict) else np.asarray(obs).view(ArrayWithMasks)
+    carrier.env = env
+    return carrier
 
 
 def register_invalid_action_envs() -> None:

@@ -189,6 +189,14 @@ def test_no_file_is_no_file(tmp_path):
         VPG.load(tmp_path / "nothing")
 
 
+def test_a_keyword_that_is_not_known_is_refused(tmp_path):
+    VPG("MlpPolicy", "CartPole-v1", policy_kwargs=SMALL).save(tmp_path / "model")
+    # Of the constructor, of SB3's `load`, and a counter
+    assert VPG.load(tmp_path / "model", n_steps=7, force_reset=False, num_timesteps=3).n_steps == 7
+    with pytest.raises(ValueError, match="keyword='n_step' is not known; did you mean 'n_steps'"):
+        VPG.load(tmp_path / "model", n_step=7)
+
+
 class Evil:
     def __reduce__(self):
         return (os.abort, ())

@@ -221,6 +221,17 @@ def test_training_goes_on_after_a_measurement_in_the_training_environment(algori
         np.testing.assert_array_equal(buffer.steps, buffer.observations[:, :, 1])
 
 
+def test_training_begins_anew_after_a_measurement_that_fails():
+    env = DummyVecEnv([lambda: CountingEnv([50])])
+    model = VPG("MlpPolicy", env, n_steps=6, seed=0).learn(12)
+    model.max_episode_steps = 20
+    with pytest.raises(RuntimeError, match="has not ended after 20 steps"):
+        collect_episodes(model, env, 2)
+    assert model._last_obs is None
+    model.learn(6, reset_num_timesteps=False)
+    np.testing.assert_array_equal(model.rollout_buffer.observations[:, 0, 1], np.arange(6))
+
+
 @pytest.mark.parametrize("action", ["Discrete", "Box", "MultiDiscrete"])
 def test_the_policy_can_be_copied_after_a_measurement(action):
     env = spaces_env("Box", action)

@@ -198,6 +198,71 @@ def test_the_zoo_trains_shows_and_continues_recurrent_models(installed: Environm
     assert "Continuing after 320 of 500 timesteps" in output
 
 
+# Imported through --gym-packages
+BROKEN = """
+import gymnasium as gym
+import numpy as np
+
+class Broken(gym.Env):
+    observation_space, action_space = gym.spaces.Box(0, 1, (2,)), gym.spaces.Discrete(2)
+    n_steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2, dtype=np.float32), {}
+
+    def step(self, action):
+        self.n_steps += 1
+        return np.zeros(2, dtype=np.float32), float("nan" if self.n_steps > 70 else 1), True, False, {}
+
+gym.register("Broken-v0", Broken)
+"""
+
+
+def test_a_run_that_fails_is_saved(installed: Environment):
+    (installed.cwd / "broken.py").write_text(BROKEN)
+    arguments = ("--algo", "vpg", "--env", "Broken-v0", "--gym-packages", "broken", "-f", "broken", "-n", "1000")
+    process = installed.run_warm(*zoo_command("train", *arguments, "-params", "n_envs:1", "n_steps:32", "n_episodes:None"))
+    assert process.returncode == 1
+    assert "Non-finite reward in environment 0 at step 6 of the rollout (which ended at timestep 96)" in process.stderr
+    script = "import sys; from sb3_vpg import VPG; print(VPG.load(sys.argv[1])._n_updates)"
+    assert output_of(installed.run_warm("-c", script, "broken/vpg/Broken-v0_1/Broken-v0.zip")) == "2\n"
+
+
+# The processes of SubprocVecEnv may have ended when the zoo closes it, as after Ctrl-C in a terminal
+CLOSED = """
+from rl_zoo3.exp_manager import ExperimentManager
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv
+from sb3_vpg import VPG
+from sb3_vpg.zoo.manager import VPGExperimentManager
+
+class Closed(DummyVecEnv):
+    def close(self):
+        raise BrokenPipeError
+
+class Failing(BaseCallback):
+    def _on_step(self):
+        raise self.error
+
+for error in (KeyboardInterrupt(), RuntimeError()):
+    manager = VPGExperimentManager(None, "vpg", "CartPole-v1", ".", n_timesteps=64)
+    manager.n_timesteps, manager.callbacks = 64, [Failing()]
+    manager.callbacks[0].error = error
+    model = VPG("MlpPolicy", make_vec_env("CartPole-v1", vec_env_cls=Closed))
+    try:
+        manager.learn(model)
+        print("saved")
+    except BrokenPipeError as error:
+        print(type(error.__context__).__name__)
+"""
+
+
+def test_processes_that_have_ended_with_the_run_cost_nothing(installed: Environment):
+    assert output_of(installed.run_warm("-c", CLOSED)) == "saved\nRuntimeError\n"
+
+
 # Imported through --gym-packages. An action that is not allowed ends the command with an error
 MASKED = """
 import gymnasium as gym

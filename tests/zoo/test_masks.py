@@ -1,6 +1,7 @@
 """Masks in the zoo: what calls predict() without masks must not take actions that are not allowed."""
 
 import copy
+import threading
 
 import gymnasium as gym
 import numpy as np
@@ -63,6 +64,33 @@ def test_maskable_ppo_takes_allowed_actions_only():
 def test_without_masks_evaluation_takes_other_actions():
     with pytest.raises(AssertionError):
         evaluate_policy(masked_model(), masked_envs(), n_eval_episodes=4, warn=False)
+
+
+def test_environments_are_not_copied_with_a_dict_of_observations():
+    env = attach_masks(masked_envs(observation_space=spaces.Dict({"a": VECTOR, "b": VECTOR})))
+    env.envs[0].unwrapped.handle = threading.Lock()
+    model = masked_model(env, "MultiInputPolicy")
+    model.predict(env.reset())
+    observations = env.reset()
+    copied = copy.deepcopy(observations)
+    assert type(copied) is dict
+    np.testing.assert_equal(copied, dict(observations))
+
+
+def test_the_statistics_of_vec_normalize_can_be_saved(tmp_path):
+    env = attach_masks(VecNormalize(masked_envs()))
+    env.reset()
+    env.save(tmp_path / "statistics.pkl")
+    loaded = VecNormalize.load(tmp_path / "statistics.pkl", masked_envs())
+    assert attach_masks(loaded).reset().action_masks.shape == (2, 4)
+
+
+def test_a_model_that_was_trained_without_masks_does_not_use_them():
+    env = attach_masks(masked_envs())
+    model = masked_model(env)
+    model.use_masking = False
+    with pytest.raises(AssertionError):
+        evaluate_policy(model, env, n_eval_episodes=4, warn=False)
 
 
 def test_masks_that_are_given_take_precedence():

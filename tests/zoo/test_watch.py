@@ -1,6 +1,7 @@
 """``watch``: the panels show the numbers of the model itself, the keys work, and films have their frames."""
 
 import signal
+import sys
 
 import gymnasium as gym
 import numpy as np
@@ -9,6 +10,7 @@ import torch as th
 from gymnasium import spaces
 from helpers.envs import ACTION_SPACES, CountingEnv
 from helpers.films import read_film
+from PIL import Image, ImageSequence
 from sb3_contrib import ARS, QRDQN, TQC, CrossQ, MaskablePPO, RecurrentPPO
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
@@ -252,8 +254,12 @@ def press(window, *keys):
         window.refresh()
 
 
-def test_keys_pause_and_step(window):
+def test_keys_pause_and_step(window, monkeypatch):
     assert has_display()
+    if sys.platform == "linux":
+        for name in ("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER"):
+            monkeypatch.delenv(name, raising=False)
+        assert not has_display()
     shown = window.n_steps
     press(window, pygame.K_SPACE)
     assert window.paused
@@ -333,6 +339,30 @@ def test_a_film_runs_at_the_speed_of_the_environment(tmp_path, suffix, n_frames)
     assert all(frame.shape == (SIZE[1], SIZE[0], 3) for frame in frames)
     assert (frames[0] != frames[-1]).any()
     assert session.t == 10
+
+
+@pytest.mark.parametrize("fps", [15, 24, 30])
+def test_a_gif_lasts_as_long_as_the_steps(tmp_path, fps):
+    session = session_of(VPG, lengths=(100,))
+    write_film(tmp_path / "film.gif", session, Screen("VPG", "V(s)", GAMMA, False, False), fps, n_steps=30)
+    with Image.open(tmp_path / "film.gif") as film:
+        durations = [frame.info["duration"] for frame in ImageSequence.Iterator(film)]
+    assert sum(durations) == pytest.approx(1000 * 30 / fps, abs=5)
+
+
+class NoPicture(PictureEnv):
+    metadata = {"render_modes": ["ansi"]}
+
+    def render(self):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [AssertionError("unsupported render mode"), NotImplementedError()])
+def test_an_environment_without_a_picture_is_an_error(error):
+    NoPicture.error = error
+    session = session_of(VPG, env=DummyVecEnv([NoPicture]))
+    with pytest.raises(ValueError, match="The environment has no picture"):
+        session.advance()
 
 
 def test_ctrl_c_ends_a_film_and_keeps_it(tmp_path, monkeypatch):

@@ -41,8 +41,11 @@ def main() -> None:
     try:
         for module in args.gym_packages:
             importlib.import_module(module)
-        # Raises an error that suggests other names
-        gym.spec(args.env.gym_id)
+        try:
+            # Its error suggests other names
+            gym.spec(args.env.gym_id)
+        except gym.error.UnregisteredEnv as error:
+            raise ValueError(f"{error} --gym-packages names the modules that register others") from error
         trained = TrainedAgent(args)
         film = args.output
         if film is None and not has_display():
@@ -74,7 +77,7 @@ def watch(trained: TrainedAgent, args: argparse.Namespace, film: Path | None) ->
     title = f"{type(model).__name__} · {args.env.gym_id}"
     screen = Screen(title, agent.value_label, gamma, normalized, with_keys=film is None)
     session = Session(agent, env, gamma, args.seed)
-    fps = env.get_attr("metadata")[0].get("render_fps", 30)
+    fps = env.get_attr("metadata")[0].get("render_fps") or 30
     if film is None:
         with suppress(KeyboardInterrupt):
             Window(session, screen, fps).run(args.n_timesteps)

@@ -48,7 +48,7 @@ def write_film(path: Path, session: Session, screen: Screen, fps: float, n_steps
     :param n_steps: number of steps, >= 1
     """
     steps_per_frame = math.ceil(fps / MAX_FPS[path.suffix])
-
+    n_frames = math.ceil(n_steps / steps_per_frame)
     interrupts: list[int] = []
 
     def images() -> Images:
@@ -61,20 +61,22 @@ def write_film(path: Path, session: Session, screen: Screen, fps: float, n_steps
     # An exception within the writers would lose the film
     handler = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
     try:
-        WRITERS[path.suffix](path, images(), fps / steps_per_frame)
+        WRITERS[path.suffix](path, images(), fps / steps_per_frame, n_frames)
     finally:
         signal.signal(signal.SIGINT, handler)
 
 
-def _write_gif(path: Path, images: Images, fps: float) -> None:
+def _write_gif(path: Path, images: Images, fps: float, n_frames: int) -> None:
     from PIL import Image
 
     # Pillow keeps all frames, about 0.6 MiB each, until the film ends
     first, others = Image.fromarray(next(images)), map(Image.fromarray, images)
-    first.save(path, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
+    # Frames last hundredths of a second
+    durations = 10 * np.diff(np.round(100 / fps * np.arange(n_frames + 1))).astype(int)
+    first.save(path, save_all=True, append_images=others, duration=durations.tolist(), loop=0)
 
 
-def _write_mp4(path: Path, images: Images, fps: float) -> None:
+def _write_mp4(path: Path, images: Images, fps: float, n_frames: int) -> None:
     from imageio_ffmpeg import write_frames
 
     writer = write_frames(str(path), SIZE, fps=fps, macro_block_size=4)
@@ -84,4 +86,4 @@ def _write_mp4(path: Path, images: Images, fps: float) -> None:
     writer.close()
 
 
-WRITERS: dict[str, Callable[[Path, Images, float], Any]] = {".gif": _write_gif, ".mp4": _write_mp4}
+WRITERS: dict[str, Callable[[Path, Images, float, int], Any]] = {".gif": _write_gif, ".mp4": _write_mp4}

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 
 import pygame
 
@@ -14,6 +15,10 @@ MAX_FPS = 50
 
 def has_display() -> bool:
     """:return: whether a window can be seen, or the environment variable SDL_VIDEODRIVER chooses where windows are drawn"""
+    if sys.platform == "linux" and os.environ.keys().isdisjoint(("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")):
+        # SDL would look for a display, and print that there is none
+        os.environ["SDL_VIDEODRIVER"] = "dummy"
+        return False
     try:
         pygame.display.init()
     except pygame.error:
