@@ -103,8 +103,8 @@ def check_has_masks(env: VecEnv) -> None:
     """:raises ValueError: if the environments have no method ``action_masks()``"""
     if not env.has_attr(METHOD):
         raise ValueError(
-            "The environment has no method action_masks(): add it, use sb3_contrib.common.wrappers.ActionMasker, or "
-            "learn(use_masking=False)"
+            "The environment has no method action_masks(): add it, or a wrapper such as "
+            "sb3_contrib.common.wrappers.ActionMasker (env_wrapper in the zoo), or use learn(use_masking=False)"
         )
 
 

@@ -149,7 +149,7 @@ def speed_section(findings: Findings) -> Section:
             mean = format_estimate(estimate(speeds.mean_return), digits)
             rows.append([environment, name, mean, f"{len(learned)} of {len(speeds)}", *cells])
     text = (
-        "Mean return: of the learning curve, from its begin to its end. Learned: runs whose curve reaches the normalized "
+        "Mean return: of the learning curve, from its beginning to its end. Learned: runs whose curve reaches the normalized "
         f"score {LEARNED}, with the median of their timesteps and of their seconds of training until then."
     )
     header = ["environment", "contestant", "mean return", "learned", "timesteps", "seconds"]
