@@ -16,7 +16,7 @@ from sb3_vpg.envs import VEC_ENVS
 
 COMMANDS = {
     "train": ("rl_zoo3.train", "train an agent; with -optimize, search for hyperparameters"),
-    "enjoy": ("rl_zoo3.enjoy", "show a trained agent from the folder -f logs"),
+    "enjoy": ("rl_zoo3.enjoy", "show a trained agent from the folder logs"),
     "watch": ("sb3_vpg.zoo.watch", "show a trained agent, its choices and its values (sb3_vpg's own command)"),
     "record_video": ("rl_zoo3.record_video", "record a video of a trained agent"),
     "record_training": ("rl_zoo3.record_training", "record videos of the checkpoints of a training run"),
@@ -31,7 +31,7 @@ COMMANDS = {
 LIST_OF_COMMANDS = "\n".join(f"  {command:17}{description}" for command, (_, description) in COMMANDS.items())
 USAGE = f"""usage: python -m sb3_vpg COMMAND [ARGUMENTS]
 
-Runs a command of RL Baselines3 Zoo. VPG is available as an algorithm, and is the default of --algo.
+Runs a command of RL Baselines3 Zoo. VPG is available as an algorithm, and is the default of --algo; that of -f is logs.
 
 {LIST_OF_COMMANDS}
 
@@ -42,19 +42,19 @@ every algorithm.
 
 examples:
   python -m sb3_vpg train --env CartPole-v1
-  python -m sb3_vpg watch --env CartPole-v1 -f logs
+  python -m sb3_vpg watch --env CartPole-v1
   python -m sb3_vpg compare --env CartPole-v1 --algo vpg a2c --seeds 4"""
 # Shown below the help of the zoo's commands, which has none
 EXAMPLES = {
-    "train": "--env CartPole-v1 -f logs --progress",
-    "enjoy": "--env CartPole-v1 -f logs --no-render",
-    "record_video": "--env CartPole-v1 -f logs -n 500",
-    "record_training": "--env CartPole-v1 -f logs -n 500",
+    "train": "--env CartPole-v1 --progress",
+    "enjoy": "--env CartPole-v1 --no-render",
+    "record_video": "--env CartPole-v1 -n 500",
+    "record_training": "--env CartPole-v1 -n 500",
     "plot_train": "-a vpg -e CartPole-v1 -f logs",
     "all_plots": "-a vpg -e CartPole-v1 -f logs -o results",
     "plot_from_file": "-i results.pkl",
-    "push_to_hub": "--env CartPole-v1 -f logs -orga YOUR_NAME",
-    "load_from_hub": "--env CartPole-v1 -f logs -orga YOUR_NAME",
+    "push_to_hub": "--env CartPole-v1 -orga YOUR_NAME",
+    "load_from_hub": "--env CartPole-v1 -orga YOUR_NAME",
 }
 # Commands to which `--algo vpg` is added unless --algo is given
 WITH_ALGO = ("train", "enjoy", "record_video", "record_training", "push_to_hub", "load_from_hub")
@@ -82,6 +82,9 @@ def main() -> None:
         arguments = ["--config", str(HYPERPARAMS / "studies" / "ablation.yml"), "--folder", "ablation", *arguments]
     if command in WITH_ALGO and not any(argument.split("=")[0] == "--algo" for argument in arguments):
         arguments = ["--algo", "vpg", *arguments]
+    if command in WITH_ALGO and command != "train":
+        # Where train has saved the agent. The last -f counts
+        arguments = ["-f", "logs", *arguments]
     if command == "train":
         arguments = translate_vec_env(arguments)
     sys.argv = [f"sb3_vpg {command}", *arguments]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from helpers.agents import AGENTS
 from helpers.films import read_film
 from helpers.installed import Environment, output_of
 
@@ -24,7 +25,9 @@ def watch(*arguments):
 
 def test_a_trained_agent_is_filmed(beside_agents: Environment):
     film = beside_agents.cwd / "film.gif"
-    output = output_of(beside_agents.run_warm(*WATCH, "--env", "CartPoleSwingUp-v0", "-n", "20", "-o", film))
+    output = output_of(
+        beside_agents.run_warm(*WATCH, "--env", "CartPoleSwingUp-v0", "-f", AGENTS.name, "-n", "20", "-o", film)
+    )
     assert f"Saved {film}" in output
     assert "Warning" not in output
     # 100 steps and 25 frames per second
@@ -51,7 +54,7 @@ def test_a_window_shows_the_agent_with_the_statistics_of_its_training(beside_age
     script = """
 windows = []
 command.Window = lambda *args, window=command.Window: windows.append(window(*args)) or windows[0]
-watch("--env", "CartPoleSwingUp-v0", "-n", "6")
+watch("--env", "CartPoleSwingUp-v0", "-f", "rl-trained-agents", "-n", "6")
 (window,) = windows
 step = window.frame.steps[0]
 print(json.dumps([window.n_steps, window.screen.unit, step.reward, step.value]))
@@ -82,7 +85,7 @@ def test_bad_input_is_an_error_in_one_line(beside_agents: Environment):
     script = f"""
 for arguments in {list(BAD_INPUT)}:
     try:
-        watch(*arguments.split())
+        watch("-f", "rl-trained-agents", *arguments.split())
     except SystemExit as error:
         print(json.dumps([arguments, error.code]))
 """

@@ -27,8 +27,8 @@ advantage (the one-step TD residual). Other models show what they have: DQN its 
 Without a display, an animated GIF is written."""
 EXAMPLES = """
 examples:
-  python -m sb3_vpg watch --env CartPoleSwingUp-v0 -f logs
-  python -m sb3_vpg watch --algo ppo --env CartPole-v1 -f logs --stochastic -n 300 -o film.mp4
+  python -m sb3_vpg watch --env CartPoleSwingUp-v0
+  python -m sb3_vpg watch --algo ppo --env CartPole-v1 -f rl-trained-agents --stochastic -n 300 -o film.mp4
 
 keys: space: pause   right or s: one step   n: next episode   r: start over   q or escape: quit"""
 #: Number of steps in a film by default
@@ -100,8 +100,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "-f",
         "--folder",
-        default="rl-trained-agents",
-        help="folder of the agents (default: rl-trained-agents); train uses logs",
+        default="logs",
+        help="folder of the agents (default: logs, that of train)",
     )
     parser.add_argument(
         "-n",
