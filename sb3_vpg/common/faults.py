@@ -13,12 +13,12 @@ LOST_WORKER_ERRORS = (EOFError, ConnectionError)
 EXIT_TIMEOUT = 2.0
 
 
-def is_raised_by(env: VecEnv, error: Exception, method: str | None = None) -> bool:
+def is_raised_by(env: VecEnv, error: BaseException, method: str | None = None) -> bool:
     """:return: whether a method of the environments, or this one, raised the error: a callback may lose a connection, too"""
     return any(method in (None, frame.f_code.co_name) for frame in _frames_within(env, error))
 
 
-def _frames_within(env: VecEnv, error: Exception) -> list[FrameType]:
+def _frames_within(env: VecEnv, error: BaseException) -> list[FrameType]:
     """:return: the frames of the error's traceback that are methods of the environments"""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
     return [frame for frame in frames if frame.f_locals.get("self") is env.unwrapped]

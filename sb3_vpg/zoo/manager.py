@@ -194,9 +194,9 @@ class VPGExperimentManager(ExperimentManager):
         try:
             with self._sigterm_as_ctrl_c():
                 super().learn(model)
-        except Exception as error:
-            # Ctrl-C in a terminal also ends the processes of SubprocVecEnv, which cannot be closed then
-            interrupted = isinstance(error, ConnectionError) and error.__context__ is None
+        except (Exception, KeyboardInterrupt) as error:
+            # Ctrl-C in a terminal also ends the processes of SubprocVecEnv, which cannot be closed then. Some press it twice
+            interrupted = isinstance(error, ConnectionError | KeyboardInterrupt) and error.__context__ is None
             if interrupted and is_raised_by(model.env, error, "close"):  # type: ignore[arg-type]
                 return
             if self.is_vpg and self.processes.size == 1 and model._n_updates > 0:

@@ -240,13 +240,16 @@ from sb3_vpg.zoo.manager import VPGExperimentManager
 
 class Closed(DummyVecEnv):
     def close(self):
-        raise BrokenPipeError
+        raise self.error_of_close
 
 class Failing(BaseCallback):
     def _on_step(self):
         raise self.error
 
-for error in (KeyboardInterrupt(), RuntimeError()):
+for error, error_of_close in (
+    (KeyboardInterrupt(), BrokenPipeError()), (KeyboardInterrupt(), KeyboardInterrupt()), (RuntimeError(), BrokenPipeError())
+):
+    Closed.error_of_close = error_of_close
     manager = VPGExperimentManager(None, "vpg", "CartPole-v1", ".", n_timesteps=64)
     manager.n_timesteps, manager.callbacks = 64, [Failing()]
     manager.callbacks[0].error = error
@@ -260,7 +263,7 @@ for error in (KeyboardInterrupt(), RuntimeError()):
 
 
 def test_processes_that_have_ended_with_the_run_cost_nothing(installed: Environment):
-    assert output_of(installed.run_warm("-c", CLOSED)) == "saved\nRuntimeError\n"
+    assert output_of(installed.run_warm("-c", CLOSED)) == "saved\nsaved\nRuntimeError\n"
 
 
 # Imported through --gym-packages. An action that is not allowed ends the command with an error
