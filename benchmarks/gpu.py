@@ -78,6 +78,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="approximate duration of a measurement")
     parser.add_argument("--output", type=Path, help="JSON file for all results")
     args = parser.parse_args()
+    if "cuda" in args.device and not th.cuda.is_available():
+        parser.error("there is no GPU: --device cpu")
 
     settings: list[Setting] = []
     if "vectors" in args.task:
@@ -106,8 +108,7 @@ def main() -> None:
                 f"{speed / of_a2c:6.2f} x A2C  update {share:4.0%}",
                 flush=True,
             )
-            if args.output:
-                save(args, results)
+            save(args, results)
 
 
 if __name__ == "__main__":

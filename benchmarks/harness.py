@@ -81,7 +81,9 @@ def machine() -> dict[str, Any]:
 
 
 def save(args: argparse.Namespace, results: list[dict[str, Any]]) -> None:
-    """Write results, machine and arguments to the JSON file ``args.output``."""
+    """Write results, machine and arguments to the JSON file ``args.output``, if there is one."""
+    if args.output is None:
+        return
     settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
     text = json.dumps({"machine": machine(), "settings": settings, "results": results}, indent=1)
     args.output.write_text(text + "\n")

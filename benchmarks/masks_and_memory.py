@@ -107,8 +107,7 @@ def main() -> None:
             name = f"{line['contestant']:>14} x {job.n_envs:<3}"
             print(f"{name} {sorted(own)[len(own) // 2]:9,.0f} frames/s  {ratio} x PPO  {mib:5.1f} MiB", flush=True)
         results += lines
-        if args.output:
-            save(args, results)
+        save(args, results)
 
 
 if __name__ == "__main__":

@@ -199,7 +199,6 @@ def main() -> None:
             "  estimate for machines: " + ", ".join(f"{k}: {speed_up:.1f} x" for k, speed_up in speed_ups.items()), flush=True
         )
         results.append({"scenario": scenario, "one": one, "several": several, "ratios": ratios, "estimate": speed_ups})
-    if args.output is not None:
         save(args, results)
 
 

@@ -42,6 +42,7 @@ from sb3_vpg.envs import EnvPoolVecEnv
 from sb3_vpg.envs.envpool_equivalent import find_equivalent
 from sb3_vpg.envs.envpool_vector import envpool_options, import_envpool, spaces_of
 
+PARTS = ("step by step", "distributions")
 ENGINES: dict[str, type[VecEnv]] = {"EnvPool": EnvPoolVecEnv, "gymnasium": DummyVecEnv}
 #: Environments that are stepped at once in an evaluation
 N_ENVS = 20
@@ -494,7 +495,7 @@ def atari_frames(env_id: str, n_steps: int = 1000) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", nargs="+", help="only these ids")
-    parser.add_argument("--part", nargs="+", default=["step by step", "distributions"], help="only these parts")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS, help="only these parts")
     parser.add_argument("--output", type=Path, help="save results in this file, and skip what it has")
     args = parser.parse_args()
 

@@ -192,18 +192,17 @@ def main() -> None:
     results: list[Result] = []
     for name in args.part:
         results += run(name, args.rounds, args.seconds)
-        if args.output:
-            rows = [
-                {
-                    "part": r.part,
-                    "contestant": r.contestant,
-                    **r.setting._asdict(),
-                    "unit": PARTS[r.part].unit,
-                    "values": r.values,
-                }
-                for r in results
-            ]
-            save(args, rows)
+        rows = [
+            {
+                "part": r.part,
+                "contestant": r.contestant,
+                **r.setting._asdict(),
+                "unit": PARTS[r.part].unit,
+                "values": r.values,
+            }
+            for r in results
+        ]
+        save(args, rows)
     if args.plot:
         plot(args.plot, results)
 

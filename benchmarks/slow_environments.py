@@ -78,7 +78,6 @@ def main() -> None:
             results.append({"milliseconds": milliseconds, "contestant": name, "shares": share.tolist()})
         for env in envs:
             env.close()
-    if args.output:
         save(args, results)
 
 

@@ -89,8 +89,10 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=20_000)
     parser.add_argument("--every", type=int, default=20, help="number of updates between two readings")
     parser.add_argument("--reload-every", type=int, default=200, help="number of updates between two reloads")
-    parser.add_argument("--plot", type=Path, default=Path(__file__).parent.parent / "docs" / "soak.png")
+    parser.add_argument("--plot", type=Path, help="image file")
     args = parser.parse_args()
+    if args.updates < args.reload_every:
+        parser.error("--updates must be at least --reload-every")
 
     readings: list[tuple[int, float, int, int]] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -108,7 +110,8 @@ def main() -> None:
                 path.unlink()
             model = VPG.load(f"{folder}/model", env=make_vec_env(RandomLengths, N_ENVS), device="cpu")
     table = np.array(readings)
-    plot(table, args.plot)
+    if args.plot:
+        plot(table, args.plot)
     later = table[len(table) // 2 :]
     slope = np.polyfit(later[:, 0], later[:, 1], 1)[0]
     print(f"{model._n_updates} updates, {model.num_timesteps} steps, {args.updates // args.reload_every} reloads")

@@ -208,8 +208,7 @@ def main() -> None:
         for job, lines in zip(jobs, in_processes(measure, jobs, 1)):
             print_table(job, lines)
             results += lines
-            if args.output:
-                save(args, results)
+            save(args, results)
 
 
 if __name__ == "__main__":

@@ -335,7 +335,7 @@ def main() -> None:
     parser.add_argument("--contestants", nargs="+", choices=CONTESTANTS, help="default: all that differ in the environment")
     parser.add_argument("--vec-env", choices=["envpool"], help="train all contestants in this VecEnv")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--first-seed", type=int, default=100, help="no search has seen seeds 100 to 109")
     parser.add_argument("--processes", type=int, default=1, help="parallel runs; with more than 1, times are less accurate")
     parser.add_argument("--output", type=Path, help="JSON file, written after each run")
     parser.add_argument("--results", type=Path, help="read the results from this JSON file, do not train")
@@ -346,19 +346,22 @@ def main() -> None:
     if args.results:
         results = json.loads(args.results.read_text())["results"]
     else:
+        for env in args.env:
+            if gym.spec(env).reward_threshold is None:
+                parser.error(f"{env} has no reward_threshold, at which it would be solved")
+        same = [env for env in args.env if env in ENVIRONMENTS or args.vec_env or gym.spec(env).vector_entry_point is None]
         jobs = [
             Job(env, contestant, seed, args.vec_env == "envpool")
             for env in args.env
             for seed in range(args.first_seed, args.first_seed + args.seeds)
-            for contestant in args.contestants or (AS_IN_THE_ZOO if env in ENVIRONMENTS or args.vec_env else CONTESTANTS)
+            for contestant in args.contestants or (AS_IN_THE_ZOO if env in same else CONTESTANTS)
         ]
         for result in in_processes(run, jobs, args.processes):
             results.append(result)
             state = "solved after" if result["solved"] else "not solved in"
             what = f"{result['env']}, {result['contestant']}, seed {result['seed']}"
             print(f"{what}: {state} {result['seconds']:.2f} s, {result['steps']} steps", flush=True)
-            if args.output:
-                save(args, results)
+            save(args, results)
     groups = {env: [result for result in results if result["env"] == env] for env in {result["env"]: 0 for result in results}}
     for env, env_results in groups.items():
         print_table(env, env_results)

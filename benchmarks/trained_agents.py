@@ -54,8 +54,9 @@ OPERATING_SYSTEM = re.compile(rb"^- OS: .*\n", re.MULTILINE)
 
 
 def train(env_id: str, logs: Path) -> None:
-    """Run ``rl_zoo3.train``. An earlier run number 1 of the environment is replaced."""
-    shutil.rmtree(logs / "vpg" / f"{env_id}_1", ignore_errors=True)
+    """Run ``rl_zoo3.train``. Earlier runs of the environment are removed, so that the new one has number 1."""
+    for earlier in (logs / "vpg").glob(f"{env_id}_*"):
+        shutil.rmtree(earlier)
     command = [sys.executable, "-m", "rl_zoo3.train", "--algo", "vpg", "--env", env_id, "-f", str(logs), *SETTINGS.split()]
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
 
@@ -65,10 +66,11 @@ def collect(source: Path, target: Path, env_id: str, logs: Path) -> None:
     Copy a run, reduced to the files of a trained agent.
 
     :param source: folder of the run
-    :param target: folder to write; an existing folder is replaced
+    :param target: folder to write; an existing folder is replaced at the end
     :param env_id: id of the environment
     :param logs: the log folder of the run, replaced by "logs" in the files
     """
+    old, target = target, target.with_suffix(".new")
     shutil.rmtree(target, ignore_errors=True)
     (target / env_id).mkdir(parents=True)
     for path in (source / env_id).iterdir():
@@ -80,6 +82,8 @@ def collect(source: Path, target: Path, env_id: str, logs: Path) -> None:
     save_weights(VPG.load(source / f"{env_id}.zip", device="cpu"), target / f"{env_id}.zip")
     np.savez_compressed(target / "evaluations.npz", **np.load(source / "evaluations.npz"))
     merge_monitor_files(source, target / "0.monitor.csv", env_id)
+    shutil.rmtree(old, ignore_errors=True)
+    target.rename(old)
 
 
 def save_weights(model: VPG, path: Path) -> None:

@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,16 +26,29 @@ from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
 from sb3_vpg import VPG
 
-# The parts of training, and their methods: methods of the model, or of the attribute before the dot
-PARTS: dict[str, list[str]] = {
-    "environment": ["env.step"],
-    "sampling actions": ["policy.forward", "_sample_actions"],
-    "recording": ["collect_rollouts"],
-    "values, advantages": ["_finish_recording", "policy.predict_values", "rollout_buffer.compute_returns_and_advantage"],
-    "gradient": ["_accumulate_gradients", "_clip_gradients"],
-    "optimizer step": ["policy.optimizer.step"],
-    "rest of the update": ["train"],
-    "logging and the rest": ["learn"],
+
+class Methods(NamedTuple):
+    """
+    Methods of the model, or of the attribute before the dot. VPG calls a method of the policy or of the optimizer that was
+    replaced, instead of computing the same without it: the parts of VPG are methods of its own.
+    """
+
+    of_vpg: list[str]
+    of_a2c: list[str]
+
+
+PARTS = {
+    "environment": Methods(["env.step"], ["env.step"]),
+    "sampling actions": Methods(["_sample_actions"], ["policy.forward"]),
+    "recording": Methods(["collect_rollouts"], ["collect_rollouts"]),
+    "values, advantages": Methods(
+        ["_finish_recording", "rollout_buffer.compute_returns_and_advantage"],
+        ["policy.predict_values", "rollout_buffer.compute_returns_and_advantage"],
+    ),
+    "gradient": Methods(["_accumulate_gradients", "_clip_gradient"], []),
+    "optimizer step": Methods(["_parameter_groups.step"], ["policy.optimizer.step"]),
+    "rest of the update": Methods(["train"], ["train"]),
+    "logging and the rest": Methods(["learn"], ["learn"]),
 }
 CONTESTANTS = ["A2C", "VPG, gae", "VPG, reward_to_go"]
 
@@ -69,18 +83,11 @@ class Stopwatches:
             self._running.pop()
 
     def attach(self, model: OnPolicyAlgorithm) -> None:
-        own_rollout = isinstance(model, VPG)
-        for part, names in PARTS.items():
-            for name in names:
-                if own_rollout and name.startswith("policy.") and "optimizer" not in name:
-                    # VPG calls a replaced method at each step, instead of computing the same without it
-                    continue
-                owner: Any = model
-                *path, method = name.split(".")
-                for attribute in path:
-                    owner = getattr(owner, attribute)
-                if hasattr(owner, method):
-                    setattr(owner, method, partial(self._timed, part, getattr(owner, method)))
+        for part, (of_vpg, of_a2c) in PARTS.items():
+            for name in of_vpg if isinstance(model, VPG) else of_a2c:
+                path, _, method = name.rpartition(".")
+                owner = attrgetter(path)(model) if path else model
+                setattr(owner, method, partial(self._timed, part, getattr(owner, method)))
 
 
 def measure(setting: Setting, contestant: str, seconds: float) -> dict[str, float]:
@@ -120,7 +127,6 @@ def main() -> None:
         totals = [np.median(np.sum(list(parts[name].values()), axis=0)) for name in CONTESTANTS]
         print(f"{'sum':>26}" + "".join(f"{total:20.2f}" for total in totals), flush=True)
         results.append({"scenario": job.scenario, "microseconds_per_frame": parts})
-    if args.output:
         save(args, results)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch as th
 
 #: REINFORCE, Sutton & Barto (2018), section 13.3: one step of plain gradient ascent per episode. Use it with one environment.
-#: With ``estimator="total_return"`` it is the algorithm of Williams (1992): the total return weights each step.
+#: With ``estimator="total_return"`` and ``gamma=1`` it is the algorithm of Williams (1992): the return weights each step.
 REINFORCE: dict[str, Any] = {
     "estimator": "reward_to_go",
     "n_episodes": 1,
@@ -21,6 +21,7 @@ REINFORCE: dict[str, Any] = {
 }
 
 #: REINFORCE with baseline, Sutton & Barto (2018), section 13.4. Set ``critic_learning_rate`` for the step size of the critic.
+#: The critic's step is a mean over the steps of the episode, where the book has the sum.
 REINFORCE_WITH_BASELINE: dict[str, Any] = {**REINFORCE, "baseline": "value", "n_critic_updates": 1}
 
 #: One-step actor-critic, Sutton & Barto (2018), section 13.5. Use it with one environment.

@@ -143,7 +143,7 @@ def batches(model, p_end, n_episodes=1):
     pi, episodes = action_probabilities(model), trajectories(p_end)
     assert sum(probability(episode, pi) for episode in episodes) == pytest.approx(1)
     for batch in itertools.combinations_with_replacement(episodes, n_episodes):
-        n_orders = len(set(itertools.permutations(range(n_episodes)))) if len(set(batch)) == n_episodes else 1
+        n_orders = len(set(itertools.permutations(batch)))
         yield batch, n_orders * np.prod([probability(episode, pi) for episode in batch])
 
 

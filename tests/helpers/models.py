@@ -75,7 +75,9 @@ def changed(before, after):
 
 
 def assert_same_weights(first, second, only=("",)):
-    assert changed(weights(first, only), weights(second, only)) == set()
+    weights_of_first = weights(first, only)
+    assert weights_of_first
+    assert changed(weights_of_first, weights(second, only)) == set()
 
 
 def learning_rates(model):
