@@ -23,7 +23,8 @@ class ZooFinder:
             return None
         # Only the finders behind this one: two hooks would call each other without end
         for finder in sys.meta_path[sys.meta_path.index(cls) + 1 :]:
-            spec = finder.find_spec(name, path, target)
+            # Python, too, skips a finder without this method
+            spec = finder.find_spec(name, path, target) if hasattr(finder, "find_spec") else None
             if spec is not None:
                 if spec.loader is not None:
                     cls.patch_after(spec.loader)
