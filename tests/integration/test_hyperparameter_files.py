@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,23 @@ def test_keys_in_hyperparameter_files_are_known(file: str):
 
 # What a study adds to an entry
 ENGINE_KEYS = {"vec_env_class", "vec_env_kwargs"}
+
+
+@pytest.mark.parametrize("algo", ["a2c", "ppo", "trpo"])
+def test_entries_of_references_are_those_of_the_zoo(algo: str):
+    """Of an older version of the environment, or of Ant where the zoo has none."""
+    zoo = yaml.safe_load((resources.files("rl_zoo3") / "hyperparams" / f"{algo}.yml").read_text())
+    own = {name: entry for name, entry in entries_of(f"hyperparams/{algo}").items() if name.endswith("-v5")}
+    assert len(own) >= 10
+
+    def comparable(entry: dict[str, Any]) -> dict[str, str]:
+        # Texts have other spaces in the zoo
+        return {key: re.sub(r"\s", "", str(value)) for key, value in {"n_envs": 1, **entry}.items()}
+
+    for name, entry in own.items():
+        candidates = [name.replace("-v5", version) for version in ("-v4", "-v3", "-v2")] + ["Ant-v4"]
+        source = zoo[next(candidate for candidate in candidates if candidate in zoo)]
+        assert comparable(entry) == comparable(source), name
 
 
 @pytest.mark.parametrize(("study", "n_comments"), [("zoo", 7), ("continuous_control", 7), ("minigrid", 5)])
