@@ -40,7 +40,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -329,6 +329,12 @@ def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def contestants_in(env_id: str, vec_env: str | None) -> Iterable[str]:
+    """:return: the contestants that differ in this environment"""
+    in_the_zoo_only = env_id in ENVIRONMENTS or vec_env or gym.spec(env_id).vector_entry_point is None
+    return AS_IN_THE_ZOO if in_the_zoo_only else CONTESTANTS
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", nargs="+", default=["CartPole-v1", "CartPoleSwingUp-v0"])
@@ -349,12 +355,11 @@ def main() -> None:
         for env in args.env:
             if gym.spec(env).reward_threshold is None:
                 parser.error(f"{env} has no reward_threshold, at which it would be solved")
-        same = [env for env in args.env if env in ENVIRONMENTS or args.vec_env or gym.spec(env).vector_entry_point is None]
         jobs = [
             Job(env, contestant, seed, args.vec_env == "envpool")
             for env in args.env
             for seed in range(args.first_seed, args.first_seed + args.seeds)
-            for contestant in args.contestants or (AS_IN_THE_ZOO if env in same else CONTESTANTS)
+            for contestant in args.contestants or contestants_in(env, args.vec_env)
         ]
         for result in in_processes(run, jobs, args.processes):
             results.append(result)

@@ -394,8 +394,7 @@ class RolloutCollector(ResumableAlgorithm):
         :param env_index: index of the environment; None for all environments
         :raises ValueError: if a number is not finite
         """
-        for part in array.values() if isinstance(array, dict) else (array,):
-            part = np.asarray(part)
+        for part in map(np.asarray, array.values() if isinstance(array, dict) else (array,)):
             if part.dtype.kind == "f" and not np.isfinite(part).all():
                 if env_index is None:
                     env_index = int(np.argwhere(~np.isfinite(part))[0][0])
@@ -405,7 +404,8 @@ class RolloutCollector(ResumableAlgorithm):
 
     def _check_finite_rows(self, quantity: str, rows: np.ndarray) -> None:
         """:raises ValueError: if a number in ``rows``, shape (T, N), is not finite"""
-        for t, env_index in np.argwhere(~np.isfinite(rows))[:1]:
+        if not np.isfinite(rows).all():
+            t, env_index = np.argwhere(~np.isfinite(rows))[0]
             step = f"step {t} of the rollout (which ended at timestep {self.num_timesteps})"
             self._raise_non_finite(quantity, rows[t, env_index], env_index, step)
 

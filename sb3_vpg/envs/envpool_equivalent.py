@@ -112,8 +112,8 @@ def find_atari_equivalent(envs: Sequence[gym.Env], spec: Any, wrappers: Sequence
         raise ValueError(f"EnvPool has no equivalent of frameskip={spec.kwargs['frameskip']!r}: use the id ...NoFrameskip-v4")
     for other in observation_wrappers_of(envs[0]):
         raise ValueError(f"EnvPool has no equivalent of the wrapper {type(other).__name__} around {spec.id}")
-    default = gym.spec(spec.id).kwargs
-    for name, value in spec.kwargs.items():
+    default = keywords_of(gym.spec(spec.id))
+    for name, value in keywords_of(spec).items():
         known = (*ATARI_KEYWORDS, "game", "frameskip", "render_mode", "max_num_frames_per_episode")
         if name not in known and value != default.get(name):
             raise ValueError(f"EnvPool has no equivalent of {name}={value!r} of {spec.id}")

@@ -231,7 +231,8 @@ def test_a_run_that_fails_is_saved(installed: Environment):
 
 # The processes of SubprocVecEnv may have ended when the zoo closes it, as after Ctrl-C in a terminal
 CLOSED = """
-from rl_zoo3.exp_manager import ExperimentManager
+# The zoo itself first, which registers VPG
+import rl_zoo3.exp_manager
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv

@@ -16,8 +16,7 @@ MAX_FPS = 50
 def has_display() -> bool:
     """:return: whether a window can be seen, or the environment variable SDL_VIDEODRIVER chooses where windows are drawn"""
     if sys.platform == "linux" and os.environ.keys().isdisjoint(("DISPLAY", "WAYLAND_DISPLAY", "SDL_VIDEODRIVER")):
-        # SDL would look for a display, and print that there is none
-        os.environ["SDL_VIDEODRIVER"] = "dummy"
+        # SDL would print that there is none
         return False
     try:
         pygame.display.init()
