@@ -139,7 +139,7 @@ def rejects(
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Moving pictures: without a network and without a script from elsewhere
+# Moving pictures: without an internet connection and without a script from elsewhere
 # ---------------------------------------------------------------------------------------------------------------
 
 
