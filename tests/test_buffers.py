@@ -28,8 +28,17 @@ from sb3_vpg.buffers import VPGDictRolloutBuffer, VPGRolloutBuffer
 INTEGERS = spaces.Box(0, 9, (3,), np.int64)
 
 
-@pytest.mark.parametrize("space", [INTEGERS, spaces.Box(0, 9, (3,), np.uint8), spaces.Dict({"a": INTEGERS})], ids=str)
-def test_normalized_observations_of_an_integer_space_are_stored_as_they_are(space: spaces.Space):
+COARSE = [
+    INTEGERS,
+    spaces.Box(0, 9, (3,), np.uint8),
+    spaces.Box(0, 9, (3,), np.float16),
+    spaces.Box(0, 1, (3,), bool),
+    spaces.Dict({"a": INTEGERS}),
+]
+
+
+@pytest.mark.parametrize("space", COARSE, ids=str)
+def test_normalized_observations_of_a_coarse_space_are_stored_as_they_are(space: spaces.Space):
     env = VecNormalize(spaces_envs(space))
     model = VPG(policy_for(space), env, n_steps=10)
     seen, stored = [], model.rollout_buffer

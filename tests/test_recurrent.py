@@ -256,6 +256,45 @@ def test_the_fast_runner_evaluates_as_the_policy_does(name):
         th.testing.assert_close(numbers, expected, rtol=1e-3, atol=1e-4)
 
 
+def sequences_of(lengths, n_steps):
+    """:return: the inputs of a runner: environments whose episodes have these lengths"""
+    starts = th.stack([(th.arange(n_steps) % length == 0).float() for length in lengths])
+    return {"env_indices": th.arange(len(lengths)).repeat_interleave(n_steps), "episode_starts": starts.flatten()}
+
+
+def test_one_long_episode_does_not_make_all_sequences_long():
+    model = recurrent_model(walks(n_envs=8), n_steps=64).learn(512)
+    groups = RecurrentRunner(model.policy, model._first_states)._groups(**sequences_of([64, *[5] * 7], 64))
+    assert sorted(th.cat([group.steps for group in groups]).tolist()) == list(range(512))
+    # 93 sequences: one of 64 steps, 84 of 5, seven of 4
+    assert sum(group.n_places for group in groups) <= 2 * 512
+
+
+class Normalized(BaseFeaturesExtractor):
+    def __init__(self, space):
+        super().__init__(space, space.shape[0])
+        self.norm = th.nn.BatchNorm1d(space.shape[0])
+
+    def forward(self, observations):
+        return self.norm(observations)
+
+
+def test_batch_normalization_sees_all_sequences_and_hardly_their_padding():
+    kwargs = {**SMALL, "features_extractor_class": Normalized}
+    model = recurrent_model(walks(n_envs=8), n_steps=64, policy_kwargs=kwargs).learn(512)
+    inputs = sequences_of([64, *[3] * 7], 64)
+    obs = th.randn((512, *VECTOR.shape), generator=th.Generator().manual_seed(0))
+    statistics = []
+    for runner in (RecurrentRunner, FastRecurrentRunner):
+        policy = copy.deepcopy(model.policy)
+        policy.set_training_mode(True)
+        policy.features_extractor.norm.reset_running_stats()
+        runner(policy, model._first_states).values(obs, **inputs)
+        statistics.append(policy.features_extractor.norm.running_mean)
+    # Only the general runner pads them
+    th.testing.assert_close(statistics[0], statistics[1], rtol=0, atol=0.003)
+
+
 @pytest.mark.parametrize("n_steps", [36, 15])
 def test_the_logged_kl_divergence_is_exact(n_steps, monkeypatch):
     """Of the first steps, in order of environment and time, if the rollout has many."""

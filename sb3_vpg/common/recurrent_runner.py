@@ -5,6 +5,7 @@ Run the networks of sb3-contrib's recurrent policies: step by step in the rollou
 for policies whose forward passes are sb3-contrib's own.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,8 @@ import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
-from sb3_vpg.common.layers import has_hooks, is_plain
+from sb3_vpg.common.layers import has_hooks, is_plain, needs_whole_batch
+from sb3_vpg.common.policy_inputs import map_obs
 from sb3_vpg.common.policy_runner import SB3_FORWARD, FastPolicyRunner, PolicyRunner, apply_layers, has_sb3_forward
 
 CONTRIB_POLICY = "sb3_contrib.common.recurrent.policies.RecurrentActorCriticPolicy"
@@ -54,11 +56,48 @@ def zero_states(policy: Any, n_envs: int) -> States:
     return States((zeros, zeros), (zeros, zeros))
 
 
+class Group(NamedTuple):
+    """
+    Sequences of similar length in a batch. They are padded to the longest of them.
+
+    :param steps: indices of their steps in the batch
+    :param places: place of each of these steps in an array of sequences of equal length, one after the other
+    :param n_places: length of that array
+    :param states: states of the LSTMs at the beginnings of the sequences
+    """
+
+    steps: th.Tensor
+    places: th.Tensor
+    n_places: int
+    states: States
+
+    @property
+    def no_starts(self) -> th.Tensor:
+        """Zeros for all places, since no episode begins within a sequence."""
+        return th.zeros(self.n_places, device=self.places.device)
+
+    def pad(self, array: th.Tensor) -> th.Tensor:
+        """:return: the padded sequences of an array of the batch; between them all steps in turn, for batch normalization"""
+        own = array[self.steps]
+        in_turn = own.detach()[th.arange(self.n_places, device=own.device) % len(own)]
+        return in_turn.index_copy(0, self.places, own)
+
+
+def in_order(groups: list[Group], outputs: Sequence[th.Tensor]) -> th.Tensor:
+    """
+    :param groups: all groups of a batch of n steps
+    :param outputs: of each group, one row for each place
+    :return: one row for each step of the batch
+    """
+    rows = th.cat([output[group.places] for group, output in zip(groups, outputs)])
+    return rows[th.cat([group.steps for group in groups]).argsort()]
+
+
 class RecurrentRunner(PolicyRunner):
     """
     Evaluates batches that consist of all steps of some environments, in order of environment and time. A sequence begins where
-    an episode begins, with states of zero, or where the rollout begins, with the states of then. All sequences are processed
-    together, and the gradient goes back to the beginning of each.
+    an episode begins, with states of zero, or where the rollout begins, with the states of then. The gradient goes back to the
+    beginning of each sequence.
 
     :param policy: a policy of sb3-contrib with LSTMs
     :param first_states: states at the beginning of the rollout, of all environments
@@ -78,49 +117,42 @@ class RecurrentRunner(PolicyRunner):
         :param env_indices: index of the environment of each step, shape (n,)
         :param episode_starts: whether each step begins an episode, shape (n,)
         """
-        places, no_starts, states = self._sequences(env_indices, episode_starts)
-        padded = [_pad(array, places, len(no_starts)) for array in (obs, self._actions(actions))]
-        values, log_prob, entropy = self.policy.evaluate_actions(*padded, states, no_starts)
-        return (
-            values.flatten()[places] if with_values else None,
-            log_prob[places],
-            None if entropy is None else entropy[places],
-        )
+        outputs, groups = [], self._groups(env_indices, episode_starts)
+        for group in groups:
+            padded = map_obs(group.pad, obs), group.pad(self._actions(actions))
+            values, log_prob, entropy = self.policy.evaluate_actions(*padded, group.states, group.no_starts)
+            outputs.append([values.flatten(), log_prob, *([] if entropy is None else [entropy])])
+        values, log_prob, *entropies = (in_order(groups, parts) for parts in zip(*outputs))
+        return values if with_values else None, log_prob, entropies[0] if entropies else None
 
     def values(  # type: ignore[override]
         self, obs: PyTorchObs, *, env_indices: th.Tensor, episode_starts: th.Tensor
     ) -> th.Tensor:
-        places, no_starts, states = self._sequences(env_indices, episode_starts)
-        padded = _pad(obs, places, len(no_starts))
-        return self.policy.predict_values(padded, states.vf, no_starts).flatten()[places]
+        groups = self._groups(env_indices, episode_starts)
+        padded = ((map_obs(group.pad, obs), group.states.vf, group.no_starts) for group in groups)
+        return in_order(groups, [self.policy.predict_values(*inputs).flatten() for inputs in padded])
 
-    def _sequences(self, env_indices: th.Tensor, episode_starts: th.Tensor) -> tuple[th.Tensor, th.Tensor, States]:
-        """
-        :return: place of each step in an array of sequences of equal length, one after the other; zeros of the length of that
-            array, since no episode begins within a sequence; states at the beginnings of the sequences
-        """
+    def _groups(self, env_indices: th.Tensor, episode_starts: th.Tensor) -> list[Group]:
+        """:return: sequences of up to 1, 2, 4, 8 ... steps; all together if there is batch normalization"""
         begins = episode_starts > 0.5
         begins[1:] |= env_indices[1:] != env_indices[:-1]
         begins[0] = True
-        first = begins.nonzero().flatten()
         sequence = begins.cumsum(0) - 1
-        longest = int(sequence.bincount().max())
-        places = sequence * longest + th.arange(len(begins), device=begins.device) - first[sequence]
-        running = (episode_starts[first] < 0.5).float()[:, None]
+        position = th.arange(len(begins), device=begins.device) - begins.nonzero().flatten()[sequence]
+        size = sequence.bincount().log2().ceil()[sequence]
+        if needs_whole_batch(self.policy, 1):
+            size[:] = 0
 
-        def at_beginning(state: LSTMState) -> LSTMState:
-            hidden, cell = (part[:, env_indices[first]] * running for part in state)
-            return hidden, cell
-
-        no_starts = th.zeros(len(first) * longest, device=places.device)
-        return places, no_starts, States(*map(at_beginning, self.first_states))
-
-
-def _pad(array: Any, places: th.Tensor, n: int) -> Any:
-    """:return: an array of n rows with these rows at their places, and the first of them elsewhere"""
-    if isinstance(array, dict):
-        return {key: _pad(part, places, n) for key, part in array.items()}
-    return array[:1].detach().expand(n, *array.shape[1:]).index_copy(0, places, array)
+        groups = []
+        for group in size.unique():
+            steps = (size == group).nonzero().flatten()
+            first = steps[begins[steps]]
+            longest = int(position[steps].max()) + 1
+            places = (begins[steps].cumsum(0) - 1) * longest + position[steps]
+            running = (episode_starts[first] < 0.5).float()[:, None]
+            pi, vf = (tuple(part[:, env_indices[first]] * running for part in state) for state in self.first_states)
+            groups.append(Group(steps, places, len(first) * longest, States(pi, vf)))  # type: ignore[arg-type]
+        return groups
 
 
 class LSTMStepper:
@@ -210,31 +242,31 @@ class FastRecurrentRunner(RecurrentRunner):
     def evaluate(  # type: ignore[override]
         self, obs: PyTorchObs, actions: th.Tensor, with_values: bool, *, env_indices: th.Tensor, episode_starts: th.Tensor
     ) -> tuple[th.Tensor | None, th.Tensor, th.Tensor | None]:
-        sequences = self._sequences(env_indices, episode_starts)
+        groups = self._groups(env_indices, episode_starts)
         features = self._feedforward.features(obs, self.policy.pi_features_extractor)
-        latent = _run(self.policy.lstm_actor, features, sequences, sequences[2].pi)
+        latent = _run(self.policy.lstm_actor, features, groups, "pi")
         log_prob, entropy = self._feedforward.head.evaluate(
             apply_layers(self._feedforward.actor, latent), self._actions(actions)
         )
         if not with_values:
             return None, log_prob, entropy
-        return self._sequence_values(sequences, self._critic_features(obs, features), latent), log_prob, entropy
+        return self._sequence_values(groups, self._critic_features(obs, features), latent), log_prob, entropy
 
     def values(  # type: ignore[override]
         self, obs: PyTorchObs, *, env_indices: th.Tensor, episode_starts: th.Tensor
     ) -> th.Tensor:
-        sequences = self._sequences(env_indices, episode_starts)
+        groups = self._groups(env_indices, episode_starts)
         features = self._feedforward.features(obs, self.policy.vf_features_extractor)
         latent = None
         if self.policy.shared_lstm:
-            latent = _run(self.policy.lstm_actor, features, sequences, sequences[2].vf)
-        return self._sequence_values(sequences, features, latent)
+            latent = _run(self.policy.lstm_actor, features, groups, "vf")
+        return self._sequence_values(groups, features, latent)
 
     @th.no_grad()
     def snapshot(self, obs: PyTorchObs, actions: th.Tensor, **inputs: th.Tensor) -> Any:
-        sequences = self._sequences(**inputs)
+        groups = self._groups(**inputs)
         features = self._feedforward.features(obs, self.policy.pi_features_extractor)
-        latent = _run(self.policy.lstm_actor, features, sequences, sequences[2].pi)
+        latent = _run(self.policy.lstm_actor, features, groups, "pi")
         return self._feedforward.head.parameters(apply_layers(self._feedforward.actor, latent))
 
     def kl_divergence(self, before: Any, after: Any) -> float:
@@ -246,9 +278,8 @@ class FastRecurrentRunner(RecurrentRunner):
             return features
         return self._feedforward.features(obs, self.policy.vf_features_extractor)
 
-    def _sequence_values(self, sequences: Any, features: th.Tensor, actor_latent: th.Tensor | None) -> th.Tensor:
+    def _sequence_values(self, groups: list[Group], features: th.Tensor, actor_latent: th.Tensor | None) -> th.Tensor:
         """
-        :param sequences: see :meth:`_sequences`
         :param features: the features of the critic
         :param actor_latent: outputs of the actor's LSTM, used if the critic shares it
         :return: V(s), shape (n,)
@@ -258,22 +289,23 @@ class FastRecurrentRunner(RecurrentRunner):
         elif self.policy.lstm_critic is None:
             latent = self.policy.critic(features)
         else:
-            latent = _run(self.policy.lstm_critic, features, sequences, sequences[2].vf)
+            latent = _run(self.policy.lstm_critic, features, groups, "vf")
         return apply_layers(self._feedforward.critic, latent).flatten()
 
 
-def _run(lstm: nn.LSTM, features: th.Tensor, sequences: tuple[th.Tensor, th.Tensor, States], state: LSTMState) -> th.Tensor:
+def _run(lstm: nn.LSTM, features: th.Tensor, groups: list[Group], role: str) -> th.Tensor:
     """
     :param features: shape (n, input size)
-    :param sequences: see :meth:`RecurrentRunner._sequences`
-    :param state: states at the beginnings of the sequences
+    :param role: "pi" or "vf": which states are the LSTM's
     :return: outputs of the LSTM, shape (n, hidden size)
     """
-    places, no_starts, _ = sequences
-    n_sequences = state[0].shape[1]
-    padded = _pad(features, places, len(no_starts)).reshape(n_sequences, -1, lstm.input_size)
-    outputs, _ = lstm(padded.transpose(0, 1), state)
-    return outputs.transpose(0, 1).flatten(0, 1)[places]
+    outputs = []
+    for group in groups:
+        state = getattr(group.states, role)
+        padded = group.pad(features).reshape(state[0].shape[1], -1, lstm.input_size)
+        output, _ = lstm(padded.transpose(0, 1), state)
+        outputs.append(output.transpose(0, 1).flatten(0, 1))
+    return in_order(groups, outputs)
 
 
 def is_plain_lstm(lstm: nn.Module) -> bool:
