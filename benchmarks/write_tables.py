@@ -352,11 +352,10 @@ def draw_learning_curves(path: Path) -> None:
         ax.set_xscale("log")
         ax.set_title(env_id, fontsize=10)
         ax.grid(alpha=0.2)
-    axes.flat[-1].set_axis_off()
-    axes.flat[-1].legend(*axes[0, 0].get_legend_handles_labels(), loc="center", frameon=False)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper right", ncols=len(ALGORITHMS), frameon=False)
     figure.supxlabel("environment steps", fontsize=9)
     figure.supylabel("return of training episodes", fontsize=9)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.95))
     figure.savefig(path, dpi=110)
 
 
