@@ -20,7 +20,7 @@ from test_vpg_is_a2c import FORCE, IMAGE, VECTOR, RandomWalk
 
 from sb3_vpg import VPG, RecurrentVPG
 from sb3_vpg.buffers import VPGBufferMixin
-from sb3_vpg.common.recurrent_runner import FastRecurrentRunner, RecurrentRunner, States, has_contrib_forward
+from sb3_vpg.common.recurrent_runner import FastRecurrentRunner, RecurrentRunner, States, cuts, has_contrib_forward
 
 SMALL = {"net_arch": [8], "lstm_hidden_size": 8}
 SGD = {**SMALL, "optimizer_class": th.optim.SGD}
@@ -266,8 +266,24 @@ def test_one_long_episode_does_not_make_all_sequences_long():
     model = recurrent_model(walks(n_envs=8), n_steps=64).learn(512)
     groups = RecurrentRunner(model.policy, model._first_states)._groups(**sequences_of([64, *[5] * 7], 64))
     assert sorted(th.cat([group.steps for group in groups]).tolist()) == list(range(512))
-    # 93 sequences: one of 64 steps, 84 of 5, seven of 4
+    # 92 sequences: one of 64 steps, 84 of 5, seven of 4
     assert sum(group.n_places for group in groups) <= 2 * 512
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([7], []),
+        ([9, 9, 8, 7, 7, 7, 6, 6], []),
+        # 46 instead of 60 padded steps, and each further cut would save less than a third
+        ([20, 13, 13], []),
+        ([20, 6, 6], [1]),
+        ([64, *[5] * 84], [1]),
+        ([100, 90, 10, 10, 9, 1, 1, 1, 1], [2, 5]),
+    ],
+)
+def test_sequences_are_cut_into_groups_where_much_padding_is_saved(lengths, expected):
+    assert cuts(np.array(lengths)) == expected
 
 
 class Normalized(BaseFeaturesExtractor):

@@ -5,6 +5,7 @@ Run the networks of sb3-contrib's recurrent policies: step by step in the rollou
 for policies whose forward passes are sb3-contrib's own.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -93,6 +94,22 @@ def in_order(groups: list[Group], outputs: Sequence[th.Tensor]) -> th.Tensor:
     return rows[th.cat([group.steps for group in groups]).argsort()]
 
 
+def cuts(lengths: np.ndarray) -> list[int]:
+    """
+    Where to cut sequences into groups. Padding costs time, and so does each call of an LSTM: a group is cut in two at the best
+    place, if at least a third of its padded steps are saved.
+
+    :param lengths: lengths of the sequences, the longest first
+    :return: indices of the sequences with which a new group begins, in ascending order
+    """
+    n = np.arange(1, len(lengths))
+    padded = n * lengths[0] + (len(lengths) - n) * lengths[1:]
+    if len(n) == 0 or padded.min() > 2 / 3 * len(lengths) * lengths[0]:
+        return []
+    cut = int(n[padded.argmin()])
+    return [*cuts(lengths[:cut]), cut, *(cut + other for other in cuts(lengths[cut:]))]
+
+
 class RecurrentRunner(PolicyRunner):
     """
     Evaluates batches that consist of all steps of some environments, in order of environment and time. A sequence begins where
@@ -133,19 +150,20 @@ class RecurrentRunner(PolicyRunner):
         return in_order(groups, [self.policy.predict_values(*inputs).flatten() for inputs in padded])
 
     def _groups(self, env_indices: th.Tensor, episode_starts: th.Tensor) -> list[Group]:
-        """:return: sequences of up to 1, 2, 4, 8 ... steps; all together if there is batch normalization"""
+        """:return: sequences of similar length, see :func:`cuts`; all together if there is batch normalization"""
         begins = episode_starts > 0.5
         begins[1:] |= env_indices[1:] != env_indices[:-1]
         begins[0] = True
         sequence = begins.cumsum(0) - 1
         position = th.arange(len(begins), device=begins.device) - begins.nonzero().flatten()[sequence]
-        size = sequence.bincount().log2().ceil()[sequence]
-        if needs_whole_batch(self.policy, 1):
-            size[:] = 0
+        lengths = sequence.bincount()
+        longest_first = lengths.argsort(descending=True)
+        ends = [0, *([] if needs_whole_batch(self.policy, 1) else cuts(lengths[longest_first].cpu().numpy())), len(lengths)]
+        rank = longest_first.argsort()[sequence]
 
         groups = []
-        for group in size.unique():
-            steps = (size == group).nonzero().flatten()
+        for begin, end in itertools.pairwise(ends):
+            steps = ((rank >= begin) & (rank < end)).nonzero().flatten()
             first = steps[begins[steps]]
             longest = int(position[steps].max()) + 1
             places = (begins[steps].cumsum(0) - 1) * longest + position[steps]
