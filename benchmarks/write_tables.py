@@ -209,6 +209,19 @@ def of_settings(name: str, threshold: str) -> str:
     return markdown_table(["setting", "return", f"seeds >= {threshold}"], rows)
 
 
+def by_setting(name: str) -> str:
+    """:return: returns of all settings of a study in all its environments"""
+    runs = study_runs(name)
+    settings = yaml.safe_load((RESULTS / name / "study.yml").read_text())["study"]["settings"]
+    environments = runs.environment.unique()
+    rows = []
+    for setting in settings:
+        of_setting = runs[runs.setting == setting]
+        scores = [of_setting.score[of_setting.environment == env_id] for env_id in environments]
+        rows.append([f"`{setting}`", *(interquartile_mean(each, 0) for each in scores)])
+    return markdown_table(["", *environments], rows)
+
+
 def study(name: str, digits: str = "0") -> str:
     runs = study_runs(name)
     algorithms = sorted(runs.algorithm.unique(), key=lambda name: not name.startswith("vpg"))

@@ -140,6 +140,12 @@ def test_reported_runs_had_the_entries_and_the_returns_that_the_comments_give(st
     assert with_returns >= n_comments
 
 
+def test_the_study_of_the_default_entry_is_of_this_entry():
+    study = entries_of("hyperparams/studies/default_entry")
+    used = study["common"] | study["settings"]["default"] | {"n_timesteps": study["steps"]}
+    assert used == entries_of("hyperparams/vpg")["default"]
+
+
 CONSTRUCT = """
 import argparse, json, sys
 import gymnasium as gym
