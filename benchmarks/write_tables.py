@@ -212,14 +212,11 @@ def of_settings(name: str, threshold: str) -> str:
 def by_setting(name: str) -> str:
     """:return: returns of all settings of a study in all its environments"""
     runs = study_runs(name)
-    settings = yaml.safe_load((RESULTS / name / "study.yml").read_text())["study"]["settings"]
-    environments = runs.environment.unique()
     rows = []
-    for setting in settings:
-        of_setting = runs[runs.setting == setting]
-        scores = [of_setting.score[of_setting.environment == env_id] for env_id in environments]
-        rows.append([f"`{setting}`", *(interquartile_mean(each, 0) for each in scores)])
-    return markdown_table(["", *environments], rows)
+    for setting, of_setting in runs.groupby("setting", sort=False):
+        returns = (interquartile_mean(scores, 0) for _, scores in of_setting.groupby("environment", sort=False).score)
+        rows.append([f"`{setting}`", *returns])
+    return markdown_table(["", *runs.environment.unique()], rows)
 
 
 def study(name: str, digits: str = "0") -> str:

@@ -26,8 +26,6 @@ from sb3_vpg import VPG
 from sb3_vpg.buffers import VPGDictRolloutBuffer, VPGRolloutBuffer
 
 INTEGERS = spaces.Box(0, 9, (3,), np.int64)
-
-
 COARSE = [
     INTEGERS,
     spaces.Box(0, 9, (3,), np.uint8),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from helpers.models import Spy, assert_same_weights, weights
+from helpers.models import Normalized, Spy, assert_same_weights, weights
 from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -284,15 +284,6 @@ def test_one_long_episode_does_not_make_all_sequences_long():
 )
 def test_sequences_are_cut_into_groups_where_much_padding_is_saved(lengths, expected):
     assert cuts(np.array(lengths)) == expected
-
-
-class Normalized(BaseFeaturesExtractor):
-    def __init__(self, space):
-        super().__init__(space, space.shape[0])
-        self.norm = th.nn.BatchNorm1d(space.shape[0])
-
-    def forward(self, observations):
-        return self.norm(observations)
 
 
 def test_batch_normalization_sees_all_sequences_and_hardly_their_padding():

@@ -37,7 +37,7 @@ def is_vector_space(space: spaces.Space) -> bool:
 def stored_dtype(space: spaces.Space) -> Any:
     """
     :return: dtype in which a buffer stores elements of the space: at least single precision for a Box that is no image.
-        VecNormalize and Gaussian policies make floats of integers, and do not change the space
+        VecNormalize and Gaussian policies make such numbers of all others, and do not change the space
     """
     return np.float32 if is_vector_space(space) and space.dtype != np.float64 else space.dtype
 

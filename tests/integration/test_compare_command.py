@@ -160,9 +160,9 @@ def test_cost_lines_and_report_are_printed(finished: Path):
     assert not (finished / "out" / ".running").exists()
 
 
-def test_killed_at_random_moments_it_has_the_same_rows(installed: Environment, finished: Path, tmp_path: Path):
+def test_killed_at_ten_random_moments_it_has_the_same_rows(installed: Environment, finished: Path, tmp_path: Path):
     config, folder, rng = finished / "settings.yml", tmp_path / "out", random.Random(0)
-    for kill in range(5):
+    for kill in range(10):
         marker = f"{tmp_path.name}-{kill}"
         process = installed.start(*command(config, folder), env={"SB3_VPG_STUDY": marker})
         n_lines = len((folder / "output.log").read_text().splitlines()) if kill else 0
